@@ -1,0 +1,206 @@
+"""From YAML files and flags to options, and back. Layer 1.
+
+Values come from the files of ``--cfgs`` in order, then from flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from lib.console import UsageError
+from lib.options import Options
+
+T = TypeVar("T")
+
+
+def flag(name: str) -> str:
+    """The flag of an option: ANs_select_rate -> --ANs-select-rate."""
+    return "--" + name.replace("_", "-")
+
+
+def extra(name: str) -> dict[str, Any]:
+    """An option's group and whether it belongs to one run only."""
+    return typing.cast(dict[str, Any], Options.model_fields[name].json_schema_extra)
+
+
+def _default(name: str) -> str:
+    value = Options.model_fields[name].default
+    if value is None or value == ():
+        return "not set"
+    if isinstance(value, tuple):
+        return " ".join(f"{v:.4g}" for v in value)
+    return {True: "on", False: "off"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def options_table() -> str:
+    """The README's table of options (Markdown)."""
+    rows = ["| option | default | meaning |", "|---|---|---|"]
+    group = None
+    for name in sorted(Options.model_fields, key=_group_order):
+        if extra(name)["group"] != group:
+            group = extra(name)["group"]
+            rows.append(f"| **{group}** | | |")
+        rows.append(f"| `{flag(name)}` | {_default(name)} | {Options.model_fields[name].description} |")
+    return "\n".join(rows)
+
+
+def _group_order(name: str) -> int:
+    order = list(dict.fromkeys(extra(n)["group"] for n in Options.model_fields if n != "cfgs"))
+    return order.index(extra(name)["group"])
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UsageError(f"command line: {message}; --help lists the options")
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types in an annotation: {bool}, {int, tuple}, ..."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
+        parts = typing.get_args(annotation)
+        return set().union(*(_kinds(p) for p in (parts[:1] if typing.get_origin(annotation) is Annotated else parts)))
+    return {typing.get_origin(annotation) or annotation}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, one flag an option."""
+    result = _Parser(
+        prog="python main.py",
+        description="Anchor Neighbourhood Discovery: unsupervised training of image embeddings (ICML 2019).",
+        allow_abbrev=False,
+    )
+    groups: dict[str, Any] = {}
+    for name in sorted(Options.model_fields, key=_group_order):
+        field = Options.model_fields[name]
+        title = extra(name)["group"]
+        group = groups.setdefault(title, result.add_argument_group(title))
+        kinds = _kinds(field.annotation)
+        shape: dict[str, Any] = {}
+        if kinds == {bool}:
+            shape = {"nargs": "?", "const": "true", "metavar": "BOOL"}
+        elif name == "cfgs":
+            shape = {"nargs": "+", "metavar": "FILE"}
+        elif tuple in kinds and name != "gpus":
+            shape = {"nargs": "+", "metavar": "NUMBER"}
+        else:
+            shape = {"metavar": _metavar(field.annotation, kinds)}
+        text = f"{field.description} (default: {_default(name)})".replace("%", "%%")
+        group.add_argument(flag(name), dest=name, default=argparse.SUPPRESS, help=text, **shape)
+    return result
+
+
+def _metavar(annotation: Any, kinds: set[Any]) -> str:
+    if Literal in kinds:
+        return "{" + ",".join(map(str, typing.get_args(annotation))) + "}"
+    for kind, word in ((Path, "PATH"), (int, "INT"), (float, "NUMBER"), (tuple, "LIST")):
+        if kind in kinds:
+            return word
+    return "NAME"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping of option names to values, as plain containers.
+
+    Raises:
+        UsageError: the file is missing, unreadable, empty, or not such a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; pass option files that exist to --cfgs") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UsageError(f"{path}: cannot be read as an option file: {reason}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        what = getattr(error, "problem", None) or "not plain data"
+        raise UsageError(f"{path}{where}: not valid YAML: {what}") from None
+    if content is None:
+        raise UsageError(f"{path}: the file is empty; it should hold lines 'option: value'")
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: should be a mapping with lines 'option: value', not a {type(content).__name__}")
+    return content
+
+
+def _refuse_unknown(key: object, where: str, known: Sequence[str], spell: typing.Callable[[str], str] = str) -> None:
+    if key in known:
+        return
+    lowered = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(str(key).lower().replace("-", "_"), lowered, n=1, cutoff=0.5)
+    hint = f"; the nearest known one is {spell(lowered[near[0]])}" if near else "; --help lists the options"
+    raise UsageError(f"{where}: unknown option {spell(str(key))}{hint}")
+
+
+def choose(known: Mapping[str, T], name: str, option: str) -> T:
+    """``known[name]``; UsageError with the nearest name where there is none."""
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UsageError(f"{option} {name}: not known here{hint} (there are {', '.join(known)})")
+
+
+def _validated(values: Mapping[str, Any], origin: Mapping[str, str]) -> Options:
+    try:
+        return Options.model_validate(dict(values))
+    except ValidationError as failure:
+        problems: dict[str, list[str]] = {}
+        for error in failure.errors():
+            name = str(error["loc"][0]) if error["loc"] else ""
+            text = error["msg"].removeprefix("Value error, ")
+            text = text if name == "" else text[:1].lower() + text[1:]
+            if text not in problems.setdefault(name, []):
+                problems[name].append(text)
+        name, texts = next(iter(problems.items()))
+        if not name:  # a check over several options: its message opens with the option's name
+            name = texts[0].split(":")[0]
+            raise UsageError(f"{origin.get(name, 'default')}: {texts[0]}") from None
+        meaning = Options.model_fields[name].description
+        raise UsageError(f"{origin[name]}: {name}: {' or '.join(texts)}, got {values[name]!r} ({meaning})") from None
+
+
+def read_options(argv: Sequence[str], base: Path | None = None) -> Options:
+    """Options from a command line.
+
+    Args:
+        argv: flags, without the program's name.
+        base: an option file read before those of ``--cfgs``.
+
+    Raises:
+        UsageError: an unknown option, or a value of the wrong type or range; names the file or flag.
+        SystemExit: ``--help`` was asked for.
+    """
+    known = list(Options.model_fields)
+    arguments, rest = parser().parse_known_args(argv)
+    for word in rest:
+        if word.startswith("--"):
+            _refuse_unknown(word[2:].split("=")[0].replace("-", "_"), "command line", known, flag)
+        raise UsageError(f"command line: {word!r} belongs to no option; --help lists the options")
+    flags = vars(arguments)
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for path in [*([base] if base else []), *map(Path, flags.get("cfgs", ()))]:
+        for key, value in read_yaml(path).items():
+            _refuse_unknown(key, str(path), known)
+            if key == "cfgs":
+                raise UsageError(f"{path}: cfgs names the option files and belongs on the command line")
+            values[key], origin[key] = value, str(path)
+    for key, value in flags.items():
+        values[key], origin[key] = value, f"command line: {flag(key)}"
+    return _validated(values, origin)
+
+
+def to_yaml(options: Options) -> str:
+    """The options that a repeated run needs, in a form that ``--cfgs`` reads back."""
+    kept = {name for name in Options.model_fields if not extra(name)["this_run"]}
+    return yaml.safe_dump(options.model_dump(mode="json", include=kept), sort_keys=False, default_flow_style=None)

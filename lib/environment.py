@@ -1,0 +1,38 @@
+"""What a run ran on: versions, commit, machine. Layer 1."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "torchvision", "numpy", "pydantic", "PyYAML", "tensorboardX", "tqdm", "pillow")
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' versions as installed."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+
+
+def commit() -> str:
+    """The git commit of the code, '+' after it where tracked files were changed; '' outside git."""
+    here = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def hardware(device: torch.device) -> str:
+    """The device in words: a GPU's name, or the CPU's kind and the threads PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"

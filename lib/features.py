@@ -1,0 +1,34 @@
+"""Embeddings of a whole split. Layer 2. Letters: N samples, D embedding."""
+
+from __future__ import annotations
+
+import torch
+
+from lib.console import progress
+from lib.loader import Loader
+
+
+@torch.no_grad()
+def extract(network: torch.nn.Module, batches: Loader, device: torch.device, what: str) -> torch.Tensor:
+    """The network's outputs for every sample, in sample order; batch normalisation in inference mode.
+
+    Args:
+        network: images to embeddings; its mode is left as it was.
+        batches: the split, in any order.
+        device: where the network is.
+        what: what the progress bar says.
+
+    Returns:
+        (N, D) on ``device``.
+    """
+    was_training = network.training
+    network.eval()
+    parts, order = [], []
+    for images, index in progress(batches.epoch(), what, "batch", total=len(batches)):
+        parts.append(network(images.to(device, non_blocking=True)))
+        order.append(index)
+    network.train(was_training)
+    features = torch.cat(parts)
+    result = torch.empty_like(features)
+    result[torch.cat(order).to(device)] = features
+    return result

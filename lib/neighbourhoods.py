@@ -1,0 +1,161 @@
+"""Anchor neighbourhoods and their discovery. Layer 2.
+
+Letters: N samples, D embedding, A anchors, K neighbours of an anchor, B batch, R rows of a block.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from lib.console import progress
+
+BLOCK = 2**24
+"""Similarities held at a time (64 MiB of float32); a block of rows of the (N, N) matrix is cut to this."""
+
+
+@dataclass(frozen=True)
+class Neighbourhoods:
+    """Which samples are anchors, and who their neighbours are.
+
+    Attributes:
+        anchors: (A,) sample indices in order of ascending entropy.
+        instances: (N - A,) the other samples, ascending.
+        position: (N,) j >= 0: the sample is the j-th anchor; -j-1: it is the j-th instance sample.
+        neighbours: (A, K) samples most similar to each anchor, itself left out, most similar first.
+        entropy: (N,) of each sample's similarity distribution, in nats; zeros before the first discovery.
+        consistency: share of anchor-neighbour pairs with equal labels; None without labels or pairs.
+    """
+
+    anchors: torch.Tensor
+    instances: torch.Tensor
+    position: torch.Tensor
+    neighbours: torch.Tensor
+    entropy: torch.Tensor
+    consistency: float | None = None
+
+    @classmethod
+    def none(cls, samples: int, device: torch.device | str = "cpu") -> Neighbourhoods:
+        """Round 0: no anchors, every sample for itself."""
+        everyone = torch.arange(samples, device=device)
+        empty = everyone.new_empty(0)
+        return cls(empty, everyone, -everyone - 1, empty[:, None], torch.zeros(samples, device=device))
+
+    @property
+    def num_anchors(self) -> int:
+        """A."""
+        return len(self.anchors)
+
+    def of(self, index: torch.Tensor) -> torch.Tensor:
+        """The neighbourhood of each sample of a batch.
+
+        Args:
+            index: (B,) samples.
+
+        Returns:
+            (B, 1 + K): the sample itself, then an anchor's neighbours, or -1 for an instance sample.
+        """
+        own = index[:, None]  # (B, 1)
+        if not self.num_anchors:
+            return own
+        position = self.position[index]  # (B,)
+        others = self.neighbours[position.clamp(min=0)]  # (B, K)
+        return torch.cat([own, torch.where(position[:, None] >= 0, others, -1)], dim=1)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The reference's names; unknown consistency is NaN."""
+        unknown = float("nan")
+        return {
+            "samples_num": torch.tensor(len(self.position)),
+            "anchor_indexes": self.anchors,
+            "instance_indexes": self.instances,
+            "position": self.position,
+            "neighbours": self.neighbours,
+            "entropy": self.entropy,
+            "consistency": torch.tensor(unknown if self.consistency is None else self.consistency),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, torch.Tensor], device: torch.device | str = "cpu") -> Neighbourhoods:
+        """From what ``state_dict`` gave; every size is taken as it comes (the reference refuses its own)."""
+        consistency = float(state["consistency"])
+        names = ("anchor_indexes", "instance_indexes", "position", "neighbours", "entropy")
+        anchors, instances, position, neighbours, entropy = (state[name].to(device) for name in names)
+        known = None if math.isnan(consistency) else consistency
+        return cls(anchors, instances, position, neighbours, entropy, known)
+
+
+def num_anchors(samples: int, select_rate: float, round: int) -> int:
+    """int(N * select_rate * round), at most N: the curriculum's share of anchors."""
+    return min(int(samples * select_rate * round), samples)
+
+
+@torch.no_grad()
+def discover(memory: torch.Tensor, *, temperature: float, anchors: int, size: int) -> Neighbourhoods:
+    """Chooses the anchors and finds their neighbours from the memory bank.
+
+    Entropy H_i = -sum_j p_ij log p_ij with m_i in place of x_i, from shifted logits z and S = sum exp z as
+    log S - sum(z exp z) / S, which stays finite where p underflows (the reference's log of softmax does
+    not). Ties in entropy go to the lower index. O(N^2 D) time, O(N (D + K)) memory and one block.
+
+    Args:
+        memory: (N, D), rows of unit length.
+        temperature: tau.
+        anchors: A, how many samples of lowest entropy become anchors.
+        size: K, cut to N - 1 where there are no more others.
+
+    Returns:
+        Neighbourhoods without consistency.
+    """
+    samples = len(memory)
+    neighbours_each = min(size, samples - 1)
+    entropy = memory.new_empty(samples)
+    nearest = torch.empty(samples, neighbours_each, dtype=torch.long, device=memory.device)
+    rows = max(1, BLOCK // samples)
+    for start in progress(range(0, samples, rows), "discovery", "block"):
+        block = slice(start, min(start + rows, samples))
+        similarity = memory[block] @ memory.t()  # (R, N)
+        entropy[block] = row_entropy(similarity / temperature)
+        itself = torch.arange(block.start, block.stop, device=memory.device)[:, None]
+        similarity.scatter_(1, itself, -torch.inf)
+        nearest[block] = similarity.topk(neighbours_each, dim=1).indices
+    order = torch.sort(entropy, stable=True).indices
+    chosen = order[:anchors].clone()  # a view would take the whole order into every checkpoint
+    position, instances = _positions(chosen, samples)
+    return Neighbourhoods(chosen, instances, position, nearest[chosen], entropy)
+
+
+def row_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of the softmax of each row: (R, N) -> (R,)."""
+    shifted = logits - logits.max(dim=1, keepdim=True).values  # (R, N), at most 0
+    weights = shifted.exp()  # (R, N)
+    total = weights.sum(dim=1)  # (R,), at least 1
+    return total.log() - (weights * shifted).sum(dim=1) / total
+
+
+def _positions(anchors: torch.Tensor, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The position table (N,) and the instance samples (N - A,), by two indexed assignments."""
+    is_instance = torch.ones(samples, dtype=torch.bool, device=anchors.device)
+    is_instance[anchors] = False
+    instances = is_instance.nonzero().squeeze(1)
+    position = torch.empty(samples, dtype=torch.long, device=anchors.device)
+    position[anchors] = torch.arange(len(anchors), device=anchors.device)
+    position[instances] = -torch.arange(len(instances), device=anchors.device) - 1
+    return position, instances
+
+
+def consistency(anchors: torch.Tensor, neighbours: torch.Tensor, labels: torch.Tensor) -> float | None:
+    """Share of anchor-neighbour pairs with equal labels; reported, never trained on.
+
+    Args:
+        anchors: (A,) sample indices.
+        neighbours: (A, K) sample indices.
+        labels: (N,) classes.
+
+    Returns:
+        The share, or None where there is no pair.
+    """
+    equal = labels[anchors][:, None] == labels[neighbours]  # (A, K)
+    return equal.float().mean().item() if equal.numel() else None

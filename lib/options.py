@@ -1,0 +1,203 @@
+"""Every option of the program: name, type, default, meaning. Layer 0.
+
+``Options`` is the one description: the flags, ``--help``, the checks, the README's table and a session's
+``config.yaml`` are all made from it (``lib/config.py``). Where the reference wrote tuples and numbers as
+strings they are read as literals, never evaluated.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _literal(value: Any) -> Any:
+    """A string that spells a Python literal becomes it: '(32, 32)', '5e-4' (a string in YAML 1.1), 'None'."""
+    if isinstance(value, str):
+        try:
+            return ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return None if value.strip().lower() in ("", "null") else value
+    if isinstance(value, list) and all(isinstance(v, str) for v in value):  # --size 32 32
+        return tuple(_literal(v) for v in value) if len(value) > 1 else _literal(value[0]) if value else ()
+    return value
+
+
+def _number(value: Any) -> Any:
+    value = _literal(value)
+    if isinstance(value, bool):
+        raise ValueError("should be a number, not true or false")
+    return value
+
+
+def _size(value: Any) -> Any:
+    """(H, W), or one number for the shorter edge."""
+    value = _number(value)
+    pair = value if isinstance(value, (list, tuple)) else (value,)
+    if len(pair) > 2 or not all(type(v) is int and 0 < v <= 8192 for v in pair) or not pair:
+        raise ValueError("should be a number of pixels from 1 to 8192, or two: height and width")
+    return tuple(pair) if len(pair) == 2 else pair[0]
+
+
+def _gpus(value: Any) -> Any:
+    """'', '0', '0,1', 0 or [0, 1]."""
+    if value is None or value == "":
+        return ()
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    try:
+        return tuple(int(str(part)) for part in parts)
+    except ValueError:
+        raise ValueError("should be GPU numbers separated by commas, such as 0 or 0,1") from None
+
+
+def _lower(value: Any) -> Any:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+Integer = Annotated[int, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number)]
+Switch = Annotated[bool, BeforeValidator(_literal)]
+Size = Annotated[int | tuple[int, int], BeforeValidator(_size)]
+Positive = Annotated[float, Field(gt=0)]
+Strength = Annotated[float, Field(ge=0)]
+Hue = Annotated[float, Field(ge=0, le=0.5)]
+Pair = Annotated[tuple[Positive, Positive] | None, BeforeValidator(_literal)]
+Jitter = Annotated[tuple[Strength, Strength, Strength, Hue] | None, BeforeValidator(_literal)]
+Means = Annotated[tuple[float, float, float] | None, BeforeValidator(_literal)]
+Deviations = Annotated[tuple[Positive, Positive, Positive] | None, BeforeValidator(_literal)]
+Seed = Annotated[Annotated[int, Field(ge=0, lt=2**63)] | None, BeforeValidator(_number)]
+Gpus = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_gpus)]
+Name = Annotated[str, BeforeValidator(_lower)]
+
+
+def _option(default: Any, group: str, meaning: str, *, this_run: bool = False, **limits: Any) -> Any:
+    """One option. ``this_run``: it says what to do now and is not part of what a session repeats."""
+    return Field(default, description=meaning, json_schema_extra={"group": group, "this_run": this_run}, **limits)
+
+
+class Options(BaseModel):
+    """All options, typed and frozen. Names and defaults are the reference's (METHOD: "small-image" where it
+    names none); ``None`` means "not set" and the meaning says what happens then."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=False, allow_inf_nan=False, coerce_numbers_to_str=True
+    )
+
+    cfgs: tuple[Path, ...] = _option(
+        (), "session", "YAML files with options; later files override earlier ones, flags override files", this_run=True
+    )
+
+    dataset: Name = _option("cifar10", "data", "data set by name")
+    data_root: Path | None = _option(None, "data", "folder the data set lies in; the digits are embedded and need none")
+    strict_data: Switch = _option(False, "data", "refuse a folder with unreadable images instead of skipping them")
+    batch_size: Integer = _option(128, "data", "images in a batch; batch normalisation needs two", ge=2)
+    workers_num: Integer = _option(4, "data", "processes that prepare images; 0: the training process itself", ge=0)
+
+    resize: Size = _option(256, "transforms", "pixels: resized to this before cropping; one number: the shorter edge")
+    size: Size = _option(224, "transforms", "pixels the network sees; one number: a square")
+    scale: Pair = _option(
+        None, "transforms", "area share of random resized crops; not set: resize, then a random crop of the size"
+    )
+    ratio: Annotated[tuple[Positive, Positive], BeforeValidator(_literal)] = _option(
+        (3 / 4, 4 / 3), "transforms", "aspect ratios of random resized crops"
+    )
+    colorjitter: Jitter = _option(
+        None, "transforms", "strength of random brightness, contrast, saturation and hue; not set: none"
+    )
+    random_grayscale: Number = _option(0.0, "transforms", "probability of turning a training image grey", ge=0, le=1)
+    random_horizontal_flip: Switch = _option(False, "transforms", "flip half of the training images")
+    means: Means = _option(None, "transforms", "channel means on RGB in [0, 1]; not set: the data set's own")
+    stds: Deviations = _option(None, "transforms", "channel deviations on RGB in [0, 1]; not set: the data set's own")
+
+    network: Name = _option("resnet18", "network", "backbone by name")
+    low_dim: Integer = _option(128, "network", "size D of the embedding", ge=1)
+
+    npc_temperature: Number = _option(
+        0.1, "memory bank", "temperature of the non-parametric classifier, and sigma of the weighted kNN", gt=0
+    )
+    npc_momentum: Number = _option(
+        0.5, "memory bank", "share of the old row kept when a row of the memory bank is updated", ge=0, le=1
+    )
+
+    ANs_select_rate: Number = _option(
+        0.25, "discovery", "share of the samples that become anchors, times the round", ge=0, le=1
+    )
+    ANs_size: Integer = _option(1, "discovery", "neighbours k of an anchor, itself not counted", ge=1)
+
+    max_round: Integer = _option(5, "training", "rounds of the curriculum, counting round 0 (instance loss only)", ge=1)
+    max_epoch: Integer = _option(200, "training", "epochs a round", ge=1)
+    iter_size: Integer = _option(1, "training", "batches whose mean gradient makes one optimiser step", ge=1)
+    display_freq: Integer = _option(
+        1, "training", "steps between updates of the loss beside the bar; reading it waits for the device", ge=1
+    )
+    gpus: Gpus = _option((), "training", "GPUs to use, such as 0 or 0,1; empty: the CPU")
+    seed: Seed = _option(
+        None, "training", "seed of everything random; not set: the time, which is logged and kept in config.yaml"
+    )
+
+    optimizer: Annotated[Literal["sgd", "adam", "rmsprop"], BeforeValidator(_lower)] = _option(
+        "sgd", "optimiser", "optimiser"
+    )
+    momentum: Number = _option(0.9, "optimiser", "momentum of sgd and rmsprop", ge=0)
+    dampening: Number = _option(0.0, "optimiser", "dampening of sgd's momentum", ge=0)
+    nesterov: Switch = _option(False, "optimiser", "Nesterov momentum for sgd")
+    weight_decay: Number = _option(5e-4, "optimiser", "L2 penalty on all parameters", ge=0)
+
+    base_lr: Number = _option(0.1, "schedule", "learning rate at the start of each round", gt=0)
+    lr_policy: Annotated[Literal["step", "fixed", "multistep"], BeforeValidator(_lower)] = _option(
+        "step", "schedule", "how the learning rate goes within a round"
+    )
+    lr_decay_offset: Integer = _option(80, "schedule", "step: epoch from which the drops are counted", ge=0)
+    lr_decay_step: Integer = _option(40, "schedule", "step: epochs between drops", ge=1)
+    lr_decay_rate: Number = _option(0.1, "schedule", "step: factor of a drop", gt=0)
+    lr_schedule: Path | None = _option(
+        None, "schedule", "multistep: file with a line 'epoch: learning rate' for each change, epoch 0 first"
+    )
+
+    protocol: Annotated[Literal["knn", "nn"], BeforeValidator(_lower)] = _option(
+        "knn", "evaluation", "knn: weighted kNN, K = 200; nn: the nearest neighbour"
+    )
+
+    session: str | None = _option(None, "session", "name of the session's folder; not set: the UTC time", this_run=True)
+    sess_dir: Path = _option(Path("sessions"), "session", "folder that holds the sessions")
+    resume: Path | None = _option(
+        None,
+        "session",
+        "checkpoint, or a session's folder for its latest, to go on from; without --cfgs the session's options hold",
+        this_run=True,
+    )
+    restart: Switch = _option(False, "session", "with --resume: go on in a new session", this_run=True)
+    test_only: Switch = _option(False, "session", "evaluate, train nothing, store nothing", this_run=True)
+    debug: Switch = _option(False, "session", "store nothing", this_run=True)
+    brief: Switch = _option(False, "session", "only a line a round and warnings on the screen", this_run=True)
+    print_args: Switch = _option(False, "session", "print the resolved options as YAML and stop", this_run=True)
+    log_file: Switch = _option(True, "session", "write log.txt")
+    log_tfb: Switch = _option(True, "session", "write TensorBoard events to tfboard/")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Options:
+        for name in ("scale", "ratio"):
+            pair = getattr(self, name)
+            if pair is not None and pair[0] > pair[1]:
+                raise ValueError(f"{name}: the smaller number should come first (got {pair})")
+        if self.scale is not None and self.scale[1] > 1:
+            raise ValueError(f"scale: a crop cannot be larger than the image (got {self.scale})")
+        if min(_pair(self.resize)) < max(_pair(self.size)):
+            raise ValueError(
+                f"resize: {self.resize} is smaller than size: {self.size}, so no crop of that size fits; "
+                "set both, for instance --resize 32 --size 32"
+            )
+        if self.lr_policy == "multistep" and self.lr_schedule is None:
+            raise ValueError("lr_policy: multistep needs lr_schedule, a file of lines 'epoch: learning rate'")
+        if self.nesterov and self.optimizer == "sgd" and (self.momentum == 0 or self.dampening != 0):
+            raise ValueError("nesterov: needs a momentum above 0 and a dampening of 0")
+        if self.restart and self.resume is None:
+            raise ValueError("restart: goes with resume, which names the checkpoint to go on from")
+        return self
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size

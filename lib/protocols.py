@@ -1,0 +1,102 @@
+"""How embeddings are judged: weighted kNN and nearest neighbour. Layer 3.
+
+Letters: N training samples, D embedding, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lib import features, knn
+from lib.console import logger, table
+from lib.loader import Loader
+
+K = 200
+"""Voters of the weighted kNN (METHOD 1)."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of right answers among the test images; ``top5`` counts the five best classes."""
+
+    top1: float
+    top5: float
+
+
+class Evaluator:
+    """Classifies the test images by their similarity to the training samples' features.
+
+    Args:
+        protocol: 'knn' or 'nn'.
+        test: the test images in order.
+        test_labels: their classes.
+        train_labels: (N,) classes of the training samples.
+        classes: C.
+        sigma: width of the votes' weights, the reference's temperature.
+        device: where the network is.
+    """
+
+    def __init__(
+        self,
+        protocol: str,
+        *,
+        test: Loader,
+        test_labels: np.ndarray,
+        train_labels: np.ndarray,
+        classes: int,
+        sigma: float,
+        device: torch.device,
+    ) -> None:
+        self._test = test
+        self.device = device
+        self._test_labels = torch.from_numpy(test_labels).to(device)
+        self._train_labels = torch.from_numpy(train_labels).to(device)
+        voters = min(K, len(train_labels))
+        if protocol == "nn":
+            self.name = "NN"
+            self._scores: Callable[..., torch.Tensor] = knn.nearest_neighbour
+            self._constants: dict[str, float] = {"classes": classes}
+        else:
+            self.name = f"weighted kNN (K={voters}, sigma={sigma:g})"
+            self._scores = knn.weighted_knn
+            self._constants = {"classes": classes, "k": voters, "sigma": sigma}
+            if voters < K:
+                logger().info("kNN: K = %d of the paper is cut to the %d training samples there are", K, voters)
+        if classes < 5:
+            logger().info("top-5 accuracy counts all %d classes, so it is 100 %% by construction", classes)
+
+    def __call__(self, network: torch.nn.Module, train_features: torch.Tensor) -> Accuracy:
+        """Accuracy of the test images.
+
+        Args:
+            network: images to embeddings; run in inference mode.
+            train_features: (N, D) memory bank, or features recomputed with the test transform.
+        """
+        queries = features.extract(network, self._test, self.device, "test features")
+        scores = self._scores(queries, train_features, self._train_labels, **self._constants)
+        top1, top5 = (knn.top_k_accuracy(scores, self._test_labels, k) for k in (1, 5))
+        return Accuracy(top1, top5)
+
+
+def test_table(evaluator: Evaluator, network: torch.nn.Module, train: Loader, memory: torch.Tensor | None) -> str:
+    """Accuracies of a test run: training features recomputed, and from the memory bank where it fits.
+
+    The reference's figures of record come from the bank, in training; its test run would recompute. The two
+    differ, so both are shown.
+
+    Args:
+        evaluator: the protocol over the test images.
+        network: images to embeddings.
+        train: the training images in order, with the test transform.
+        memory: (N, D) of the checkpoint, or None; left out where it is of other training images.
+    """
+    recomputed = features.extract(network, train, evaluator.device, "training features")
+    rows = [("recomputed with the test transform", evaluator(network, recomputed))]
+    if memory is not None and memory.shape == recomputed.shape:
+        rows.append(("memory bank of the checkpoint", evaluator(network, memory.to(evaluator.device))))
+    cells = [[name, f"{result.top1:.2%}", f"{result.top5:.2%}"] for name, result in rows]
+    return f"{evaluator.name}\n{table(['training features', 'top-1', 'top-5'], cells)}"

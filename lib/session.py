@@ -1,0 +1,193 @@
+"""A session: the folder of one run and everything written into it but the checkpoints' content. Layer 2.
+
+sessions/NAME/
+    config.yaml          the options; pass it to --cfgs to repeat the run
+    log.txt              what the screen showed, with times
+    metrics.jsonl        a JSON line for each epoch
+    checkpoint/          {round:04d}-{anchors:05d}.ckpt, the best of each round; latest.ckpt, every epoch
+    neighbours/          {round:04d}-{anchors:05d}.png, anchors beside their neighbours
+    tfboard/             TensorBoard events: global/, and a folder for each round
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from lib.console import UsageError, logger
+
+LATEST = "latest.ckpt"
+
+
+class Session:
+    """Where a run writes. With ``folder`` None (``--debug``) every call does nothing.
+
+    Args:
+        folder: an existing folder, or None.
+        start: (round, epoch) that the run starts at; metrics and events from there on are dropped, so that
+            a run continued from an earlier checkpoint has no epoch twice.
+        log_file: write log.txt.
+        log_tfb: write TensorBoard events.
+    """
+
+    def __init__(
+        self, folder: Path | None, *, start: tuple[int, int] = (0, 0), log_file: bool = True, log_tfb: bool = True
+    ) -> None:
+        self.folder = folder
+        self._start = start
+        self._tensorboard = log_tfb and folder is not None
+        self._writers: dict[str, SummaryWriter] = {}
+        self._log: logging.FileHandler | None = None
+        if folder is None:
+            return
+        for name in ("checkpoint", "neighbours"):
+            (folder / name).mkdir(exist_ok=True)
+        self._keep_metrics_before(start)
+        if log_file:
+            self._log = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+            formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+            formatter.converter = time.gmtime
+            self._log.setFormatter(formatter)
+            logger().addHandler(self._log)
+
+    @classmethod
+    def open(cls, folder: Path, options: str, **arguments: Any) -> Session:
+        """A session in ``folder`` with ``options`` as its config.yaml; UsageError where it cannot be written."""
+        try:
+            opened = cls(folder, **arguments)
+            opened._write_config(options)
+        except OSError as error:
+            raise UsageError(f"{folder}: cannot be written: {error.strerror}; choose another --sess-dir") from None
+        return opened
+
+    @property
+    def name(self) -> str:
+        """The folder's name, '' where nothing is stored."""
+        return self.folder.name if self.folder else ""
+
+    def latest(self) -> Path | None:
+        """Where the checkpoint of every epoch goes."""
+        return self.folder / "checkpoint" / LATEST if self.folder else None
+
+    def of_round(self, kind: str, round: int, anchors: int, ending: str) -> Path | None:
+        """Where a round's file of a kind ('checkpoint', 'neighbours') goes."""
+        return self.folder / kind / f"{_round_name(round, anchors)}.{ending}" if self.folder else None
+
+    def _write_config(self, text: str) -> None:
+        """Writes config.yaml; one that a continued run changes is kept under another name."""
+        assert self.folder is not None
+        path = self.folder / "config.yaml"
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            before = next(p for i in range(1, 10**6) if not (p := self.folder / f"config.{i}.yaml").exists())
+            path.rename(before)
+            logger().info("the options differ from the session's: the former config.yaml is now %s", before.name)
+        path.write_text(text, encoding="utf-8")
+
+    def write_metrics(self, record: dict[str, Any]) -> None:
+        """Adds a line to metrics.jsonl; numbers that are not finite become null."""
+        if self.folder:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
+
+    def write_scalars(
+        self, values: dict[str, float | None], step: int, round_folder: tuple[int, int] | None = None
+    ) -> None:
+        """TensorBoard scalars by tag; None is left out.
+
+        Args:
+            values: tag -> value.
+            step: round for the global tags, epoch within the round otherwise.
+            round_folder: (round, anchors), or None for the folder ``global``.
+        """
+        if not self._tensorboard:
+            return
+        assert self.folder is not None
+        name = "global" if round_folder is None else _round_name(*round_folder)
+        if name not in self._writers:
+            round, epoch = self._start
+            here = round if round_folder is None else epoch if round_folder[0] == round else 0
+            folder = self.folder / "tfboard" / name
+            self._writers[name] = SummaryWriter(str(folder), purge_step=here if folder.exists() else None)
+        for tag, value in values.items():
+            if value is not None:
+                self._writers[name].add_scalar(tag, value, step)
+        self._writers[name].flush()
+
+    def close(self) -> None:
+        """Closes what is open; the files stay."""
+        for writer in self._writers.values():
+            writer.close()
+        if self._log:
+            logger().removeHandler(self._log)
+            self._log.close()
+
+    def _keep_metrics_before(self, start: tuple[int, int]) -> None:
+        assert self.folder is not None
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_before(line, start)]
+        beside = path.with_suffix(".part")
+        beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        beside.replace(path)
+
+
+def _round_name(round: int, anchors: int) -> str:
+    return f"{round:04d}-{anchors:05d}"
+
+
+def _is_before(line: str, start: tuple[int, int]) -> bool:
+    try:
+        record = json.loads(line)
+        return (record["round"], record["epoch"]) < start
+    except (ValueError, KeyError, TypeError):  # the half line of a killed run
+        return False
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def create_folder(sess_dir: Path, name: str | None) -> Path:
+    """A new folder for a session; one that exists is never used again.
+
+    Args:
+        sess_dir: folder of all sessions.
+        name: the session's; None: the UTC time, with a number behind it where two start in one second.
+
+    Raises:
+        UsageError: the name exists or is not a plain name, or nothing can be written there.
+    """
+    if name is not None and (name in ("", ".", "..") or Path(name).name != name or "\0" in name):
+        raise UsageError(f"--session {name!r}: should be the name of a folder inside {sess_dir}, without a path")
+    stem = name or datetime.now(timezone.utc).strftime("%Y-%m-%d-%H-%M-%S")
+    try:
+        sess_dir.mkdir(parents=True, exist_ok=True)
+        for number in range(1, 10**6):
+            folder = sess_dir / (stem if number == 1 else f"{stem}-{number}")
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:
+                if name is not None:
+                    raise UsageError(
+                        f"{folder}: exists; choose another --session, or go on with this one by --resume {folder}"
+                    ) from None
+    except OSError as error:
+        raise UsageError(
+            f"{sess_dir}: no session can be made there: {error.strerror}; choose another --sess-dir"
+        ) from None
+    raise UsageError(f"{sess_dir}: holds a million sessions of {stem}")
+
+
+def folder_of(checkpoint: Path) -> Path | None:
+    """The session a checkpoint lies in (the folder above ``checkpoint/``), or None where it lies elsewhere."""
+    inside = checkpoint.resolve().parent
+    return inside.parent if inside.name == "checkpoint" and (inside.parent / "config.yaml").is_file() else None

@@ -1,0 +1,229 @@
+"""Anchor Neighbourhood Discovery from the command line; ``python main.py --help`` lists the options.
+
+Wires options to data, network, memory bank and session, then trains or evaluates. It computes nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import datasets
+import models
+from lib import augment, checkpoint, config, curriculum, device, environment, gallery, protocols, schedule, seeding
+from lib.checkpoint import Checkpoint, TrainingState
+from lib.console import SUMMARY, UsageError, logger, progress, start_logging
+from lib.loader import Loader
+from lib.memory_bank import MemoryBank
+from lib.neighbourhoods import Neighbourhoods
+from lib.options import Options
+from lib.protocols import Evaluator
+from lib.session import Session, create_folder, folder_of
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What both a training and a test run start from."""
+
+    options: Options  # with a seed
+    splits: datasets.Splits
+    transforms: tuple[augment.Transform, augment.Transform]  # for training, for testing
+    device: torch.device
+    network: torch.nn.Module
+    source: Path | None  # of the checkpoint
+    loaded: Checkpoint  # empty without --resume
+
+    def loader(self, split: datasets.ImageSet, *, train: bool) -> Loader:
+        """Batches of a split: shuffled and augmented, or in order and as they are."""
+        return Loader(
+            split.images,
+            self.transforms[0 if train else 1],
+            batch_size=self.options.batch_size,
+            workers=self.options.workers_num,
+            seed=self.options.seed if train else None,
+            pinned=self.device.type == "cuda",
+        )
+
+    def evaluator(self) -> Evaluator | None:
+        """The protocol over the test images, or None where labels are missing."""
+        train, test = self.splits.train, self.splits.test
+        if test is None or test.labels is None or train.labels is None:
+            return None
+        return Evaluator(
+            self.options.protocol,
+            test=self.loader(test, train=False),
+            test_labels=test.labels,
+            train_labels=train.labels,
+            classes=len(train.classes),
+            sigma=self.options.npc_temperature,
+            device=self.device,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 input that cannot be used, 130 interrupted."""
+    try:
+        options = resolve(sys.argv[1:] if argv is None else argv)
+        if options.print_args:
+            print(config.to_yaml(options), end="")
+            return 0
+        start_logging(options.brief)
+        setting = prepare(options)
+        test(setting) if options.test_only else train(setting)
+    except (UsageError, datasets.DataError) as error:
+        print(f"error: {str(error).splitlines()[-1]}", file=sys.stderr)  # a worker's comes behind its traceback
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; --resume with the session's folder goes on after its last whole epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+def resolve(argv: Sequence[str]) -> Options:
+    """The options; a run that goes on without ``--cfgs`` starts from its session's own."""
+    options = config.read_options(argv)
+    if options.resume is None or options.cfgs:
+        return options
+    folder = folder_of(checkpoint.locate(options.resume))
+    return config.read_options(argv, base=folder / "config.yaml") if folder else options
+
+
+def prepare(options: Options) -> Setting:
+    """Checks everything that can be checked before anything is written."""
+    place = device.select(options.gpus)
+    data_source = config.choose(datasets.DATASETS, options.dataset, "--dataset")
+    config.choose(models.NETWORKS, options.network, "--network")
+    source = checkpoint.locate(options.resume) if options.resume else None
+    loaded = checkpoint.load(source) if source else {}
+    splits = load_data(options)
+    seed = options.seed if options.seed is not None else loaded.get("seed", seeding.from_time())
+    options = options.model_copy(update={"seed": seed})
+    colours = options.means or data_source.means, options.stds or data_source.stds
+    transforms = augment.training_transform(options, *colours), augment.test_transform(options, *colours)
+    torch.manual_seed(seeding.seed_for(seed))  # the network's first weights
+    network = device.place(models.build(options.network, low_dim=options.low_dim), options.gpus, place)
+    return Setting(options, splits, transforms, place, network, source, loaded)
+
+
+def load_data(options: Options) -> datasets.Splits:
+    """The splits, with what the user should know about them said once."""
+
+    def bar(items: Iterable[Any], what: str) -> Iterable[Any]:
+        return progress(items, what, "file")
+
+    splits = datasets.load(options.dataset, options.data_root, strict=options.strict_data, progress=bar)
+    for note in splits.notes:
+        logger().info("%s", note)
+    for name, reason in splits.skipped:
+        logger().warning("unreadable, left out: %s: %s", name, reason)
+    if splits.skipped:
+        logger().warning("%d unreadable images were left out; --strict-data refuses them", len(splits.skipped))
+    if splits.train.labels is None:
+        logger().info("the training images have no labels: accuracy and consistency are not computed")
+    elif splits.test is None or splits.test.labels is None:
+        logger().info("there are no labelled test images: accuracy is not computed")
+    return splits
+
+
+def train(setting: Setting) -> None:
+    """Trains in a new session, or goes on in the checkpoint's."""
+    options, splits = setting.options, setting.splits
+    images, labels = splits.train.images, splits.train.labels
+    plan = curriculum.plan(options, schedule.build_schedule(options), samples=len(images))
+    state = build_state(setting)
+    if setting.source:
+        state.restore(setting.loaded, setting.source)
+    evaluator = setting.evaluator()
+    session = open_session(setting, start=(state.round, state.epoch))
+
+    def show(round: int, found: Neighbourhoods) -> None:
+        if path := session.of_round("neighbours", round, found.num_anchors, "png"):
+            gallery.save(path, images, labels, found)
+
+    helpers = curriculum.Helpers(
+        batches=setting.loader(splits.train, train=True),
+        evaluate=evaluator,
+        labels=None if labels is None else torch.from_numpy(labels).to(setting.device),
+        session=session,
+        on_discovery=show,
+        network_name=options.network,
+    )
+    try:
+        describe(setting, session)
+        curriculum.run(state, plan, helpers)
+        logger().info("\n%s", curriculum.summary(state.history, evaluator), extra=SUMMARY)
+        logger().info("session: %s", session.folder or "none", extra=SUMMARY)
+    finally:
+        session.close()
+
+
+def test(setting: Setting) -> None:
+    """Prints the table of a test run; stores nothing."""
+    evaluator = setting.evaluator()
+    if evaluator is None:
+        raise UsageError("--test-only: accuracy needs labelled training and test images, and there are none")
+    if setting.source:
+        checkpoint.load_network(setting.network, setting.loaded, setting.source)
+    else:
+        logger().warning("no --resume: the network has random weights")
+    batches = setting.loader(setting.splits.train, train=False)
+    memory = setting.loaded.get("npc", {}).get("memory")
+    logger().info("%s", protocols.test_table(evaluator, setting.network, batches, memory), extra=SUMMARY)
+
+
+def build_state(setting: Setting) -> TrainingState:
+    """Everything that training changes, as it is before the first step."""
+    options, samples = setting.options, len(setting.splits.train)
+    assert options.seed is not None
+    bank = MemoryBank(
+        samples,
+        options.low_dim,
+        temperature=options.npc_temperature,
+        momentum=options.npc_momentum,
+        seed=seeding.seed_for(options.seed),
+        device=setting.device,
+    )
+    optimizer = schedule.build_optimizer(options, setting.network.parameters())
+    return TrainingState(setting.network, optimizer, bank, Neighbourhoods.none(samples, setting.device), options.seed)
+
+
+def open_session(setting: Setting, start: tuple[int, int]) -> Session:
+    """The session of the checkpoint that training goes on from, or a new one."""
+    options = setting.options
+    if options.debug:
+        return Session(None)
+    folder = folder_of(setting.source) if setting.source and not options.restart else None
+    folder = folder or create_folder(options.sess_dir, options.session)
+    return Session.open(
+        folder, config.to_yaml(options), start=start, log_file=options.log_file, log_tfb=options.log_tfb
+    )
+
+
+def describe(setting: Setting, session: Session) -> None:
+    """The head of the log: what runs, on what, with what."""
+    options, splits = setting.options, setting.splits
+    tests = f", {len(splits.test)} test images" if splits.test else ""
+    classes = f", {len(splits.train.classes)} classes" if splits.train.classes else ""
+    parameters = sum(p.numel() for p in setting.network.parameters())
+    lines = {
+        "session": session.folder or "none (--debug stores nothing)",
+        "versions": ", ".join(f"{name} {number}" for name, number in environment.versions().items()),
+        "commit": environment.commit() or "unknown (not a git checkout)",
+        "device": environment.hardware(setting.device),
+        "data": f"{options.dataset}, {len(splits.train)} training images{tests}{classes}",
+        "network": f"{options.network}, {parameters / 1e6:.2f} M parameters, embedding {options.low_dim}",
+        "seed": options.seed,
+        "going on from": setting.source,
+    }
+    for name, text in lines.items():
+        if text is not None:
+            logger().info("%s: %s", name, text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""Backbones: images (B, 3, H, W) -> unit-length embeddings (B, D)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from models import resnet_small
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "resnet10": resnet_small.resnet10,
+    "resnet18": resnet_small.resnet18,
+    "resnet34": resnet_small.resnet34,
+    "resnet50": resnet_small.resnet50,
+    "resnet101": resnet_small.resnet101,
+    "resnet152": resnet_small.resnet152,
+}
+
+
+def build(name: str, *, low_dim: int) -> nn.Module:
+    """A freshly initialised network of ``NETWORKS``, by its name in any case; KeyError if there is none."""
+    return NETWORKS[name.lower()](low_dim=low_dim)

@@ -1,0 +1,15 @@
+"""The embedding head that every backbone ends in."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Normalize(nn.Module):
+    """Scales each row to unit length: x / max(||x||, 1e-12); a row of zeros stays zero instead of NaN."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, D) -> (B, D)."""
+        return F.normalize(x, dim=1)

@@ -164,9 +164,9 @@ def _validated(values: Mapping[str, Any], origin: Mapping[str, str]) -> Options:
         name, texts = next(iter(problems.items()))
         if not name:  # a check over several options: its message opens with the option's name
             name = texts[0].split(":")[0]
-            raise UsageError(f"{origin.get(name, 'default')}: {texts[0]}") from None
+            raise UsageError(f"{origin.get(name, 'the default of')} {texts[0]}") from None
         meaning = Options.model_fields[name].description
-        raise UsageError(f"{origin[name]}: {name}: {' or '.join(texts)}, got {values[name]!r} ({meaning})") from None
+        raise UsageError(f"{origin[name]} {name}: {' or '.join(texts)}, got {values[name]!r} ({meaning})") from None
 
 
 def read_options(argv: Sequence[str], base: Path | None = None) -> Options:
@@ -194,9 +194,9 @@ def read_options(argv: Sequence[str], base: Path | None = None) -> Options:
             _refuse_unknown(key, str(path), known)
             if key == "cfgs":
                 raise UsageError(f"{path}: cfgs names the option files and belongs on the command line")
-            values[key], origin[key] = value, str(path)
+            values[key], origin[key] = value, f"{path}:"
     for key, value in flags.items():
-        values[key], origin[key] = value, f"command line: {flag(key)}"
+        values[key], origin[key] = value, "command line:"
     return _validated(values, origin)
 
 

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Iterable, Sequence
+from logging.handlers import MemoryHandler
+from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
 
 LOGGER = "and"
+SUMMARY = {"summary": True}
+"""``extra`` of a log record that ``--brief`` shows, too."""
 T = TypeVar("T")
 
 
@@ -50,10 +55,23 @@ def start_logging(brief: bool = False) -> logging.Logger:
     if brief:
         screen.addFilter(lambda r: r.levelno > logging.INFO or getattr(r, "summary", False))
     log.addHandler(screen)
+    log.addHandler(MemoryHandler(sys.maxsize, flushLevel=logging.CRITICAL + 1))  # until there is a file
     return log
 
 
-SUMMARY = {"summary": True}
+def log_to_file(path: Path) -> logging.Handler:
+    """Adds a file to the log, with all that was logged since ``start_logging``; the handler is the caller's."""
+    file = logging.FileHandler(path, encoding="utf-8")
+    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter.converter = time.gmtime
+    file.setFormatter(formatter)
+    for handler in list(logger().handlers):
+        if isinstance(handler, MemoryHandler):
+            handler.setTarget(file)
+            handler.close()
+            logger().removeHandler(handler)
+    logger().addHandler(file)
+    return file
 
 
 def progress(items: Iterable[T], what: str, unit: str = "it", total: int | None = None) -> tqdm[T]:

@@ -21,7 +21,7 @@ from lib import checkpoint, schedule
 from lib.checkpoint import TrainingState
 from lib.console import SUMMARY, UsageError, logger, progress, table
 from lib.criterion import neighbourhood_loss
-from lib.loader import BatchSource
+from lib.loader import Loader
 from lib.neighbourhoods import Neighbourhoods, consistency, discover, num_anchors
 from lib.options import Options
 from lib.protocols import Evaluator
@@ -92,7 +92,7 @@ class Helpers:
         network_name: for the checkpoints.
     """
 
-    batches: BatchSource
+    batches: Loader
     evaluate: Evaluator | None
     labels: torch.Tensor | None
     session: Session
@@ -166,7 +166,7 @@ def run_epoch(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
     save(state, helpers, is_best)
 
 
-def train_epoch(state: TrainingState, plan: Plan, batches: BatchSource) -> float:
+def train_epoch(state: TrainingState, plan: Plan, batches: Loader) -> float:
     """Mean loss over the training images while the network learns from them.
 
     ``iter_size`` batches make one optimiser step on the mean of their losses; so does what is left over at

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Protocol
+
 import torch
 
 from lib.console import progress
-from lib.loader import Loader
+
+
+class Batches(Protocol):
+    """What ``lib/loader.py`` makes of a split."""
+
+    def epoch(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Images (B, 3, h, w) and their sample indices (B,), until every sample has come once."""
+
+    def __len__(self) -> int: ...
 
 
 @torch.no_grad()
-def extract(network: torch.nn.Module, batches: Loader, device: torch.device, what: str) -> torch.Tensor:
+def extract(network: torch.nn.Module, batches: Batches, device: torch.device, what: str) -> torch.Tensor:
     """The network's outputs for every sample, in sample order; batch normalisation in inference mode.
 
     Args:

@@ -5,16 +5,15 @@ Letters: B batch, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lib.augment import Transform
 from lib.seeding import seed_for
 
+Transform = Callable[[np.ndarray], torch.Tensor]
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Images (B, 3, h, w) and their sample indices (B,)."""
 
@@ -39,15 +38,6 @@ class _Transformed(Dataset[Batch]):
     def _one(self, sample: int, seed: int) -> torch.Tensor:
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would queue a seed for every GPU, too
         return self.transform(self.images[sample])
-
-
-class BatchSource(Protocol):
-    """What an epoch needs of its data."""
-
-    def epoch(self, round: int, epoch: int) -> Iterator[Batch]:
-        """Every sample once."""
-
-    def __len__(self) -> int: ...
 
 
 class Loader:

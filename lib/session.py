@@ -14,14 +14,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from lib.console import UsageError, logger
+from lib.console import UsageError, log_to_file, logger
 
 LATEST = "latest.ckpt"
 
@@ -44,18 +43,14 @@ class Session:
         self._start = start
         self._tensorboard = log_tfb and folder is not None
         self._writers: dict[str, SummaryWriter] = {}
-        self._log: logging.FileHandler | None = None
+        self._log: logging.Handler | None = None
         if folder is None:
             return
         for name in ("checkpoint", "neighbours"):
             (folder / name).mkdir(exist_ok=True)
         self._keep_metrics_before(start)
         if log_file:
-            self._log = logging.FileHandler(folder / "log.txt", encoding="utf-8")
-            formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-            formatter.converter = time.gmtime
-            self._log.setFormatter(formatter)
-            logger().addHandler(self._log)
+            self._log = log_to_file(folder / "log.txt")
 
     @classmethod
     def open(cls, folder: Path, options: str, **arguments: Any) -> Session:

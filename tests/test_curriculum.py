@@ -1,0 +1,275 @@
+"""The algorithm, against the same steps written out plainly."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lib import curriculum, schedule
+from lib.checkpoint import TrainingState
+from lib.console import UsageError
+from lib.curriculum import Helpers, Plan
+from lib.memory_bank import MemoryBank
+from lib.neighbourhoods import Neighbourhoods, discover
+from lib.options import Options
+from lib.protocols import Accuracy
+from lib.session import Session
+
+SAMPLES, PIXELS, LOW_DIM = 22, 12, 5
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(PIXELS, LOW_DIM)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.linear(x), dim=1)
+
+
+class Batches:
+    """Five batches of four and one of two, the same ones in every epoch."""
+
+    def __init__(self, size: int = 4) -> None:
+        draw = torch.Generator().manual_seed(5)
+        self.images = torch.randn(SAMPLES, PIXELS, generator=draw)
+        self.parts = torch.randperm(SAMPLES, generator=draw).split(size)
+        self.asked: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def epoch(self, round: int = 0, epoch: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self.asked.append((round, epoch))
+        return iter([(self.images[part], part) for part in self.parts])
+
+
+def state_of(seed: int = 1, lr: float = 0.1) -> TrainingState:
+    torch.manual_seed(seed)
+    network = Net()
+    bank = MemoryBank(SAMPLES, LOW_DIM, temperature=0.1, momentum=0.5, seed=seed, device="cpu")
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9)
+    return TrainingState(network, optimizer, bank, Neighbourhoods.none(SAMPLES), seed)
+
+
+def plan_of(**changes: Any) -> Plan:
+    plan = Plan(
+        rounds=3,
+        epochs=2,
+        select_rate=0.25,
+        size=2,
+        iter_size=1,
+        learning_rate=schedule.fixed(0.1),
+        display_freq=1,
+    )
+    return replace(plan, **changes)
+
+
+def helpers_of(batches: Any = None, **changes: Any) -> Helpers:
+    helpers = Helpers(
+        batches=batches or Batches(),
+        evaluate=None,
+        labels=None,
+        session=Session(None),
+        on_discovery=lambda round, found: None,
+        network_name="net",
+    )
+    return replace(helpers, **changes)
+
+
+def plain_epoch(state: TrainingState, batches: Batches, rate: float) -> float:
+    """An epoch as METHOD tells it: softmax over all rows, sum over the neighbourhood, then the update."""
+    found = state.neighbourhoods
+    losses = []
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    for part in batches.parts:
+        state.optimizer.zero_grad()
+        x = state.network(batches.images[part])
+        p = torch.softmax(x @ state.bank.memory.clone().t() / 0.1, dim=1)
+        each = []
+        for row, sample in enumerate(part.tolist()):
+            inside = [sample]
+            if sample in found.anchors.tolist():
+                inside += found.neighbours[found.anchors.tolist().index(sample)].tolist()
+            each.append(-sum(p[row, j] for j in inside).log())
+        (sum(each) / len(each)).backward()
+        state.optimizer.step()
+        for row, sample in enumerate(part.tolist()):
+            mixed = 0.5 * state.bank.memory[sample] + 0.5 * x[row].detach()
+            state.bank.memory[sample] = mixed / mixed.norm()
+        losses += [loss.item() for loss in each]
+    return sum(losses) / len(losses)
+
+
+def test_an_epoch_is_the_plain_loop_with_and_without_anchors() -> None:
+    ours, plain = state_of(), state_of()
+    plan, batches = plan_of(), Batches()
+    for epoch in range(3):
+        if epoch == 1:
+            found = discover(ours.bank.memory, temperature=0.1, anchors=11, size=2)
+            ours.neighbourhoods = plain.neighbourhoods = found
+        loss = curriculum.train_epoch(ours, plan, batches)
+        assert loss == pytest.approx(plain_epoch(plain, batches, 0.1), rel=1e-5)
+    torch.testing.assert_close(ours.network.linear.weight, plain.network.linear.weight, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours.bank.memory, plain.bank.memory, rtol=1e-4, atol=1e-6)
+
+
+def test_anchors_grow_by_the_select_rate_and_every_round_restarts_schedule_and_best() -> None:
+    told: list[tuple[int, int]] = []
+    rates: list[int] = []
+    given = iter([0.5, 0.4, 0.3, 0.2, 0.1, 0.15])
+
+    def rate(epoch: int) -> float:
+        rates.append(epoch)
+        return 0.1
+
+    batches = Batches()
+    helpers = helpers_of(
+        batches,
+        on_discovery=lambda round, found: told.append((round, found.num_anchors)),
+        evaluate=Judge(lambda: next(given)),
+    )
+    state = state_of()
+    curriculum.run(state, plan_of(learning_rate=rate), helpers)
+    assert told == [(1, int(22 * 0.25)), (2, int(22 * 0.5))]
+    assert rates == [0, 1, 0, 1, 0, 1]
+    assert batches.asked == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [(row["top1"], row["best_top1"]) for row in state.history] == [(0.4, 0.5), (0.2, 0.3), (0.15, 0.15)]
+
+
+class Judge:
+    name = "judge"
+
+    def __init__(self, value: Callable[[], float]) -> None:
+        self.value = value
+
+    def __call__(self, network: torch.nn.Module, features: torch.Tensor) -> Accuracy:
+        return Accuracy(self.value(), 1.0)
+
+
+def test_discovery_reads_the_bank_as_the_round_before_left_it() -> None:
+    seen: list[tuple[torch.Tensor, Neighbourhoods]] = []
+    state = state_of()
+    helpers = helpers_of(on_discovery=lambda round, found: seen.append((state.bank.memory.clone(), found)))
+    curriculum.run(state, plan_of(), helpers)
+    for memory, found in seen:
+        similarity = (memory.double() @ memory.double().t()).fill_diagonal_(-9)
+        for anchor, neighbours in zip(found.anchors.tolist(), found.neighbours.tolist(), strict=True):
+            assert set(neighbours) == set(similarity[anchor].topk(2).indices.tolist())
+
+
+def test_the_consistency_is_the_share_of_equal_labels() -> None:
+    labels = torch.arange(SAMPLES) % 2
+    seen: list[Neighbourhoods] = []
+    helpers = helpers_of(labels=labels, on_discovery=lambda round, found: seen.append(found))
+    curriculum.run(state_of(), plan_of(), helpers)
+    for found in seen:
+        pairs = [(a, n) for a, row in zip(found.anchors, found.neighbours, strict=True) for n in row]
+        assert found.consistency == pytest.approx(sum(int(labels[a] == labels[n]) for a, n in pairs) / len(pairs))
+
+
+def test_two_batches_a_step_are_one_step_on_the_mean_of_both() -> None:
+    """Without momentum in the bank (eta 1) the rows stay, so a step over 2 x 4 images equals one over 8."""
+    ours, plain = state_of(), state_of()
+    ours.bank.momentum = plain.bank.momentum = 1.0
+    for state in (ours, plain):
+        state.bank.memory = F.normalize(state.bank.memory, dim=1)
+    small, large = Batches(4), Batches(8)
+    curriculum.train_epoch(ours, plan_of(iter_size=2), small)
+    # the last group is (4, 2): the mean of two batch means, not of six images, so it is left to the next test
+    for images, part in list(large.epoch())[:2]:
+        plain.optimizer.zero_grad()
+        logits = plain.network(images) @ plain.bank.memory.t() / 0.1
+        F.cross_entropy(logits, part).backward()
+        plain.optimizer.step()
+    plain.optimizer.zero_grad()
+    last = [F.cross_entropy(plain.network(x) @ plain.bank.memory.t() / 0.1, i) for x, i in list(small.epoch())[4:]]
+    (sum(last) / 2).backward()
+    plain.optimizer.step()
+    torch.testing.assert_close(ours.network.linear.weight, plain.network.linear.weight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_group_left_over_at_the_end_still_steps() -> None:
+    steps = 0
+    state = state_of()
+    original = state.optimizer.step
+
+    def counted(*args: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return original(*args)
+
+    state.optimizer.step = counted  # type: ignore[method-assign]
+    curriculum.train_epoch(state, plan_of(iter_size=4), Batches())
+    assert steps == 2  # six batches: four and two
+
+
+def test_training_lowers_the_loss() -> None:
+    state = state_of(lr=0.5)
+    losses = [curriculum.train_epoch(state, plan_of(), Batches()) for _ in range(20)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_a_run_that_stopped_after_any_epoch_goes_on_as_if_it_had_not(stop: int, tmp_path: Path) -> None:
+    whole = state_of()
+    curriculum.run(whole, plan_of(), helpers_of())
+
+    class Stop(Exception):
+        pass
+
+    count = 0
+
+    def stop_after(state: TrainingState, helpers: Helpers, is_best: bool) -> None:
+        nonlocal count, kept
+        count += 1
+        if count == stop:
+            kept = copy.deepcopy(state.checkpoint("net", ""))
+            raise Stop
+
+    kept: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curriculum, "save", stop_after)
+        with pytest.raises(Stop):
+            curriculum.run(state_of(), plan_of(), helpers_of())
+    again = state_of(seed=1)
+    with torch.no_grad():
+        again.network.linear.weight.zero_()
+        again.bank.memory.zero_()
+    again.restore(kept, tmp_path)
+    curriculum.run(again, plan_of(), helpers_of())
+    assert torch.equal(whole.network.linear.weight, again.network.linear.weight)
+    assert torch.equal(whole.bank.memory, again.bank.memory)
+    assert torch.equal(whole.neighbourhoods.anchors, again.neighbourhoods.anchors)
+    times = {"images_per_s", "train_s", "evaluate_s"}
+    for ours, theirs in zip(whole.history, again.history, strict=True):
+        assert {k: v for k, v in ours.items() if k not in times} == {k: v for k, v in theirs.items() if k not in times}
+
+
+def test_the_summary_leaves_out_what_needs_labels() -> None:
+    state = state_of()
+    curriculum.run(state, plan_of(), helpers_of())
+    text = curriculum.summary(state.history, None)
+    assert text.splitlines()[0].split() == ["round", "anchors", "loss"]
+    assert [line.split()[:2] for line in text.splitlines()[2:]] == [["0", "0"], ["1", "5"], ["2", "11"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 23}, ["22 training images", "--batch-size to 22"]),
+        ({"ANs_size": 22, "batch_size": 4}, ["--ANs-size 22", "21 or less"]),
+    ],
+)
+def test_too_few_samples_are_refused_with_the_option_that_mends_it(changes: dict[str, int], words: list[str]) -> None:
+    with pytest.raises(UsageError) as refused:
+        curriculum.plan(Options(**changes), schedule.fixed(0.1), samples=SAMPLES)
+    assert all(word in str(refused.value) for word in words)

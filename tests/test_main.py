@@ -1,0 +1,360 @@
+"""The program as its users run it: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import main
+import models
+from lib import curriculum
+
+ROOT = Path(__file__).parent.parent
+TINY = "--resize 8 --size 8 --scale 0.5 1 --network tiny --low-dim 8 --batch-size 8 --workers-num 0".split()
+SHORT = [*TINY, *"--max-round 3 --max-epoch 2 --ANs-select-rate 0.5 --base-lr 0.01 --seed 3".split()]
+
+
+class Tiny(torch.nn.Module):
+    """A network whose checkpoints take no time to write."""
+
+    def __init__(self, *, low_dim: int) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3)
+        self.bn = torch.nn.BatchNorm2d(4)
+        self.linear = torch.nn.Linear(4, low_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = torch.relu(self.bn(self.conv(x)))
+        return torch.nn.functional.normalize(self.linear(maps.mean(dim=(2, 3))), dim=1)
+
+
+@pytest.fixture(autouse=True)
+def tiny_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.NETWORKS, "tiny", Tiny)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes of 12 training and 4 test images, 8 x 8."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for shade, name in ((40, "dark"), (200, "light")):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                noise = draw.integers(-30, 30, (8, 8, 3))
+                Image.fromarray((shade + noise).astype(np.uint8)).save(folder / f"{number}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def start(photos: Path, tmp_path: Path) -> list[str]:
+    return ["--dataset", "folder", "--data-root", str(photos), "--sess-dir", str(tmp_path / "sessions"), *SHORT]
+
+
+def session_in(folder: Path) -> Path:
+    (found,) = (folder / "sessions").iterdir()
+    return found
+
+
+def metrics_of(session: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (session / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def latest(session: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(session / "checkpoint" / "latest.ckpt", weights_only=True)
+    return content
+
+
+TIMES = {"images_per_s", "train_s", "evaluate_s"}
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one if k not in {*TIMES, "session"})
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def test_a_run_leaves_what_the_readme_says(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(start) == 0
+    session = session_in(tmp_path)
+    names = {str(path.relative_to(session)) for path in session.rglob("*") if path.is_file()}
+    events = {name for name in names if name.startswith("tfboard/")}
+    assert {name.split("/")[1] for name in events} == {"global", "0000-00000", "0001-00012", "0002-00024"}
+    assert names - events == {
+        "config.yaml",
+        "log.txt",
+        "metrics.jsonl",
+        "checkpoint/latest.ckpt",
+        "checkpoint/0000-00000.ckpt",
+        "checkpoint/0001-00012.ckpt",
+        "checkpoint/0002-00024.ckpt",
+        "neighbours/0001-00012.png",
+        "neighbours/0002-00024.png",
+    }
+    assert [(row["round"], row["epoch"], row["anchors"]) for row in metrics_of(session)] == [
+        (0, 0, 0), (0, 1, 0), (1, 0, 12), (1, 1, 12), (2, 0, 24), (2, 1, 24),
+    ]  # fmt: skip
+    screen = capsys.readouterr().out
+    assert sum(" epoch " in line for line in screen.splitlines()) == 6
+    assert screen.count("done:") == 3
+    assert "seed: 3" in screen and f"torch {torch.__version__.split('+')[0]}" in screen and "commit: " in screen
+    assert "\r" not in screen
+    log = (session / "log.txt").read_text(encoding="utf-8")
+    for line in screen.splitlines():
+        assert line in log
+
+
+def test_the_best_checkpoint_of_a_round_is_its_best_epoch(start: list[str], tmp_path: Path) -> None:
+    main.main(start)
+    session = session_in(tmp_path)
+    for file in (session / "checkpoint").glob("0*.ckpt"):
+        kept = torch.load(file, weights_only=True)
+        epochs = [row for row in metrics_of(session) if row["round"] == kept["round"]]
+        best = max(range(len(epochs)), key=lambda i: (epochs[i]["top1"], -i))
+        assert (kept["epoch"], kept["acc"]) == (best + 1, epochs[best]["top1"])
+
+
+def test_the_session_s_config_repeats_the_run(start: list[str], tmp_path: Path) -> None:
+    main.main(start)
+    session = session_in(tmp_path)
+    again = tmp_path / "again"
+    assert main.main(["--cfgs", str(session / "config.yaml"), "--sess-dir", str(again)]) == 0
+    assert same(latest(session), latest(next(again.iterdir())))
+
+
+def test_another_seed_gives_another_run(start: list[str], tmp_path: Path) -> None:
+    main.main([*start, "--session", "one"])
+    main.main([*start, "--session", "two", "--seed", "4"])
+    one, two = (latest(tmp_path / "sessions" / name) for name in ("one", "two"))
+    assert not torch.equal(one["npc"]["memory"], two["npc"]["memory"])
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+def test_an_interrupted_run_goes_on_in_its_session_to_the_same_end(
+    stop: int, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main.main([*start, "--session", "whole"])
+    save, saved = curriculum.save, 0
+
+    def save_and_stop(*arguments: Any) -> None:
+        nonlocal saved
+        save(*arguments)
+        saved += 1
+        if saved == stop:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curriculum, "save", save_and_stop)
+        assert main.main([*start, "--session", "cut"]) == 130
+    assert "--resume" in capsys.readouterr().err
+    cut, whole = tmp_path / "sessions" / "cut", tmp_path / "sessions" / "whole"
+    assert main.main(["--resume", str(cut)]) == 0
+    assert same(latest(whole), latest(cut))
+    assert same(metrics_of(whole), metrics_of(cut))
+    assert [p.name for p in cut.glob("config*")] == ["config.yaml"]
+
+
+def test_going_on_from_an_older_checkpoint_leaves_no_epoch_twice(start: list[str], tmp_path: Path) -> None:
+    main.main(start)
+    session = session_in(tmp_path)
+    before = metrics_of(session)
+    older = torch.load(session / "checkpoint" / "0001-00012.ckpt", weights_only=True)
+    assert main.main(["--resume", str(session / "checkpoint" / "0001-00012.ckpt")]) == 0
+    assert older["round"] == 1
+    assert same(metrics_of(session), before)
+
+
+def test_restart_goes_on_in_a_new_session(start: list[str], tmp_path: Path) -> None:
+    main.main([*start, "--session", "old"])
+    old = tmp_path / "sessions" / "old"
+    before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    first_round = str(old / "checkpoint" / "0000-00000.ckpt")
+    assert main.main(["--resume", first_round, "--restart", "--session", "new"]) == 0
+    assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
+    assert same(latest(old)["npc"], latest(tmp_path / "sessions" / "new")["npc"])
+
+
+def test_options_changed_on_resuming_are_kept_beside_the_former_ones(start: list[str], tmp_path: Path) -> None:
+    main.main(start)
+    session = session_in(tmp_path)
+    assert main.main(["--resume", str(session), "--max-round", "4"]) == 0
+    former, now = (yaml.safe_load((session / name).read_text()) for name in ("config.1.yaml", "config.yaml"))
+    assert (former["max_round"], now["max_round"]) == (3, 4)
+    assert metrics_of(session)[-1]["round"] == 3
+
+
+def test_a_test_run_shows_the_accuracy_of_the_training_run_and_the_recomputed_one(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main.main(start)
+    session = session_in(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main.main(["--resume", str(session), "--test-only"]) == 0
+    screen = capsys.readouterr().out
+    (bank,) = (line for line in screen.splitlines() if line.startswith("memory bank"))
+    assert bank.split()[-2:] == [f"{metrics_of(session)[-1][name]:.2%}" for name in ("top1", "top5")]
+    assert "recomputed with the test transform" in screen
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_test_run_without_a_checkpoint_says_the_weights_are_random(
+    start: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main([*start, "--test-only", "--protocol", "nn"]) == 0
+    assert "random weights" in capsys.readouterr().out
+
+
+def test_debug_stores_nothing(start: list[str], tmp_path: Path) -> None:
+    assert main.main([*start, "--debug"]) == 0
+    assert not (tmp_path / "sessions").exists()
+
+
+def test_brief_shows_only_rounds_and_the_table(start: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main([*start, "--brief"]) == 0
+    screen = capsys.readouterr().out
+    assert " epoch " not in screen.replace("at the last epoch", "") and screen.count("done:") == 3
+
+
+def test_print_args_prints_options_that_cfgs_reads_back(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main([*start, "--print-args"]) == 0
+    text = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(text, encoding="utf-8")
+    main.main(["--cfgs", str(tmp_path / "printed.yaml"), "--print-args"])
+    assert capsys.readouterr().out == text
+    assert yaml.safe_load(text)["low_dim"] == 8
+    assert not (tmp_path / "sessions").exists()
+
+
+def test_images_without_class_folders_train_without_anything_that_needs_labels(
+    photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, file in enumerate(sorted(photos.rglob("train/*/*.png"))):
+        file.rename(flat / f"{number}.png")
+    assert main.main([*start, "--data-root", str(flat)]) == 0
+    session = session_in(tmp_path)
+    assert all(row["top1"] is None and row["consistency"] is None for row in metrics_of(session))
+    screen = capsys.readouterr().out
+    assert screen.count("no labels") == 1 and "top-1" not in screen
+    assert len(list((session / "checkpoint").iterdir())) == 4
+    assert main.main(["--resume", str(session), "--test-only"]) == 2
+
+
+def test_unreadable_images_are_named_counted_and_left_out_or_refused(
+    photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "train" / "dark" / "broken.jpg").write_bytes(b"no image")
+    assert main.main(start) == 0
+    screen = capsys.readouterr().out
+    assert str(Path("train", "dark", "broken.jpg")) in screen and "1 unreadable" in screen
+    assert main.main([*start, "--strict-data"]) == 2
+    assert "broken.jpg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "sgd"])
+def test_every_optimiser_schedule_and_protocol_trains(optimizer: str, start: list[str], tmp_path: Path) -> None:
+    rates = tmp_path / "rates.yaml"
+    rates.write_text("0: 1e-3\n1: 0.0001\n", encoding="utf-8")
+    words = f"--optimizer {optimizer} --lr-policy multistep --lr-schedule {rates} --protocol nn --iter-size 2"
+    assert main.main([*start, *words.split(), "--max-round", "2"]) == 0
+    assert [row["learning_rate"] for row in metrics_of(session_in(tmp_path))] == [1e-3, 1e-4] * 2
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence of a refusal, without its 'error: '."""
+    capsys.readouterr()
+    assert main.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: ") and "Traceback" not in error
+    return error.removeprefix("error: ").strip()
+
+
+BAD_OPTIONS = {
+    "--szie 8": "--size",
+    "--max-epoch ten": "max_epoch",
+    "--batch-size 1": "batch_size",
+    "--npc-temperature 0": "npc_temperature",
+    "--npc-momentum 2": "npc_momentum",
+    "--network resnet19": "resnet18",
+    "--dataset cifar11": "cifar10",
+    "--gpus 99": "--gpus 99",
+    "--cfgs missing.yaml": "missing.yaml",
+    "--data-root nowhere": "nowhere",
+    "--dataset cifar10 --data-root nowhere": "cifar-10-batches-py",
+    "--batch-size 25": "--batch-size to 24",
+    "--ANs-size 24": "--ANs-size",
+    "--resume nothing.ckpt": "nothing.ckpt",
+    "--session ../outside": "../outside",
+    "--restart": "resume",
+    "--lr-policy multistep": "lr_schedule",
+    "--lr-policy multistep --lr-schedule none.yaml": "none.yaml",
+    "stray": "stray",
+}
+
+
+@pytest.mark.parametrize("words", BAD_OPTIONS)
+def test_bad_input_gets_one_sentence_and_writes_nothing(
+    words: str, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert BAD_OPTIONS[words] in refused([*start, *words.split()], capsys)
+    assert not (tmp_path / "sessions").exists()
+
+
+def test_a_place_where_no_session_can_be_written_is_refused(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert "--sess-dir" in refused([*start, "--sess-dir", str(tmp_path / "file" / "sessions")], capsys)
+
+
+def test_a_session_that_exists_is_never_written_over(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main.main([*start, "--session", "mine"])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert "mine" in refused([*start, "--session", "mine"], capsys)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_checkpoints_that_do_not_fit_say_how(
+    start: list[str], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main.main(start)
+    session = session_in(tmp_path)
+    before = {path: path.read_bytes() for path in session.rglob("*") if path.is_file()}
+    resume = ["--resume", str(session)]
+    assert "is of network tiny" in refused([*resume, "--network", "resnet10"], capsys)
+    assert "embedding size 8, not 16" in refused([*resume, "--low-dim", "16"], capsys)
+    (photos / "train" / "dark" / "0.png").unlink()
+    assert "24 samples, not 23" in refused(resume, capsys)
+    assert main.main([*resume, "--test-only"]) == 0  # the network alone does not mind
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes((session / "checkpoint" / "latest.ckpt").read_bytes()[:5000])
+    assert "cut.ckpt" in refused([*start, "--resume", str(cut)], capsys)
+    assert {path: path.read_bytes() for path in session.rglob("*") if path.is_file()} == before
+
+
+def test_the_program_itself_exits_with_2_and_one_line(tmp_path: Path) -> None:
+    words = [sys.executable, str(ROOT / "main.py"), "--cfgs", str(tmp_path / "none.yaml")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

@@ -2,7 +2,7 @@
 
 A checkpoint has the reference's form: ``net``, ``optimizer``, ``ANs_discovery``, ``npc``, ``acc`` (share of
 right answers of this state), ``epoch`` (next to run), ``round``, ``session``; and beside it what going on
-exactly takes: ``best_acc`` of the round so far, ``seed``, ``history`` (a row for each finished round) and
+exactly takes: ``best_acc`` of the round so far, ``seed``, ``history`` (the figures of each round) and
 ``network`` (the backbone's name). It holds tensors and plain containers only and is read as such.
 """
 
@@ -40,7 +40,7 @@ class TrainingState:
         round, epoch: next to run; epoch == the epochs of a round: the round is done.
         acc: accuracy after the last epoch, None without labels.
         best_acc: best of the round so far.
-        history: a row of figures for each finished round.
+        history: the figures of each round's last epoch so far.
     """
 
     network: torch.nn.Module
@@ -88,7 +88,7 @@ class TrainingState:
             check_bank(loaded, tuple(self.bank.memory.shape), where)
             self.bank.load_state_dict(loaded["npc"])
             self.neighbourhoods = Neighbourhoods.from_state_dict(loaded["ANs_discovery"], device)
-            self.optimizer.load_state_dict(loaded["optimizer"])
+            load_optimizer(self.optimizer, loaded["optimizer"], where)
             self.round, self.epoch = int(loaded["round"]), int(loaded["epoch"])
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise UsageError(f"{where}: its parts do not fit together: {_first_line(error)}") from None
@@ -156,6 +156,23 @@ def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> N
             raise UsageError(f"{where}: has embedding size {there[0]}, not {value.shape[0]}; set --low-dim to it")
         raise UsageError(f"{where}: is of another network: {name} is {list(there)} there and {list(value.shape)} here")
     inner.load_state_dict(state)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], where: Path) -> None:
+    """Takes over what the optimiser has gathered (momentum); learning rate, decay and so on stay the options'.
+
+    Raises:
+        UsageError: it is of another kind of optimiser.
+    """
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    kinds = {"nesterov", "betas", "alpha"}  # of SGD, Adam, RMSprop; other keys come and go between versions
+    if any(
+        kinds & mine.keys() != kinds & theirs.keys() for mine, theirs in zip(own, state["param_groups"], strict=True)
+    ):
+        raise UsageError(f"{where}: was trained with another optimiser; set --optimizer to it")
+    optimizer.load_state_dict(state)
+    for group, mine in zip(optimizer.param_groups, own, strict=True):
+        group.update(mine)
 
 
 def check_bank(loaded: Checkpoint, shape: tuple[int, ...], where: Path) -> None:

@@ -102,9 +102,14 @@ class Helpers:
 
 def run(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
     """Trains from where ``state`` is to the end of the last round."""
+    if state.round == plan.rounds - 1 and state.epoch >= plan.epochs:
+        logger().info("all rounds are done; raise --max-round or --max-epoch to go on")
     while state.round < plan.rounds:
         if state.epoch == 0:
             start_round(state, plan, helpers)
+        found = state.neighbourhoods
+        scalars = {"ANs/Number": found.num_anchors, "ANs/Consistency": found.consistency}
+        helpers.session.write_scalars(scalars, state.round)
         while state.epoch < plan.epochs:
             run_epoch(state, plan, helpers)
         finish_round(state, helpers)
@@ -115,24 +120,22 @@ def start_round(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
     """Finds the anchors of the round and their neighbours; the best accuracy starts again."""
     memory, started = state.bank.memory, time.perf_counter()
     state.acc = state.best_acc = None
-    if state.round > 0:
-        anchors = num_anchors(len(memory), plan.select_rate, state.round)
-        found = discover(memory, temperature=state.bank.temperature, anchors=anchors, size=plan.size)
-        if helpers.labels is not None:
-            found = replace(found, consistency=consistency(found.anchors, found.neighbours, helpers.labels))
-        state.neighbourhoods = found
-        helpers.on_discovery(state.round, found)
-        logger().info(
-            "round %d: %d anchors of %d samples%s (discovery took %.1f s)",
-            state.round,
-            found.num_anchors,
-            len(memory),
-            "" if found.consistency is None else f", consistency {found.consistency:.1%}",
-            time.perf_counter() - started,
-        )
-    found = state.neighbourhoods
-    scalars = {"ANs/Number": found.num_anchors, "ANs/Consistency": found.consistency}
-    helpers.session.write_scalars(scalars, state.round)
+    if state.round == 0:
+        return
+    anchors = num_anchors(len(memory), plan.select_rate, state.round)
+    found = discover(memory, temperature=state.bank.temperature, anchors=anchors, size=plan.size)
+    if helpers.labels is not None:
+        found = replace(found, consistency=consistency(found.anchors, found.neighbours, helpers.labels))
+    state.neighbourhoods = found
+    helpers.on_discovery(state.round, found)
+    logger().info(
+        "round %d: %d anchors of %d samples%s (discovery took %.1f s)",
+        state.round,
+        found.num_anchors,
+        len(memory),
+        "" if found.consistency is None else f", consistency {found.consistency:.1%}",
+        time.perf_counter() - started,
+    )
 
 
 def run_epoch(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
@@ -160,8 +163,7 @@ def run_epoch(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
         "evaluate_s": time.perf_counter() - trained,
     }
     state.epoch += 1
-    if state.epoch == plan.epochs:
-        state.history.append(record)
+    state.history = [row for row in state.history if row["round"] < state.round] + [record]
     report_epoch(record, plan, helpers)
     save(state, helpers, is_best)
 
@@ -233,6 +235,8 @@ def save(state: TrainingState, helpers: Helpers, is_best: bool) -> None:
 
 def finish_round(state: TrainingState, helpers: Helpers) -> None:
     """The round's line and its global scalars."""
+    if not state.history:  # a finished round of a checkpoint that tells nothing of it
+        return
     last = state.history[-1]
     helpers.session.write_scalars({"Evaluate/best_acc": state.best_acc}, state.round)
     accuracy = f", top-1 {last['top1']:.2%} at the last epoch, best {last['best_top1']:.2%}" if helpers.evaluate else ""

@@ -79,10 +79,20 @@ class Neighbourhoods:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, torch.Tensor], device: torch.device | str = "cpu") -> Neighbourhoods:
-        """From what ``state_dict`` gave; every size is taken as it comes (the reference refuses its own)."""
+        """From what ``state_dict`` gave; every size is taken as it comes (the reference refuses its own).
+
+        Raises:
+            ValueError: the parts contradict each other.
+        """
         consistency = float(state["consistency"])
         names = ("anchor_indexes", "instance_indexes", "position", "neighbours", "entropy")
         anchors, instances, position, neighbours, entropy = (state[name].to(device) for name in names)
+        samples = len(position)
+        indices = torch.cat([anchors, instances, neighbours.flatten()])
+        if len(anchors) + len(instances) != samples or len(neighbours) != len(anchors) or len(entropy) != samples:
+            raise ValueError("the anchors, instance samples and neighbours are not of one size")
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < samples:
+            raise ValueError("the anchors or neighbours name samples that do not exist")
         known = None if math.isnan(consistency) else consistency
         return cls(anchors, instances, position, neighbours, entropy, known)
 

@@ -113,8 +113,8 @@ def prepare(options: Options) -> Setting:
 def load_data(options: Options) -> datasets.Splits:
     """The splits, with what the user should know about them said once."""
 
-    def bar(items: Iterable[Any], what: str) -> Iterable[Any]:
-        return progress(items, what, "file")
+    def bar(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+        return progress(items, what, "file", total)
 
     splits = datasets.load(options.dataset, options.data_root, strict=options.strict_data, progress=bar)
     for note in splits.notes:

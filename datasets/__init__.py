@@ -33,7 +33,7 @@ DATASETS = {
 
 
 def load(
-    name: str, root: Path | None, *, strict: bool = False, progress: Progress = lambda items, what: items
+    name: str, root: Path | None, *, strict: bool = False, progress: Progress = lambda items, what, total: items
 ) -> Splits:
     """The splits of a data set.
 

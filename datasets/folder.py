@@ -159,4 +159,4 @@ def _in_threads(work: Callable[[Path], Any], paths: Sequence[Path], what: str, p
             return error
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
-        return list(progress(pool.map(attempt, paths), what))
+        return list(progress(pool.map(attempt, paths), what, len(paths)))

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
-"""Shows how far an iteration has come; takes the items and what is being done."""
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
+"""Shows how far an iteration has come; takes the items, what is being done, and how many they are."""
 
 
 class DataError(Exception):

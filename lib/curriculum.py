@@ -180,7 +180,8 @@ def train_epoch(state: TrainingState, plan: Plan, batches: Loader) -> float:
     state.optimizer.zero_grad(set_to_none=True)
     total, seen = torch.zeros((), device=device), 0
     steps = len(batches)
-    bar = progress(batches.epoch(state.round, state.epoch), f"round {state.round} epoch {state.epoch}", "batch", steps)
+    where = f"round {state.round}/{plan.rounds - 1} epoch {state.epoch + 1}/{plan.epochs}"
+    bar = progress(batches.epoch(state.round, state.epoch), where, "batch", steps)
     for number, (images, index) in enumerate(bar):
         images, index = images.to(device, non_blocking=True), index.to(device, non_blocking=True)
         embeddings = state.network(images)  # (B, D)

@@ -24,7 +24,7 @@ from lib.criterion import neighbourhood_loss
 from lib.loader import Loader
 from lib.neighbourhoods import Neighbourhoods, consistency, discover, num_anchors
 from lib.options import Options
-from lib.protocols import Evaluator
+from lib.protocols import Accuracy, Evaluator
 from lib.seeding import seed_for
 from lib.session import Session
 
@@ -164,7 +164,7 @@ def run_epoch(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
     }
     state.epoch += 1
     state.history = [row for row in state.history if row["round"] < state.round] + [record]
-    report_epoch(record, plan, helpers)
+    report_epoch(record, accuracy, plan, helpers)
     save(state, helpers, is_best)
 
 
@@ -200,14 +200,11 @@ def train_epoch(state: TrainingState, plan: Plan, batches: Loader) -> float:
     return total.item() / seen
 
 
-def report_epoch(record: dict[str, Any], plan: Plan, helpers: Helpers) -> None:
+def report_epoch(record: dict[str, Any], accuracy: Accuracy | None, plan: Plan, helpers: Helpers) -> None:
     """The epoch's line, its record in metrics.jsonl and its TensorBoard scalars."""
-    accuracy = ""
-    if helpers.evaluate:
-        accuracy = (
-            f"  {helpers.evaluate.name} top-1 {record['top1']:.2%} (best {record['best_top1']:.2%}) "
-            f"top-5 {record['top5']:.2%}"
-        )
+    judged = ""
+    if helpers.evaluate and accuracy:
+        judged = f"  {helpers.evaluate.name} {accuracy} (best top-1 {record['best_top1']:.2%})"
     logger().info(
         "round %d/%d epoch %d/%d  loss %.4f  lr %.4g  %.0f images/s%s",
         record["round"],
@@ -217,7 +214,7 @@ def report_epoch(record: dict[str, Any], plan: Plan, helpers: Helpers) -> None:
         record["loss"],
         record["learning_rate"],
         record["images_per_s"],
-        accuracy,
+        judged,
     )
     helpers.session.write_metrics(record)
     tags = {"Train/Loss": "loss", "Train/Learning_Rate": "learning_rate", "Evaluate/Rank-1": "top1"}

@@ -21,10 +21,16 @@ K = 200
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of right answers among the test images; ``top5`` counts the five best classes."""
+    """Shares of right answers among the test images.
+
+    ``top5`` counts the five best classes; None for the nearest neighbour, which names one class alone.
+    """
 
     top1: float
-    top5: float
+    top5: float | None
+
+    def __str__(self) -> str:
+        return f"top-1 {self.top1:.2%}" + ("" if self.top5 is None else f" top-5 {self.top5:.2%}")
 
 
 class Evaluator:
@@ -66,8 +72,8 @@ class Evaluator:
             self._constants = {"classes": classes, "k": voters, "sigma": sigma}
             if voters < K:
                 logger().info("kNN: K = %d of the paper is cut to the %d training samples there are", K, voters)
-        if classes < 5:
-            logger().info("top-5 accuracy counts all %d classes, so it is 100 %% by construction", classes)
+            if classes < 5:
+                logger().info("kNN: top-5 counts all of the %d classes, so it is 100 %% by construction", classes)
 
     def __call__(self, network: torch.nn.Module, train_features: torch.Tensor) -> Accuracy:
         """Accuracy of the test images.
@@ -78,8 +84,8 @@ class Evaluator:
         """
         queries = features.extract(network, self._test, self.device, "test features")
         scores = self._scores(queries, train_features, self._train_labels, **self._constants)
-        top1, top5 = (knn.top_k_accuracy(scores, self._test_labels, k) for k in (1, 5))
-        return Accuracy(top1, top5)
+        top5 = None if self._scores is knn.nearest_neighbour else knn.top_k_accuracy(scores, self._test_labels, 5)
+        return Accuracy(knn.top_k_accuracy(scores, self._test_labels, 1), top5)
 
 
 def test_table(evaluator: Evaluator, network: torch.nn.Module, train: Loader, memory: torch.Tensor | None) -> str:
@@ -98,5 +104,5 @@ def test_table(evaluator: Evaluator, network: torch.nn.Module, train: Loader, me
     rows = [("recomputed with the test transform", evaluator(network, recomputed))]
     if memory is not None and memory.shape == recomputed.shape:
         rows.append(("memory bank of the checkpoint", evaluator(network, memory.to(evaluator.device))))
-    cells = [[name, f"{result.top1:.2%}", f"{result.top5:.2%}"] for name, result in rows]
+    cells = [[name, f"{got.top1:.2%}", "-" if got.top5 is None else f"{got.top5:.2%}"] for name, got in rows]
     return f"{evaluator.name}\n{table(['training features', 'top-1', 'top-5'], cells)}"

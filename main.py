@@ -23,6 +23,7 @@ from lib.memory_bank import MemoryBank
 from lib.neighbourhoods import Neighbourhoods
 from lib.options import Options
 from lib.protocols import Evaluator
+from lib.seeding import Stream
 from lib.session import Session, create_folder, folder_of
 
 
@@ -105,7 +106,7 @@ def prepare(options: Options) -> Setting:
     options = options.model_copy(update={"seed": seed})
     colours = options.means or data_source.means, options.stds or data_source.stds
     transforms = augment.training_transform(options, *colours), augment.test_transform(options, *colours)
-    torch.manual_seed(seeding.seed_for(seed))  # the network's first weights
+    torch.manual_seed(seeding.seed_for(seed, Stream.WEIGHTS))  # the network's first weights
     network = device.place(models.build(options.network, low_dim=options.low_dim), options.gpus, place)
     return Setting(options, splits, transforms, place, network, source, loaded)
 
@@ -185,7 +186,7 @@ def build_state(setting: Setting) -> TrainingState:
         options.low_dim,
         temperature=options.npc_temperature,
         momentum=options.npc_momentum,
-        seed=seeding.seed_for(options.seed),
+        seed=seeding.seed_for(options.seed, Stream.MEMORY),
         device=setting.device,
     )
     optimizer = schedule.build_optimizer(options, setting.network.parameters())

@@ -27,7 +27,7 @@ class Source:
 DATASETS = {
     "cifar10": Source(cifar.cifar10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": Source(cifar.cifar100, (0.5071, 0.4866, 0.4409), (0.2009, 0.1984, 0.2023)),
-    "digits": Source(digits.load, (0.3054, 0.3054, 0.3054), (0.3761, 0.3761, 0.3761)),
+    "digits": Source(digits.load, (0.3054, 0.3054, 0.3054), (0.3760, 0.3760, 0.3760)),
     "folder": Source(folder.load, IMAGENET_MEANS, IMAGENET_STDS),
 }
 

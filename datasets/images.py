@@ -120,4 +120,6 @@ def _rgb(image: Image.Image) -> Image.Image:
         raise UnreadableImageError("floating-point pixels have no fixed range")
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info:  # of a palette: Pillow asks for this step in between
+        image = image.convert("RGBA")
     return image.convert("RGB")

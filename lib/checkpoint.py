@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,17 +82,21 @@ class TrainingState:
                 f"{where}: lacks {', '.join(lacking)}, which training needs; only --test-only does without"
             )
         load_network(self.network, loaded, where)
-        device = self.bank.memory.device
         try:
-            check_bank(loaded, tuple(self.bank.memory.shape), where)
-            self.bank.load_state_dict(loaded["npc"])
-            self.neighbourhoods = Neighbourhoods.from_state_dict(loaded["ANs_discovery"], device)
+            load_bank(self.bank, loaded["npc"], where)
+            found = Neighbourhoods.from_state_dict(loaded["ANs_discovery"], self.bank.memory.device)
+            if len(found.position) != len(self.bank.memory):
+                raise ValueError("the memory bank and the neighbourhoods are of different samples")
             load_optimizer(self.optimizer, loaded["optimizer"], where)
+            self.neighbourhoods = found
             self.round, self.epoch = int(loaded["round"]), int(loaded["epoch"])
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            if self.round < 0 or self.epoch < 0:
+                raise ValueError("the round or the epoch is negative")
+            self.acc, best = (None if loaded.get(key) is None else float(loaded[key]) for key in ("acc", "best_acc"))
+            self.best_acc = self.acc if best is None else best
+            self.history = [dict(row) for row in loaded.get("history", [])]
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError, OverflowError) as error:
             raise UsageError(f"{where}: its parts do not fit together: {_first_line(error)}") from None
-        self.acc, self.best_acc = loaded.get("acc"), loaded.get("best_acc", loaded.get("acc"))
-        self.history = list(loaded.get("history", []))
 
 
 def save(content: Checkpoint, path: Path) -> None:
@@ -122,13 +125,14 @@ def load(path: Path) -> Checkpoint:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        what = "holds more than tensors and plain containers" if "WeightsUnpickler" in str(error) else "is damaged"
-        raise UsageError(f"{path}: {what}, and is not opened: {_first_line(error)}") from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        damaged = zipfile.is_zipfile(path) or path.read_bytes()[:2] == b"PK"
-        what = "is damaged or cut short" if damaged else "is no PyTorch checkpoint"
-        raise UsageError(f"{path}: {what} ({_first_line(error)}); choose another checkpoint") from None
+    except Exception as error:  # damaged files make the reader raise nearly anything
+        if isinstance(error, OSError) and error.strerror:
+            what = f"cannot be read: {error.strerror}"
+        elif isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            what = "holds more than tensors and plain containers, which could run code, and was not opened"
+        else:
+            what = "is damaged, cut short, or no PyTorch checkpoint"
+        raise UsageError(f"{path}: {what}; choose another checkpoint") from None
     if not isinstance(content, dict) or not isinstance(content.get("net"), dict):
         raise UsageError(f"{path}: is not a checkpoint of this program: it holds no 'net'")
     return content
@@ -141,6 +145,8 @@ def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> N
         UsageError: it is of another network or embedding size; says which.
     """
     inner = network.module if isinstance(network, torch.nn.DataParallel) else network
+    if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded["net"].items()):
+        raise UsageError(f"{where}: its 'net' holds more than tensors by name; choose another checkpoint")
     state = {name.removeprefix("module."): value for name, value in loaded["net"].items()}
     own = inner.state_dict()
     if state.keys() != own.keys():
@@ -149,7 +155,7 @@ def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> N
         side = "which the checkpoint lacks" if first in own else "which only the checkpoint has"
         raise UsageError(f"{where}: is of {name}, not of the one chosen by --network (they differ in {first}, {side})")
     for name, value in own.items():
-        there = tuple(getattr(state[name], "shape", ()))
+        there = tuple(state[name].shape)
         if there == tuple(value.shape):
             continue
         if name == "linear.weight" and len(there) == 2 and there[1] == value.shape[1]:
@@ -171,19 +177,25 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], wher
     ):
         raise UsageError(f"{where}: was trained with another optimiser; set --optimizer to it")
     optimizer.load_state_dict(state)
+    for parameter, gathered in optimizer.state.items():
+        if any(value.dim() and value.shape != parameter.shape for value in gathered.values() if torch.is_tensor(value)):
+            raise ValueError("the optimiser's state is of parameters of other sizes")
     for group, mine in zip(optimizer.param_groups, own, strict=True):
         group.update(mine)
 
 
-def check_bank(loaded: Checkpoint, shape: tuple[int, ...], where: Path) -> None:
-    """Raises UsageError where the memory bank is of another number of samples or embedding size."""
-    there = tuple(loaded["npc"]["memory"].shape)
-    if there[:1] != shape[:1]:
+def load_bank(bank: MemoryBank, state: dict[str, torch.Tensor], where: Path) -> None:
+    """Takes over the rows; UsageError where they are of another number of samples or embedding size."""
+    memory, (samples, low_dim) = state["memory"], bank.memory.shape
+    if memory.dim() == 2 and len(memory) != samples:
         raise UsageError(
-            f"{where}: was trained on {there[0]} samples, not {shape[0]}; choose the data it was trained on"
+            f"{where}: was trained on {len(memory)} samples, not {samples}; choose the data it was trained on"
         )
-    if there != shape:
-        raise UsageError(f"{where}: its memory bank has embedding size {there[1]}, not {shape[1]}; set --low-dim to it")
+    if memory.dim() == 2 and memory.shape[1] != low_dim:
+        raise UsageError(
+            f"{where}: its memory bank has embedding size {memory.shape[1]}, not {low_dim}; set --low-dim to it"
+        )
+    bank.load_state_dict(state)
 
 
 def _first_line(error: Exception) -> str:

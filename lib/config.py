@@ -9,7 +9,7 @@ import argparse
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -107,8 +107,12 @@ def _metavar(annotation: Any, kinds: set[Any]) -> str:
     return "NAME"
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping of option names to values, as plain containers.
+def read_yaml(path: Path, lines: str = "option: value") -> dict[Any, Any]:
+    """A YAML file that holds a mapping, by default of option names to values, as plain containers.
+
+    Args:
+        path: the file.
+        lines: what its lines should look like, for the message.
 
     Raises:
         UsageError: the file is missing, unreadable, empty, or not such a mapping.
@@ -116,29 +120,37 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such file; pass option files that exist to --cfgs") from None
+        raise UsageError(f"{path}: no such file; name one that exists, with lines '{lines}'") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UsageError(f"{path}: cannot be read as an option file: {reason}") from None
+        raise UsageError(f"{path}: cannot be read: {reason}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or "not plain data"
         raise UsageError(f"{path}{where}: not valid YAML: {what}") from None
     if content is None:
-        raise UsageError(f"{path}: the file is empty; it should hold lines 'option: value'")
+        raise UsageError(f"{path}: the file is empty; it should hold lines '{lines}'")
     if not isinstance(content, dict):
-        raise UsageError(f"{path}: should be a mapping with lines 'option: value', not a {type(content).__name__}")
+        raise UsageError(f"{path}: should be a mapping with lines '{lines}', not a {type(content).__name__}")
     return content
 
 
-def _refuse_unknown(key: object, where: str, known: Sequence[str], spell: typing.Callable[[str], str] = str) -> None:
-    if key in known:
-        return
-    lowered = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(str(key).lower().replace("-", "_"), lowered, n=1, cutoff=0.5)
+def _shown(value: object) -> str:
+    """A value in a message: on one line, and not the whole of a long one."""
+    try:
+        text = " ".join(repr(value).split())
+    except (ValueError, RecursionError):  # Python spells no number of more than 4,300 digits
+        return f"a very large {type(value).__name__}"
+    return text if len(text) <= 80 else text[:80] + "..."
+
+
+def _unknown(key: object, where: str, spell: Callable[[str], str] = str) -> UsageError:
+    lowered = {name.lower(): name for name in Options.model_fields}
+    word = _shown(key).strip("'\"")
+    near = difflib.get_close_matches(word.lower().strip("-").replace("-", "_"), lowered, n=1, cutoff=0.5)
     hint = f"; the nearest known one is {spell(lowered[near[0]])}" if near else "; --help lists the options"
-    raise UsageError(f"{where}: unknown option {spell(str(key))}{hint}")
+    return UsageError(f"{where}: unknown option {word}{hint}")
 
 
 def choose(known: Mapping[str, T], name: str, option: str) -> T:
@@ -166,7 +178,8 @@ def _validated(values: Mapping[str, Any], origin: Mapping[str, str]) -> Options:
             name = texts[0].split(":")[0]
             raise UsageError(f"{origin.get(name, 'the default of')} {texts[0]}") from None
         meaning = Options.model_fields[name].description
-        raise UsageError(f"{origin[name]} {name}: {' or '.join(texts)}, got {values[name]!r} ({meaning})") from None
+        got = _shown(values[name])
+        raise UsageError(f"{origin[name]} {name}: {' or '.join(texts)}, got {got} ({meaning})") from None
 
 
 def read_options(argv: Sequence[str], base: Path | None = None) -> Options:
@@ -180,18 +193,18 @@ def read_options(argv: Sequence[str], base: Path | None = None) -> Options:
         UsageError: an unknown option, or a value of the wrong type or range; names the file or flag.
         SystemExit: ``--help`` was asked for.
     """
-    known = list(Options.model_fields)
     arguments, rest = parser().parse_known_args(argv)
     for word in rest:
         if word.startswith("--"):
-            _refuse_unknown(word[2:].split("=")[0].replace("-", "_"), "command line", known, flag)
-        raise UsageError(f"command line: {word!r} belongs to no option; --help lists the options")
+            raise _unknown(word.split("=")[0], "command line", flag)
+        raise UsageError(f"command line: {_shown(word)} belongs to no option; --help lists the options")
     flags = vars(arguments)
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for path in [*([base] if base else []), *map(Path, flags.get("cfgs", ()))]:
         for key, value in read_yaml(path).items():
-            _refuse_unknown(key, str(path), known)
+            if key not in Options.model_fields:
+                raise _unknown(key, str(path))
             if key == "cfgs":
                 raise UsageError(f"{path}: cfgs names the option files and belongs on the command line")
             values[key], origin[key] = value, f"{path}:"

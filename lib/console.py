@@ -30,7 +30,9 @@ class _BarAwareHandler(logging.Handler):
     """Writes records through tqdm, so that a line never lands in the middle of a bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        text = self.format(record).encode(encoding, "backslashreplace").decode(encoding)  # file names may be any bytes
+        tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -61,7 +63,7 @@ def start_logging(brief: bool = False) -> logging.Logger:
 
 def log_to_file(path: Path) -> logging.Handler:
     """Adds a file to the log, with all that was logged since ``start_logging``; the handler is the caller's."""
-    file = logging.FileHandler(path, encoding="utf-8")
+    file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
     file.setFormatter(formatter)

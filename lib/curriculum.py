@@ -25,7 +25,7 @@ from lib.loader import Loader
 from lib.neighbourhoods import Neighbourhoods, consistency, discover, num_anchors
 from lib.options import Options
 from lib.protocols import Accuracy, Evaluator
-from lib.seeding import seed_for
+from lib.seeding import Stream, seed_for
 from lib.session import Session
 
 
@@ -175,7 +175,7 @@ def train_epoch(state: TrainingState, plan: Plan, batches: Loader) -> float:
     the end. The memory bank is updated after each batch's backward pass, which needs it as it was.
     """
     device = state.bank.memory.device
-    torch.manual_seed(seed_for(state.seed, state.round, state.epoch))  # dropout, where a network has it
+    torch.manual_seed(seed_for(state.seed, Stream.STEPS, state.round, state.epoch))  # dropout, where a network has it
     state.network.train()
     state.optimizer.zero_grad(set_to_none=True)
     total, seen = torch.zeros((), device=device), 0
@@ -254,8 +254,8 @@ def summary(history: list[dict[str, Any]], evaluate: Evaluator | None) -> str:
         ("top-1 best", "best_top1", ".2%"),
         ("top-5 last", "top5", ".2%"),
     ]
-    shown = [c for c in columns if any(row[c[1]] is not None for row in history)]
-    rows = [["-" if row[key] is None else format(row[key], form) for _, key, form in shown] for row in history]
+    shown = [c for c in columns if any(row.get(c[1]) is not None for row in history)]
+    rows = [["-" if row.get(key) is None else format(row[key], form) for _, key, form in shown] for row in history]
     text = table([title for title, _, _ in shown], rows)
     if evaluate:
         text += f"\ntop-1, top-5: {evaluate.name} against the memory bank; best: chosen by the test labels"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lib.seeding import seed_for
+from lib.seeding import Stream, seed_for
 
 Transform = Callable[[np.ndarray], torch.Tensor]
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -73,6 +73,7 @@ class Loader:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=pinned,
+            generator=torch.Generator(),  # its own: it draws a seed for its workers, which nothing here uses
         )
 
     def __len__(self) -> int:
@@ -84,7 +85,7 @@ class Loader:
         if self.seed is None:
             plan = torch.stack([torch.arange(self.samples), torch.zeros(self.samples, dtype=torch.long)], dim=1)
         else:
-            draw = torch.Generator().manual_seed(seed_for(self.seed, round, epoch))
+            draw = torch.Generator().manual_seed(seed_for(self.seed, Stream.BATCHES, round, epoch))
             seeds = torch.randint(2**63 - 1, (self.samples,), generator=draw)
             plan = torch.stack([torch.randperm(self.samples, generator=draw), seeds], dim=1)  # (N, 2)
         self._order[:] = [plan[start:stop].numpy() for start, stop in self._bounds()]

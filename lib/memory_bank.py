@@ -64,5 +64,11 @@ class MemoryBank:
         return {"params": torch.tensor([self.temperature, self.momentum]), "memory": self.memory}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes over ``memory`` (N, D); temperature and momentum stay what the options say."""
+        """Takes over ``memory`` (N, D); temperature and momentum stay what the options say.
+
+        Raises:
+            ValueError: the rows are of another number or size.
+        """
+        if state["memory"].shape != self.memory.shape:
+            raise ValueError(f"the memory is {list(state['memory'].shape)}, and should be {list(self.memory.shape)}")
         self.memory.copy_(state["memory"])

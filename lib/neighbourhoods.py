@@ -88,11 +88,20 @@ class Neighbourhoods:
         names = ("anchor_indexes", "instance_indexes", "position", "neighbours", "entropy")
         anchors, instances, position, neighbours, entropy = (state[name].to(device) for name in names)
         samples = len(position)
-        indices = torch.cat([anchors, instances, neighbours.flatten()])
+        if neighbours.dim() != 2 or any(
+            table.dtype != torch.long for table in (anchors, instances, position, neighbours)
+        ):
+            raise ValueError("the anchors, instance samples, positions or neighbours are no indices")
         if len(anchors) + len(instances) != samples or len(neighbours) != len(anchors) or len(entropy) != samples:
             raise ValueError("the anchors, instance samples and neighbours are not of one size")
-        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < samples:
-            raise ValueError("the anchors or neighbours name samples that do not exist")
+        if neighbours.numel() and not 0 <= int(neighbours.min()) <= int(neighbours.max()) < samples:
+            raise ValueError("the neighbours name samples that do not exist")
+        everyone = torch.arange(samples, device=position.device)
+        in_place = torch.cat([anchors, instances.flip(0)])  # place j, or -j-1 from the end, holds its sample
+        if not (-len(instances) <= int(position.min()) <= int(position.max()) < len(anchors)) or not torch.equal(
+            in_place[position], everyone
+        ):
+            raise ValueError("the position table does not lead to the anchors and instance samples")
         known = None if math.isnan(consistency) else consistency
         return cls(anchors, instances, position, neighbours, entropy, known)
 

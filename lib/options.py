@@ -8,6 +8,7 @@ strings they are read as literals, never evaluated.
 from __future__ import annotations
 
 import ast
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,17 +19,25 @@ def _literal(value: Any) -> Any:
     """A string that spells a Python literal becomes it: '(32, 32)', '5e-4' (a string in YAML 1.1), 'None'."""
     if isinstance(value, str):
         try:
-            return ast.literal_eval(value.strip())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python's parser, on what only begins like a number
+                return ast.literal_eval(value.strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            return None if value.strip().lower() in ("", "null") else value
+            return _unset(value)
     if isinstance(value, list) and all(isinstance(v, str) for v in value):  # --size 32 32
         return tuple(_literal(v) for v in value) if len(value) > 1 else _literal(value[0]) if value else ()
     return value
 
 
+def _unset(value: Any) -> Any:
+    """'' and the words for nothing are None."""
+    return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null") else value
+
+
 def _number(value: Any) -> Any:
+    """A literal in which true and false, which Python takes for 1 and 0, are no numbers."""
     value = _literal(value)
-    if isinstance(value, bool):
+    if any(isinstance(part, bool) for part in (value if isinstance(value, (list, tuple)) else [value])):
         raise ValueError("should be a number, not true or false")
     return value
 
@@ -64,13 +73,14 @@ Size = Annotated[int | tuple[int, int], BeforeValidator(_size)]
 Positive = Annotated[float, Field(gt=0)]
 Strength = Annotated[float, Field(ge=0)]
 Hue = Annotated[float, Field(ge=0, le=0.5)]
-Pair = Annotated[tuple[Positive, Positive] | None, BeforeValidator(_literal)]
-Jitter = Annotated[tuple[Strength, Strength, Strength, Hue] | None, BeforeValidator(_literal)]
-Means = Annotated[tuple[float, float, float] | None, BeforeValidator(_literal)]
-Deviations = Annotated[tuple[Positive, Positive, Positive] | None, BeforeValidator(_literal)]
+Pair = Annotated[tuple[Positive, Positive] | None, BeforeValidator(_number)]
+Jitter = Annotated[tuple[Strength, Strength, Strength, Hue] | None, BeforeValidator(_number)]
+Means = Annotated[tuple[float, float, float] | None, BeforeValidator(_number)]
+Deviations = Annotated[tuple[Positive, Positive, Positive] | None, BeforeValidator(_number)]
 Seed = Annotated[Annotated[int, Field(ge=0, lt=2**63)] | None, BeforeValidator(_number)]
 Gpus = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_gpus)]
 Name = Annotated[str, BeforeValidator(_lower)]
+OptionalPath = Annotated[Path | None, BeforeValidator(_unset)]
 
 
 def _option(default: Any, group: str, meaning: str, *, this_run: bool = False, **limits: Any) -> Any:
@@ -91,7 +101,9 @@ class Options(BaseModel):
     )
 
     dataset: Name = _option("cifar10", "data", "data set by name")
-    data_root: Path | None = _option(None, "data", "folder the data set lies in; the digits are embedded and need none")
+    data_root: OptionalPath = _option(
+        None, "data", "folder the data set lies in; the digits are embedded and need none"
+    )
     strict_data: Switch = _option(False, "data", "refuse a folder with unreadable images instead of skipping them")
     batch_size: Integer = _option(128, "data", "images in a batch; batch normalisation needs two", ge=2)
     workers_num: Integer = _option(4, "data", "processes that prepare images; 0: the training process itself", ge=0)
@@ -101,7 +113,7 @@ class Options(BaseModel):
     scale: Pair = _option(
         None, "transforms", "area share of random resized crops; not set: resize, then a random crop of the size"
     )
-    ratio: Annotated[tuple[Positive, Positive], BeforeValidator(_literal)] = _option(
+    ratio: Annotated[tuple[Positive, Positive], BeforeValidator(_number)] = _option(
         (3 / 4, 4 / 3), "transforms", "aspect ratios of random resized crops"
     )
     colorjitter: Jitter = _option(
@@ -153,7 +165,7 @@ class Options(BaseModel):
     lr_decay_offset: Integer = _option(80, "schedule", "step: epoch from which the drops are counted", ge=0)
     lr_decay_step: Integer = _option(40, "schedule", "step: epochs between drops", ge=1)
     lr_decay_rate: Number = _option(0.1, "schedule", "step: factor of a drop", gt=0)
-    lr_schedule: Path | None = _option(
+    lr_schedule: OptionalPath = _option(
         None, "schedule", "multistep: file with a line 'epoch: learning rate' for each change, epoch 0 first"
     )
 
@@ -161,9 +173,11 @@ class Options(BaseModel):
         "knn", "evaluation", "knn: weighted kNN, K = 200; nn: the nearest neighbour"
     )
 
-    session: str | None = _option(None, "session", "name of the session's folder; not set: the UTC time", this_run=True)
+    session: Annotated[str | None, BeforeValidator(_unset)] = _option(
+        None, "session", "name of the session's folder; not set: the UTC time", this_run=True
+    )
     sess_dir: Path = _option(Path("sessions"), "session", "folder that holds the sessions")
-    resume: Path | None = _option(
+    resume: OptionalPath = _option(
         None,
         "session",
         "checkpoint, or a session's folder for its latest, to go on from; without --cfgs the session's options hold",
@@ -185,7 +199,7 @@ class Options(BaseModel):
                 raise ValueError(f"{name}: the smaller number should come first (got {pair})")
         if self.scale is not None and self.scale[1] > 1:
             raise ValueError(f"scale: a crop cannot be larger than the image (got {self.scale})")
-        if min(_pair(self.resize)) < max(_pair(self.size)):
+        if any(large < small for large, small in zip(_pair(self.resize), _pair(self.size), strict=True)):
             raise ValueError(
                 f"resize: {self.resize} is smaller than size: {self.size}, so no crop of that size fits; "
                 "set both, for instance --resize 32 --size 32"

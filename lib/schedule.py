@@ -50,7 +50,7 @@ def read_rates(path: Path) -> dict[int, float]:
     """
     entry = TypeAdapter(dict[Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0, allow_inf_nan=False)]])
     try:
-        rates = entry.validate_python(read_yaml(path))
+        rates = entry.validate_python(read_yaml(path, "epoch: learning rate"))
     except ValidationError as failure:
         error = failure.errors()[0]
         raise UsageError(

@@ -7,13 +7,28 @@ the next: a run that goes on from a checkpoint draws what the unbroken run would
 from __future__ import annotations
 
 import time
+from enum import IntEnum
 
 import numpy as np
 
 
+class Stream(IntEnum):
+    """What random numbers are drawn for; no two share theirs."""
+
+    WEIGHTS = 0  # the network's first ones
+    MEMORY = 1  # the bank's noise
+    BATCHES = 2  # an epoch's order and augmentation
+    STEPS = 3  # dropout in an epoch's steps
+
+
 def seed_for(seed: int, *where: int) -> int:
-    """A seed in [0, 2**63) for one place in the run, such as (round, epoch), well mixed from ``seed``."""
-    high, low = np.random.SeedSequence([seed, *where]).generate_state(2, np.uint32)
+    """A seed in [0, 2**63) for one place in the run, well mixed.
+
+    Args:
+        seed: of the run.
+        where: the stream, and the round and epoch where it starts again in each.
+    """
+    high, low = np.random.SeedSequence(seed, spawn_key=where).generate_state(2, np.uint32)
     return (int(high) << 32 | int(low)) >> 1
 
 

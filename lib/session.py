@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,11 @@ class Session:
         """A session in ``folder`` with ``options`` as its config.yaml; UsageError where it cannot be written."""
         try:
             opened = cls(folder, **arguments)
-            opened._write_config(options)
+            try:
+                opened._write_config(options)
+            except OSError:
+                opened.close()
+                raise
         except OSError as error:
             raise UsageError(f"{folder}: cannot be written: {error.strerror}; choose another --sess-dir") from None
         return opened
@@ -109,7 +114,11 @@ class Session:
             round, epoch = self._start
             here = round if round_folder is None else epoch if round_folder[0] == round else 0
             folder = self.folder / "tfboard" / name
-            self._writers[name] = SummaryWriter(str(folder), purge_step=here if folder.exists() else None)
+            purge_step = here if folder.exists() else None
+            unique = f".{time.time_ns()}"  # two writers of one second would share a file, the second emptying it
+            self._writers[name] = SummaryWriter(
+                str(folder), purge_step=purge_step, filename_suffix=unique, flush_secs=1
+            )
         for tag, value in values.items():
             if value is not None:
                 self._writers[name].add_scalar(tag, value, step)
@@ -175,10 +184,9 @@ def create_folder(sess_dir: Path, name: str | None) -> Path:
                     raise UsageError(
                         f"{folder}: exists; choose another --session, or go on with this one by --resume {folder}"
                     ) from None
-    except OSError as error:
-        raise UsageError(
-            f"{sess_dir}: no session can be made there: {error.strerror}; choose another --sess-dir"
-        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no folder can have
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{sess_dir}: no session can be made there: {reason}; choose another --sess-dir") from None
     raise UsageError(f"{sess_dir}: holds a million sessions of {stem}")
 
 

@@ -1,0 +1,578 @@
+"""Checkpoints: the reference's form, exact return, and files that are something else."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import models
+from lib import checkpoint
+from lib.checkpoint import TrainingState
+from lib.console import UsageError
+from lib.memory_bank import MemoryBank
+from lib.neighbourhoods import Neighbourhoods
+
+SAMPLES, LOW_DIM = 12, 4
+
+
+class Small(torch.nn.Module):
+    """The names of the reference's networks, without their size."""
+
+    def __init__(self, low_dim: int = LOW_DIM, width: int = 6) -> None:
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(3, width, 3)
+        self.bn1 = torch.nn.BatchNorm2d(width)
+        self.linear = torch.nn.Linear(width, low_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = torch.relu(self.bn1(self.conv1(x)))
+        return torch.nn.functional.normalize(self.linear(maps.mean(dim=(2, 3))), dim=1)
+
+
+def optimizer_of(network: torch.nn.Module, kind: str = "sgd") -> torch.optim.Optimizer:
+    if kind == "adam":
+        return torch.optim.Adam(network.parameters(), lr=0.1)
+    if kind == "rmsprop":
+        return torch.optim.RMSprop(network.parameters(), lr=0.1, momentum=0.9)
+    return torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+def state_of(
+    seed: int = 1, *, low_dim: int = LOW_DIM, width: int = 6, samples: int = SAMPLES, kind: str = "sgd", steps: int = 0
+) -> TrainingState:
+    torch.manual_seed(seed)
+    network = Small(low_dim, width)
+    optimizer = optimizer_of(network, kind)
+    bank = MemoryBank(samples, low_dim, temperature=0.07, momentum=0.4, seed=seed, device="cpu")
+    state = TrainingState(network, optimizer, bank, Neighbourhoods.none(samples), seed)
+    for _ in range(steps):
+        step(state)
+    return state
+
+
+def step(state: TrainingState) -> None:
+    images = torch.linspace(-1, 1, 4 * 3 * 5 * 5).reshape(4, 3, 5, 5)
+    index = torch.arange(4)
+    state.optimizer.zero_grad()
+    embeddings = state.network(images)
+    torch.nn.functional.cross_entropy(state.bank.logits(embeddings), index).backward()
+    state.optimizer.step()
+    state.bank.update(embeddings.detach(), index)
+
+
+def neighbourhoods_of(k: int, consistency: float | None = None) -> Neighbourhoods:
+    """Anchors 5, 2 and 9 of twelve samples, each with k neighbours."""
+    anchors = torch.tensor([5, 2, 9])
+    instances = torch.tensor([0, 1, 3, 4, 6, 7, 8, 10, 11])
+    position = torch.tensor([-1, -2, 1, -3, -4, 0, -5, -6, -7, 2, -8, -9])
+    neighbours = torch.tensor([[6, 7, 0], [3, 11, 10], [8, 1, 4]])[:, :k]
+    return Neighbourhoods(anchors, instances, position, neighbours, torch.linspace(0, 2, SAMPLES), consistency)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal to the last bit, containers included."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and list(one) == list(other) and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and bool(one == other)
+
+
+def written(folder: Path, content: Any, name: str = "a.ckpt", **how: Any) -> Path:
+    torch.save(content, folder / name, **how)
+    return folder / name
+
+
+def refusal(path: Path) -> str:
+    """What ``load`` says; any other exception passes through."""
+    with pytest.raises(UsageError) as refused:
+        checkpoint.load(path)
+    text = str(refused.value)
+    assert text.startswith(f"{path}: ") and "\n" not in text
+    return text.removeprefix(f"{path}: ")
+
+
+def test_a_checkpoint_has_the_parts_of_the_reference_in_its_types_and_shapes() -> None:
+    state = state_of(steps=1)
+    state.neighbourhoods = neighbourhoods_of(2, 0.5)
+    state.acc, state.epoch, state.round = 0.25, 3, 2
+    content = state.checkpoint("small", "mine")
+    assert set(content) >= {"net", "optimizer", "ANs_discovery", "npc", "acc", "epoch", "round", "session"}
+    assert set(content["net"]) == set(Small().state_dict())
+    assert set(content["optimizer"]) == {"state", "param_groups"}
+    assert len(content["optimizer"]["state"]) == 6
+    assert all("momentum_buffer" in entry for entry in content["optimizer"]["state"].values())
+    found = content["ANs_discovery"]
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in found.items()} == {
+        "samples_num": (torch.int64, ()),
+        "anchor_indexes": (torch.int64, (3,)),
+        "instance_indexes": (torch.int64, (9,)),
+        "position": (torch.int64, (12,)),
+        "neighbours": (torch.int64, (3, 2)),
+        "entropy": (torch.float32, (12,)),
+        "consistency": (torch.float32, ()),
+    }
+    assert int(found["samples_num"]) == 12 and float(found["consistency"]) == 0.5
+    assert found["anchor_indexes"].tolist() == [5, 2, 9] and found["neighbours"].tolist() == [[6, 7], [3, 11], [8, 1]]
+    assert content["npc"]["params"].tolist() == pytest.approx([0.07, 0.4])
+    assert content["npc"]["memory"].shape == (12, 4) and content["npc"]["memory"].dtype == torch.float32
+    assert (content["acc"], content["epoch"], content["round"], content["session"]) == (0.25, 3, 2, "mine")
+
+
+def test_the_network_s_parameters_have_the_reference_s_names() -> None:
+    network = models.build("resnet10", low_dim=8)
+    optimizer = optimizer_of(network)
+    bank = MemoryBank(3, 8, temperature=0.1, momentum=0.5, seed=0, device="cpu")
+    names = set(TrainingState(network, optimizer, bank, Neighbourhoods.none(3), 0).checkpoint("", "")["net"])
+    norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    expected = {"conv1.weight", *(f"bn1.{part}" for part in norm), "linear.weight", "linear.bias"}
+    for layer in range(1, 5):
+        block = f"layer{layer}.0"
+        expected |= {f"{block}.conv{i}.weight" for i in (1, 2)} | {f"{block}.bn{i}.{p}" for i in (1, 2) for p in norm}
+        if layer > 1:
+            expected |= {f"{block}.shortcut.0.weight", *(f"{block}.shortcut.1.{part}" for part in norm)}
+    assert names == expected
+
+
+def test_before_the_first_discovery_there_are_no_anchors_and_no_consistency() -> None:
+    found = state_of().checkpoint("small", "")["ANs_discovery"]
+    assert found["anchor_indexes"].shape == (0,) and found["neighbours"].shape[0] == 0
+    assert found["instance_indexes"].tolist() == list(range(12))
+    assert math.isnan(found["consistency"])
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+@pytest.mark.parametrize("kind", ["sgd", "adam", "rmsprop"])
+def test_everything_comes_back_to_the_last_bit(k: int, kind: str, tmp_path: Path) -> None:
+    state = state_of(1, kind=kind, steps=3)
+    if k:
+        state.neighbourhoods = neighbourhoods_of(k, 1 / 3)
+    state.round, state.epoch, state.acc, state.best_acc = 2, 7, 1 / 3, 0.7
+    state.history = [{"round": 0, "loss": 0.1, "top1": None}, {"round": 1, "loss": 2.5, "top1": 0.5}]
+    before = copy.deepcopy(state.checkpoint("small", "mine"))
+    path = tmp_path / "a.ckpt"
+    checkpoint.save(state.checkpoint("small", "mine"), path)
+
+    raw = torch.load(path, weights_only=True)
+    assert same({**before, "ANs_discovery": 0}, {**raw, "ANs_discovery": 0})
+
+    again = state_of(2, kind=kind)
+    assert not torch.equal(again.bank.memory, state.bank.memory)
+    again.restore(checkpoint.load(path), path)
+    assert same(again.network.state_dict(), before["net"])
+    assert same(again.optimizer.state_dict(), before["optimizer"])
+    assert same(again.bank.memory, before["npc"]["memory"])
+    for name in ("anchors", "instances", "position", "neighbours", "entropy"):
+        assert same(getattr(again.neighbourhoods, name), getattr(state.neighbourhoods, name)), name
+    assert again.neighbourhoods.consistency == (pytest.approx(1 / 3) if k else None)
+    assert (again.round, again.epoch, again.acc, again.best_acc) == (2, 7, 1 / 3, 0.7)
+    assert again.history == state.history
+
+    step(state)
+    step(again)  # and both go the same way from here
+    assert same(again.network.state_dict(), state.network.state_dict())
+    assert same(again.bank.memory, state.bank.memory)
+
+
+def test_learning_rate_and_decay_stay_those_of_the_options() -> None:
+    before = state_of(steps=1).checkpoint("small", "")
+    now = state_of(2)
+    now.optimizer.param_groups[0].update(lr=0.5, weight_decay=0.0, momentum=0.8)
+    now.restore(before, Path("a.ckpt"))
+    group = now.optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.5, 0.0, 0.8)
+    assert same(now.optimizer.state_dict()["state"], before["optimizer"]["state"])
+
+
+def published(prefix: str = "module.") -> dict[str, Any]:
+    """What the reference writes: PyTorch 1.0's optimiser, and none of what this project adds."""
+    state = state_of(5, steps=2)
+    state.neighbourhoods = neighbourhoods_of(1, 0.5)
+    content = copy.deepcopy(state.checkpoint("small", ""))
+    groups = content["optimizer"]["param_groups"]
+    ids = [140_000 + 8 * number for number in range(6)]
+    buffers = [entry["momentum_buffer"] for entry in content["optimizer"]["state"].values()]
+    kept = {name: groups[0][name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov")}
+    return {
+        "net": {prefix + name: value for name, value in content["net"].items()},
+        "optimizer": {
+            "state": {i: {"momentum_buffer": value} for i, value in zip(ids, buffers, strict=True)},
+            "param_groups": [{**kept, "params": ids}],
+        },
+        "ANs_discovery": content["ANs_discovery"],
+        "npc": content["npc"],
+        "acc": 0.5,
+        "epoch": 4,
+        "round": 2,
+        "session": "2019-05-04",
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "the reference's format"])
+def test_a_checkpoint_of_the_reference_goes_on_here(prefix: str, zipped: bool, tmp_path: Path) -> None:
+    content = published(prefix)
+    path = written(tmp_path, content, _use_new_zipfile_serialization=zipped)
+    state = state_of(2)
+    state.restore(checkpoint.load(path), path)
+    assert same(
+        dict(state.network.state_dict()), {name.removeprefix("module."): v for name, v in content["net"].items()}
+    )
+    buffers = [entry["momentum_buffer"] for entry in content["optimizer"]["state"].values()]
+    assert same([entry["momentum_buffer"] for entry in state.optimizer.state_dict()["state"].values()], buffers)
+    assert (state.round, state.epoch, state.acc, state.best_acc, state.history) == (2, 4, 0.5, 0.5, [])
+    twin = state_of(5, steps=2)
+    step(twin)
+    step(state)
+    assert same(state.network.state_dict(), twin.network.state_dict())
+
+
+def test_a_network_over_several_gpus_takes_and_gives_names_with_a_prefix() -> None:
+    plain, spread = state_of(1), state_of(2)
+    spread.network = torch.nn.DataParallel(spread.network)
+    content = spread.checkpoint("small", "")
+    assert all(name.startswith("module.") for name in content["net"])
+    checkpoint.load_network(plain.network, content, Path("a.ckpt"))
+    assert same(dict(plain.network.state_dict()), dict(spread.network.module.state_dict()))
+    other = state_of(3)
+    checkpoint.load_network(spread.network, other.checkpoint("small", ""), Path("a.ckpt"))
+    assert same(dict(other.network.state_dict()), dict(spread.network.module.state_dict()))
+
+
+def restore_refusal(content: dict[str, Any], state: TrainingState | None = None) -> str:
+    """What ``restore`` says; any other exception passes through."""
+    with pytest.raises(UsageError) as refused:
+        (state or state_of()).restore(content, Path("a.ckpt"))
+    text = str(refused.value)
+    assert text.startswith("a.ckpt: ") and "\n" not in text
+    return text
+
+
+def test_a_checkpoint_of_another_network_says_so() -> None:
+    content = state_of().checkpoint("small", "")
+    content["net"] = models.build("resnet10", low_dim=LOW_DIM).state_dict()
+    content["network"] = "resnet10"
+    text = restore_refusal(content)
+    assert "resnet10" in text and "--network" in text
+    del content["network"]
+    assert "another network" in restore_refusal(content)
+
+
+def test_a_checkpoint_of_a_wider_network_of_the_same_names_says_which_part_differs() -> None:
+    text = restore_refusal(state_of(width=7).checkpoint("small", ""))
+    assert "another network" in text and "conv1.weight" in text and "[7, 3, 3, 3]" in text and "[6, 3, 3, 3]" in text
+
+
+def test_a_checkpoint_of_another_embedding_size_says_both() -> None:
+    text = restore_refusal(state_of(low_dim=9).checkpoint("small", ""))
+    assert "embedding size 9, not 4" in text and "--low-dim" in text
+
+
+def test_a_memory_bank_of_another_embedding_size_says_both() -> None:
+    content = state_of().checkpoint("small", "")
+    content["npc"] = state_of(low_dim=9).checkpoint("small", "")["npc"]
+    text = restore_refusal(content)
+    assert "embedding size 9, not 4" in text and "--low-dim" in text
+
+
+@pytest.mark.parametrize("there", [11, 13, 1])
+def test_a_checkpoint_of_another_number_of_samples_says_both(there: int) -> None:
+    assert f"{there} samples, not 12" in restore_refusal(state_of(samples=there).checkpoint("small", ""))
+
+
+def test_neighbourhoods_of_another_number_of_samples_are_refused() -> None:
+    content = state_of().checkpoint("small", "")
+    content["ANs_discovery"] = Neighbourhoods.none(5).state_dict()
+    restore_refusal(content)
+
+
+@pytest.mark.parametrize("name", ["anchor_indexes", "instance_indexes", "position", "neighbours"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda table: table.float(), lambda table: table + 50, lambda table: table[:-1]],
+    ids=["floats", "beyond", "short"],
+)
+def test_neighbourhoods_that_name_no_samples_are_refused(name: str, damage: Callable[..., torch.Tensor]) -> None:
+    state = state_of()
+    state.neighbourhoods = neighbourhoods_of(2)
+    content = state.checkpoint("small", "")
+    content["ANs_discovery"][name] = damage(content["ANs_discovery"][name])
+    restore_refusal(content)
+
+
+@pytest.mark.parametrize(("there", "here"), [("adam", "sgd"), ("sgd", "adam"), ("rmsprop", "sgd"), ("adam", "rmsprop")])
+def test_a_checkpoint_of_another_optimiser_says_so(there: str, here: str) -> None:
+    text = restore_refusal(state_of(kind=there, steps=1).checkpoint("small", ""), state_of(kind=here))
+    assert "--optimizer" in text
+
+
+@pytest.mark.parametrize("part", ["optimizer", "ANs_discovery", "npc", "epoch", "round"])
+def test_a_checkpoint_without_a_part_says_which(part: str) -> None:
+    content = state_of().checkpoint("small", "")
+    del content[part]
+    text = restore_refusal(content)
+    assert part in text and "--test-only" in text
+
+
+@pytest.mark.parametrize("value", [None, 5, "x", [], {}, torch.zeros(2)], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("part", ["optimizer", "ANs_discovery", "npc"])
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+def test_a_part_that_is_something_else_is_refused(part: str, value: Any) -> None:
+    restore_refusal({**state_of().checkpoint("small", ""), part: value})
+
+
+@pytest.mark.parametrize("value", [None, "x", [], float("nan"), float("inf"), torch.zeros(2)], ids=repr)
+@pytest.mark.parametrize("part", ["epoch", "round"])
+def test_a_count_that_is_no_number_is_refused(part: str, value: Any) -> None:
+    restore_refusal({**state_of().checkpoint("small", ""), part: value})
+
+
+@pytest.mark.parametrize("shape", [(12,), (), (12, 4, 1), (12, 1), (0, 4)])
+def test_a_memory_bank_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    content = state_of().checkpoint("small", "")
+    content["npc"] = {**content["npc"], "memory": torch.zeros(shape)}
+    text = restore_refusal(content)
+    assert "4, not 4" not in text and "12 samples, not 12" not in text
+
+
+def test_a_history_that_is_none_is_refused() -> None:
+    restore_refusal({**state_of().checkpoint("small", ""), "history": None})
+
+
+@pytest.mark.parametrize("name", ["bn1.num_batches_tracked", "linear.bias", "conv1.weight"])
+@pytest.mark.parametrize("value", [None, 5, "x"])
+def test_a_parameter_that_is_no_tensor_is_refused(name: str, value: Any) -> None:
+    content = state_of().checkpoint("small", "")
+    content["net"] = {**content["net"], name: value}
+    restore_refusal(content)
+
+
+def test_parameters_without_names_are_refused() -> None:
+    restore_refusal({**state_of().checkpoint("small", ""), "net": {0: torch.zeros(1)}})
+
+
+def test_momentum_of_another_shape_is_refused() -> None:
+    content = copy.deepcopy(state_of(steps=1).checkpoint("small", ""))
+    content["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(1, 2)
+    restore_refusal(content)
+
+
+CONTENT = {
+    "net": {"a": torch.arange(3.0), "b": torch.zeros(2, 2)},
+    "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+    "acc": 0.5,
+    "epoch": 3,
+    "session": "mine",
+}
+
+
+def bytes_of(content: Any, zipped: bool) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_file_cut_short_anywhere_is_refused(zipped: bool, tmp_path: Path) -> None:
+    whole = bytes_of(CONTENT, zipped)
+    path = tmp_path / "a.ckpt"
+    for length in [*range(30), *range(30, len(whole), 13 if zipped else 1)]:
+        path.write_bytes(whole[:length])
+        refusal(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_file_cut_short_is_refused_in_a_plain_sentence(zipped: bool, share: float, tmp_path: Path) -> None:
+    whole = bytes_of(published(), zipped)
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(whole[: int(share * len(whole))])
+    sensible(refusal(path))
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore:TypedStorage is deprecated")
+def test_a_file_with_a_damaged_byte_is_read_or_refused(zipped: bool, tmp_path: Path) -> None:
+    whole = bytes_of(CONTENT, zipped)
+    path = tmp_path / "a.ckpt"
+    for place in range(0, len(whole), 3 if zipped else 1):
+        for flip in (0x01, 0xFF):
+            damaged = bytearray(whole)
+            damaged[place] ^= flip
+            path.write_bytes(bytes(damaged))
+            try:
+                checkpoint.load(path)
+            except UsageError as refused:
+                assert str(refused).startswith(f"{path}: ")
+
+
+def sensible(text: str) -> None:
+    """One plain sentence about the file, which advises nobody to open it all the same."""
+    assert 10 < len(text) < 500 and text.isprintable()
+    assert "weights_only" not in text and "Re-running" not in text and "torch.load" not in text
+
+
+def empty_zip() -> bytes:
+    file = io.BytesIO()
+    zipfile.ZipFile(file, "w").close()
+    return file.getvalue()
+
+
+def other_zip() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("notes/a.txt", "no tensors")
+    return file.getvalue()
+
+
+ALIENS = {
+    "nothing": b"",
+    "one byte": b"\x80",
+    "text": b"no checkpoint\n",
+    "random bytes": bytes((i * i * 31 + 7 * i) % 256 for i in range(3000)),
+    "zeros": bytes(3000),
+    "a picture": b"\x89PNG\r\n\x1a\n" + bytes(100),
+    "an empty zip": empty_zip(),
+    "another zip": other_zip(),
+    "a zip's first bytes": b"PK\x03\x04" + bytes(50),
+    "a pickle": pickle.dumps({"net": {}}, protocol=4),
+}
+
+
+@pytest.mark.parametrize("kind", ALIENS)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_file_that_is_no_checkpoint_is_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(ALIENS[kind])
+    refusal(path)
+
+
+@pytest.mark.parametrize("kind", ALIENS)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_file_that_is_no_checkpoint_is_told_in_a_plain_sentence(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(ALIENS[kind])
+    text = refusal(path)
+    sensible(text)
+    assert "more than tensors" not in text or kind == "a pickle"  # damage is not called an attack
+
+
+@pytest.mark.parametrize(
+    "content",
+    [torch.zeros(3), [1, 2], None, 5, {}, {"state_dict": {}}, {"net": torch.zeros(3)}, {"net": None}],
+    ids=lambda content: str(content).replace(" ", ""),
+)
+def test_a_file_of_tensors_that_is_no_checkpoint_is_refused(content: Any, tmp_path: Path) -> None:
+    text = refusal(written(tmp_path, content))
+    sensible(text)
+    assert "net" in text
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.proof),)
+
+
+@pytest.mark.parametrize("place", ["net", "history", "whole"])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_file_that_would_run_something_is_refused_and_runs_nothing(kind: str, place: str, tmp_path: Path) -> None:
+    proof = tmp_path / "executed"
+    content: Any = Evil(proof) if place == "whole" else {**CONTENT, place: Evil(proof)}
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(pickle.dumps(content) if kind == "pickle" else bytes_of(content, kind == "zip"))
+    if kind == "pickle":
+        pickle.loads(path.read_bytes())
+    else:
+        torch.load(path, weights_only=False)
+    assert proof.is_dir()  # the attack works where the file is trusted
+    proof.rmdir()
+    refusal(path)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_file_that_would_run_something_is_told_in_a_plain_sentence(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(bytes_of({**CONTENT, "history": Evil(tmp_path / "executed")}, zipped))
+    text = refusal(path)
+    sensible(text)
+    assert "more than tensors and plain containers" in text
+
+
+def test_a_checkpoint_is_never_opened_with_a_warning(tmp_path: Path) -> None:
+    for zipped in (True, False):
+        path = written(tmp_path, published(), _use_new_zipfile_serialization=zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert checkpoint.load(path)["session"] == "2019-05-04"
+
+
+def test_saving_leaves_one_file_which_replaces_the_one_there_was(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    for epoch in (1, 2):
+        checkpoint.save({**CONTENT, "epoch": epoch}, path)
+        assert checkpoint.load(path)["epoch"] == epoch
+        assert [entry.name for entry in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("broken"), KeyboardInterrupt()])
+def test_saving_that_fails_half_way_leaves_the_old_file_whole(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.ckpt"
+    checkpoint.save(CONTENT, path)
+    before = path.read_bytes()
+
+    def fail(content: Any, file: Any, *arguments: Any, **more: Any) -> None:
+        if hasattr(file, "write"):
+            file.write(b"half")
+        else:
+            Path(file).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(type(error)):
+        checkpoint.save({**CONTENT, "epoch": 9}, path)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    checkpoint.save({**CONTENT, "epoch": 9}, path)  # and what is left over is in nobody's way
+    assert checkpoint.load(path)["epoch"] == 9
+
+
+def test_resume_means_a_file_or_the_latest_of_a_session(tmp_path: Path) -> None:
+    session = tmp_path / "mine"
+    (session / "checkpoint").mkdir(parents=True)
+    latest, older = session / "checkpoint" / "latest.ckpt", session / "checkpoint" / "0000-00000.ckpt"
+    latest.write_bytes(b"")
+    older.write_bytes(b"")
+    assert checkpoint.locate(session) == latest
+    assert checkpoint.locate(older) == older
+
+
+@pytest.mark.parametrize("name", ["none.ckpt", "empty", "none/none.ckpt"])
+def test_resume_of_what_is_not_there_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="--resume") as refused:
+        checkpoint.locate(tmp_path / name)
+    assert str(tmp_path / name) in str(refused.value)

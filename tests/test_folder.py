@@ -1,0 +1,320 @@
+"""Folders of images: the layouts, what is left out, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import datasets
+from datasets import DataError, ImageSet, Splits, folder
+from datasets.images import ImageFiles
+
+
+def put(root: Path, *names: str, shade: int = 100) -> None:
+    """Images of 4 x 5 pixels; the first pixel tells which one it is by its place in ``names``."""
+    for number, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.full((4, 5, 3), shade, np.uint8)
+        pixels[0, 0] = number
+        Image.fromarray(pixels).save(path, format="PNG")
+
+
+def read(root: Path | None, **changes: Any) -> Splits:
+    return datasets.load("folder", root, **changes)
+
+
+def refusal(root: Path | None, **changes: Any) -> str:
+    with pytest.raises(DataError) as refused:
+        read(root, **changes)
+    text = str(refused.value)
+    assert "\n" not in text and len(text) > 20
+    return text
+
+
+def by_name(images: ImageSet) -> dict[str, str]:
+    """File name -> class name."""
+    assert images.names is not None and images.labels is not None
+    assert images.labels.dtype == np.int64
+    return {name: images.classes[label] for name, label in zip(images.names, images.labels, strict=True)}
+
+
+def without_labels(images: ImageSet | None) -> list[str]:
+    assert images is not None and images.labels is None and images.classes == () and images.names is not None
+    assert len(images) == len(images.names)
+    return list(images.names)
+
+
+@pytest.mark.parametrize("test_name", ["test", "val"])
+def test_class_folders_give_the_labels(test_name: str, tmp_path: Path) -> None:
+    put(tmp_path, "train/dog/1.png", "train/cat/1.png", "train/cat/2.png", "train/ape/x.png")
+    put(tmp_path, f"{test_name}/cat/9.png", f"{test_name}/dog/8.png")
+    splits = read(tmp_path)
+    assert by_name(splits.train) == {
+        "train/ape/x.png": "ape",
+        "train/cat/1.png": "cat",
+        "train/cat/2.png": "cat",
+        "train/dog/1.png": "dog",
+    }
+    assert splits.test is not None
+    assert by_name(splits.test) == {f"{test_name}/cat/9.png": "cat", f"{test_name}/dog/8.png": "dog"}
+    assert splits.train.classes == splits.test.classes == ("ape", "cat", "dog")
+    assert splits.notes == () and splits.skipped == ()
+
+
+def test_the_images_are_those_of_the_names(tmp_path: Path) -> None:
+    names = ["train/b/0.png", "train/a/1.png", "train/a/2.png"]
+    put(tmp_path, *names)
+    train = read(tmp_path).train
+    assert train.names is not None
+    assert {name: int(image[0, 0, 0]) for name, image in zip(train.names, train.images, strict=True)} == {
+        name: number for number, name in enumerate(names)
+    }
+    assert all(image.shape == (4, 5, 3) and image.dtype == np.uint8 for image in train.images)
+    assert all((image[1:] == 100).all() for image in train.images)
+
+
+def test_test_is_taken_before_val(tmp_path: Path) -> None:
+    put(tmp_path, "train/a/1.png", "test/a/2.png", "val/a/3.png", "val/b/4.png")
+    test = read(tmp_path).test
+    assert test is not None and test.names == ["test/a/2.png"]
+
+
+def test_images_without_class_folders_have_no_labels(tmp_path: Path) -> None:
+    put(tmp_path, "train/2.png", "train/1.png", "test/3.png")
+    splits = read(tmp_path)
+    assert without_labels(splits.train) == ["train/1.png", "train/2.png"]
+    assert without_labels(splits.test) == ["test/3.png"]
+
+
+@pytest.mark.parametrize("test_image", ["test/a/3.png", "test/3.png"])
+def test_a_test_folder_of_the_other_kind_has_no_labels(test_image: str, tmp_path: Path) -> None:
+    put(tmp_path, "train/1.png" if test_image.count("/") == 2 else "train/a/1.png", test_image)
+    assert without_labels(read(tmp_path).test) == [test_image]
+
+
+def test_without_a_train_folder_every_image_below_is_taken_and_that_is_said(tmp_path: Path) -> None:
+    put(tmp_path, "1.png", "a/2.png", "a/b/c/3.png", "d/4.png")
+    splits = read(tmp_path)
+    assert sorted(without_labels(splits.train)) == ["1.png", "a/2.png", "a/b/c/3.png", "d/4.png"]
+    assert splits.test is None
+    (note,) = splits.notes
+    assert str(tmp_path) in note and "train" in note
+
+
+@pytest.mark.parametrize("name", ["test", "val"])
+def test_a_test_folder_without_a_train_folder_is_refused(name: str, tmp_path: Path) -> None:
+    put(tmp_path, f"{name}/a/1.png", "other/2.png")
+    assert str(tmp_path / "train") in refusal(tmp_path)
+
+
+def test_images_in_folders_of_a_class_folder_are_of_that_class(tmp_path: Path) -> None:
+    put(tmp_path, "train/cat/1.png", "train/cat/wild/2.png", "train/cat/wild/old/3.png", "train/dog/cat/4.png")
+    assert by_name(read(tmp_path).train) == {
+        "train/cat/1.png": "cat",
+        "train/cat/wild/2.png": "cat",
+        "train/cat/wild/old/3.png": "cat",
+        "train/dog/cat/4.png": "dog",
+    }
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_images_beside_class_folders_are_refused(split: str, tmp_path: Path) -> None:
+    put(tmp_path, "train/a/1.png", "test/a/1.png", f"{split}/stray.png")
+    text = refusal(tmp_path)
+    assert str(tmp_path / split) in text and "stray.png" in text and "both" in text
+
+
+def test_a_class_that_train_lacks_is_refused_by_name(tmp_path: Path) -> None:
+    put(tmp_path, "train/a/1.png", "train/b/1.png", "test/a/1.png", "test/zebra/1.png")
+    assert "zebra" in refusal(tmp_path)
+
+
+def test_a_class_that_the_test_folder_lacks_keeps_its_number(tmp_path: Path) -> None:
+    put(tmp_path, "train/a/1.png", "train/b/1.png", "train/c/1.png", "test/c/1.png")
+    splits = read(tmp_path)
+    assert splits.test is not None and splits.test.labels is not None
+    assert splits.test.labels.tolist() == [2]
+
+
+def test_without_a_test_folder_there_is_no_test_split(tmp_path: Path) -> None:
+    put(tmp_path, "train/a/1.png")
+    assert read(tmp_path).test is None
+
+
+@pytest.mark.parametrize("inside", ["test", "test/a"])
+def test_an_empty_test_folder_is_none(inside: str, tmp_path: Path) -> None:
+    put(tmp_path, "train/a/1.png")
+    (tmp_path / inside).mkdir(parents=True)
+    assert read(tmp_path).test is None
+
+
+@pytest.mark.parametrize("inside", [".", "train", "train/a", "deep/deeper"])
+def test_a_folder_without_an_image_is_refused(inside: str, tmp_path: Path) -> None:
+    (tmp_path / inside).mkdir(parents=True, exist_ok=True)
+    (tmp_path / inside / "notes.txt").write_text("no image")
+    text = refusal(tmp_path)
+    assert str(tmp_path) in text and "no image" in text and "train/<class>/" in text
+
+
+def test_a_root_that_is_missing_or_a_file_or_not_set_is_told(tmp_path: Path) -> None:
+    assert str(tmp_path / "none") in refusal(tmp_path / "none")
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in refusal(tmp_path / "file")
+    assert "--data-root" in refusal(None)
+
+
+def test_hidden_files_and_folders_are_no_images(tmp_path: Path) -> None:
+    put(tmp_path, "train/a/1.png", "train/a/.2.png", "train/.b/3.png", "train/__MACOSX/4.png", "train/a/._1.png")
+    put(tmp_path, "train/.DS_Store.png", "train/a/.thumbs/5.png")
+    splits = read(tmp_path)
+    assert by_name(splits.train) == {"train/a/1.png": "a"}
+    assert splits.train.classes == ("a",) and splits.skipped == ()
+
+
+def test_hidden_files_are_no_images_without_a_train_folder_either(tmp_path: Path) -> None:
+    put(tmp_path, "1.png", ".2.png", ".git/3.png", "a/.4.png", "__MACOSX/5.png")
+    assert without_labels(read(tmp_path).train) == ["1.png"]
+
+
+def test_files_of_other_endings_are_left_alone_and_endings_count_in_any_case(tmp_path: Path) -> None:
+    put(tmp_path, "train/a/1.PNG", "train/a/2.JpEg", "train/a/3.webp")
+    (tmp_path / "train" / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "train" / "list.csv").write_text("no image")
+    splits = read(tmp_path)
+    assert splits.train.names == ["train/a/1.PNG", "train/a/2.JpEg", "train/a/3.webp"] and not splits.skipped
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """Two good training images, one good test image, and four that cannot be read."""
+    root = tmp_path / "damaged"
+    put(root, "train/a/good.png", "train/b/good.png", "test/a/good.png")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(root / "train" / "a" / "cut.jpg")
+    whole = (root / "train" / "a" / "cut.jpg").read_bytes()
+    (root / "train" / "a" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "train" / "a" / "empty.png").write_bytes(b"")
+    (root / "train" / "b" / "alien.jpg").write_bytes(np.random.default_rng(1).bytes(500))
+    (root / "test" / "a" / "text.png").write_text("no image")
+    return root
+
+
+BROKEN = ["test/a/text.png", "train/a/cut.jpg", "train/a/empty.png", "train/b/alien.jpg"]
+
+
+@pytest.mark.parametrize("in_memory", [0, 2**30])
+def test_what_cannot_be_read_is_left_out_and_named_with_the_reason(
+    in_memory: int, damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "IN_MEMORY", in_memory)
+    splits = read(damaged)
+    assert by_name(splits.train) == {"train/a/good.png": "a", "train/b/good.png": "b"}
+    assert splits.test is not None and by_name(splits.test) == {"test/a/good.png": "a"}
+    reasons = dict(splits.skipped)
+    assert sorted(reasons) == BROKEN
+    assert "truncated" in reasons["train/a/cut.jpg"]
+    assert all("not an image" in reasons[name] for name in BROKEN if name != "train/a/cut.jpg")
+
+
+@pytest.mark.parametrize("in_memory", [0, 2**30])
+def test_strictness_refuses_them_all_by_name(in_memory: int, damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "IN_MEMORY", in_memory)
+    text = refusal(damaged, strict=True)
+    assert str(damaged) in text and "4 unreadable" in text and "--strict-data" in text
+    assert all(name in text for name in BROKEN)
+
+
+def test_strictness_minds_nothing_else(tmp_path: Path) -> None:
+    put(tmp_path, "train/a/1.png")
+    assert len(read(tmp_path, strict=True).train) == 1
+
+
+def test_images_none_of_which_can_be_read_are_refused_with_an_example(tmp_path: Path) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "bad.png").write_bytes(b"x")
+    text = refusal(tmp_path)
+    assert "bad.png" in text and "none of 1" in text
+
+
+def test_a_test_split_none_of_which_can_be_read_is_none(tmp_path: Path) -> None:
+    put(tmp_path, "train/a/1.png")
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    (tmp_path / "test" / "a" / "bad.png").write_bytes(b"x")
+    splits = read(tmp_path)
+    assert splits.test is None and [name for name, _ in splits.skipped] == ["test/a/bad.png"]
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    draw = np.random.default_rng(3)
+    for split in ("train", "test"):
+        for number in range(6):
+            path = tmp_path / "many" / split / "ab"[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shape = (3 + number, 9 - number, 3)
+            Image.fromarray(draw.integers(0, 256, shape).astype(np.uint8)).save(path)
+    return tmp_path / "many"
+
+
+def test_large_collections_stay_on_disk_and_give_the_same_images(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = read(many)
+    assert not isinstance(small.train.images, ImageFiles)
+    monkeypatch.setattr(folder, "IN_MEMORY", 0)
+    large = read(many)
+    for one, other in ((small.train, large.train), (small.test, large.test)):
+        assert one is not None and other is not None
+        assert isinstance(other.images, ImageFiles)
+        assert by_name(one) == by_name(other) and one.names == other.names
+        assert len(one) == len(other) == 6
+        for number in range(6):
+            assert np.array_equal(one.images[number], other.images[number])
+
+
+def test_a_split_stays_in_memory_up_to_the_limit_and_no_further(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = sum(3 * (3 + number) * (9 - number) for number in range(6))
+    monkeypatch.setattr(folder, "IN_MEMORY", pixels)
+    assert not isinstance(read(many).train.images, ImageFiles)
+    monkeypatch.setattr(folder, "IN_MEMORY", pixels - 1)
+    assert isinstance(read(many).train.images, ImageFiles)
+
+
+def test_a_file_deleted_later_is_told_by_its_path(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "IN_MEMORY", 0)
+    train = read(many).train
+    assert train.names is not None
+    (many / train.names[2]).unlink()
+    with pytest.raises(DataError) as refused:
+        train.images[2]
+    assert str(many / train.names[2]) in str(refused.value)
+    assert train.images[1].dtype == np.uint8
+
+
+def test_progress_sees_every_file_of_each_split_and_knows_how_many_there_are(many: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    def count(items: Iterable[Any], what: str, total: int) -> list[Any]:
+        listed = list(items)
+        told.append((what, total, len(listed)))
+        return listed
+
+    (many / "test" / "a" / "4.png").unlink()
+    read(many, progress=count)
+    assert {(total, seen) for what, total, seen in told if "training" in what} == {(6, 6)}
+    assert {(total, seen) for what, total, seen in told if "test" in what} == {(5, 5)}
+
+
+def test_the_name_of_the_source_counts_in_any_case(many: Path) -> None:
+    assert len(datasets.load("Folder", many).train) == 6
+    with pytest.raises(KeyError):
+        datasets.load("folders", many)
+
+
+def test_the_normalisation_of_a_folder_is_imagenet_s() -> None:
+    source = datasets.DATASETS["folder"]
+    assert (source.means, source.stds) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

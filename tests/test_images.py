@@ -1,0 +1,293 @@
+"""Image files of every kind become RGB, or are refused with a reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets.images import DataError, ImageFiles, ImageSet, UnreadableImageError, read_rgb, size_of
+
+RGB = np.random.default_rng(0).integers(0, 256, (6, 10, 3)).astype(np.uint8)
+GREY = RGB[..., 0]
+
+
+def is_rgb(image: np.ndarray, height: int = 6, width: int = 10) -> bool:
+    return image.dtype == np.uint8 and image.shape == (height, width, 3)
+
+
+def grey_of(image: np.ndarray) -> np.ndarray:
+    """The one channel of an image whose three are equal."""
+    assert (image[..., 0] == image[..., 1]).all() and (image[..., 0] == image[..., 2]).all()
+    return np.asarray(image[..., 0])
+
+
+@pytest.mark.parametrize("ending", ["png", "bmp", "tiff", "ppm"])
+def test_rgb_files_give_their_pixels(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"image.{ending}"
+    Image.fromarray(RGB).save(path)
+    assert is_rgb(read_rgb(path)) and (read_rgb(path) == RGB).all()
+    assert size_of(path) == (10, 6)
+
+
+def test_a_lossless_webp_gives_its_pixels(tmp_path: Path) -> None:
+    Image.fromarray(RGB).save(tmp_path / "image.webp", lossless=True)
+    assert (read_rgb(tmp_path / "image.webp") == RGB).all()
+
+
+def test_a_jpeg_gives_about_its_pixels(tmp_path: Path) -> None:
+    smooth = np.zeros((32, 32, 3), np.uint8)
+    smooth[:, :, 0] = np.linspace(0, 255, 32)
+    smooth[:, :, 1] = np.linspace(255, 0, 32)[:, None]
+    Image.fromarray(smooth).save(tmp_path / "image.jpg", quality=98, subsampling=0)
+    assert np.abs(read_rgb(tmp_path / "image.jpg").astype(int) - smooth).max() <= 8
+
+
+@pytest.mark.parametrize("ending", ["png", "pgm", "bmp", "tiff"])
+def test_greyscale_is_spread_over_three_channels(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"image.{ending}"
+    Image.fromarray(GREY).save(path)
+    assert is_rgb(read_rgb(path)) and (grey_of(read_rgb(path)) == GREY).all()
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff", "bmp"])
+def test_black_and_white_becomes_0_and_255(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"image.{ending}"
+    Image.fromarray(GREY > 127).convert("1").save(path)
+    with Image.open(path) as image:
+        assert image.mode == "1"
+    assert (grey_of(read_rgb(path)) == np.where(GREY > 127, 255, 0)).all()
+
+
+COLOURS = [[255, 0, 0], [0, 128, 0], [0, 0, 255], [200, 100, 50]]
+
+
+def palette_image() -> tuple[Image.Image, np.ndarray]:
+    index = np.arange(60).reshape(6, 10) % 4
+    image = Image.fromarray(index.astype(np.uint8)).convert("P")
+    image = Image.frombytes("P", (10, 6), index.astype(np.uint8).tobytes())
+    image.putpalette([value for colour in COLOURS for value in colour])
+    return image, np.array(COLOURS, np.uint8)[index]
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff", "bmp"])
+def test_a_palette_is_resolved(ending: str, tmp_path: Path) -> None:
+    image, expected = palette_image()
+    image.save(tmp_path / f"image.{ending}")
+    assert (read_rgb(tmp_path / f"image.{ending}") == expected).all()
+
+
+@pytest.mark.parametrize("transparency", [2, bytes([0, 128, 255, 3])], ids=["one colour", "every colour"])
+def test_a_palette_with_transparency_is_resolved_without_a_warning(transparency: int | bytes, tmp_path: Path) -> None:
+    image, expected = palette_image()
+    image.save(tmp_path / "image.png", transparency=transparency)
+    assert (read_rgb(tmp_path / "image.png") == expected).all()
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+def test_transparency_is_dropped_and_the_colours_below_it_stay(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"image.{ending}"
+    alpha = np.arange(60, dtype=np.uint8).reshape(6, 10, 1) * 4
+    Image.fromarray(np.concatenate([RGB, alpha], axis=2)).save(path)
+    assert (read_rgb(path) == RGB).all()
+    Image.fromarray(np.concatenate([GREY[..., None], alpha], axis=2)).save(path)
+    with Image.open(path) as image:
+        assert image.mode == "LA"
+    assert (grey_of(read_rgb(path)) == GREY).all()
+
+
+@pytest.mark.parametrize(
+    ("inks", "colour"),
+    [((0, 255, 255, 0), (255, 0, 0)), ((0, 0, 0, 255), (0, 0, 0)), ((0, 0, 0, 0), (255, 255, 255))],
+)
+def test_a_cmyk_jpeg_gives_the_colours_its_inks_print(
+    inks: tuple[int, int, int, int], colour: tuple[int, int, int], tmp_path: Path
+) -> None:
+    Image.new("CMYK", (10, 6), inks).save(tmp_path / "image.jpg", quality=100)
+    image = read_rgb(tmp_path / "image.jpg")
+    assert is_rgb(image) and np.abs(image.astype(int) - colour).max() <= 4
+
+
+DEEP = np.array([[0, 255, 256, 511], [512, 0x1234, 0x7FFF, 0x8000], [0xABCD, 0xFEFF, 0xFF00, 0xFFFF]], np.uint16)
+UPPER = [[0, 0, 1, 1], [2, 0x12, 0x7F, 0x80], [0xAB, 0xFE, 0xFF, 0xFF]]
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff", "pgm"])
+def test_16_bit_grey_keeps_its_upper_eight_bits(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"image.{ending}"
+    if ending == "pgm":
+        path.write_bytes(b"P5 4 3 65535\n" + DEEP.astype(">u2").tobytes())
+    else:
+        Image.fromarray(DEEP).save(path)
+    assert grey_of(read_rgb(path)).tolist() == UPPER
+
+
+def test_16_bit_grey_of_the_other_byte_order_is_read_the_same(tmp_path: Path) -> None:
+    Image.frombytes("I;16B", (4, 3), DEEP.astype(">u2").tobytes()).save(tmp_path / "image.tiff")
+    assert grey_of(read_rgb(tmp_path / "image.tiff")).tolist() == UPPER
+
+
+def test_floating_point_pixels_are_refused_with_the_reason(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((3, 4), np.float32)).save(tmp_path / "image.tiff")
+    with pytest.raises(UnreadableImageError, match="floating-point"):
+        read_rgb(tmp_path / "image.tiff")
+
+
+# EXIF: which edge of what is seen the first row and the first column of what is stored are
+TURNED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],  # right edge: mirrored
+    3: lambda a: a[::-1, ::-1],  # bottom, right: half a turn
+    4: lambda a: a[::-1],  # bottom, left: upside down
+    5: lambda a: a.swapaxes(0, 1),  # left, top: transposed
+    6: lambda a: np.rot90(a, -1),  # right, top: a quarter turn clockwise
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),  # right, bottom
+    8: lambda a: np.rot90(a, 1),  # left, bottom: a quarter turn the other way
+}
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+def test_the_orientation_of_exif_is_applied(orientation: int, ending: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = tmp_path / f"image.{ending}"
+    Image.fromarray(RGB).save(path, exif=exif)
+    assert np.array_equal(read_rgb(path), TURNED[orientation](RGB))
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+def test_the_orientation_of_a_photograph_is_applied(orientation: int, tmp_path: Path) -> None:
+    quarters = np.kron(np.array([[0, 80, 120], [160, 200, 255]], np.uint8), np.ones((16, 16), np.uint8))
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(quarters).save(tmp_path / "image.jpg", exif=exif, quality=100)
+    image = grey_of(read_rgb(tmp_path / "image.jpg")).astype(int)
+    expected = TURNED[orientation](quarters)
+    assert image.shape == expected.shape and np.abs(image - expected).max() <= 3
+
+
+def test_16_bit_grey_is_turned_too(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(DEEP).save(tmp_path / "image.png", exif=exif)
+    assert grey_of(read_rgb(tmp_path / "image.png")).tolist() == np.rot90(UPPER, -1).tolist()
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0nothing of the kind", b"nothing", b"Exif\0\0"])
+def test_a_photograph_with_senseless_exif_is_read_as_it_lies(exif: bytes, tmp_path: Path) -> None:
+    Image.new("RGB", (10, 6), (200, 10, 10)).save(tmp_path / "image.jpg", exif=exif, quality=100)
+    assert np.abs(read_rgb(tmp_path / "image.jpg").astype(int) - (200, 10, 10)).max() <= 4
+
+
+@pytest.mark.parametrize("ending", ["tiff", "webp", "png"])
+def test_of_several_frames_the_first_is_taken(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"image.{ending}"
+    others = [Image.fromarray(255 - RGB), Image.fromarray(RGB // 2)]
+    Image.fromarray(RGB).save(
+        path, save_all=True, append_images=others, **({"lossless": True} if ending == "webp" else {})
+    )
+    with Image.open(path) as image:
+        assert image.n_frames == 3  # type: ignore[attr-defined]
+    assert (read_rgb(path) == RGB).all()
+
+
+@pytest.mark.parametrize(("kind", "ending"), [("PNG", "jpg"), ("BMP", "png"), ("TIFF", "jpeg"), ("GIF", "png")])
+def test_the_content_counts_and_not_the_ending(kind: str, ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"image.{ending}"
+    if kind == "GIF":
+        image, expected = palette_image()
+    else:
+        image, expected = Image.fromarray(RGB), RGB
+    image.save(path, format=kind)
+    assert (read_rgb(path) == expected).all()
+
+
+def photograph(path: Path) -> bytes:
+    noise = np.random.default_rng(1).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(path, quality=95)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("smallest", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_a_file_cut_short_is_refused(share: float, smallest: bool, ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"image.{ending}"
+    whole = photograph(path)
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(UnreadableImageError) as refused:
+        read_rgb(path, smallest=smallest)
+    assert str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no image", bytes(range(256)) * 20, b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n"]
+)
+def test_what_is_no_image_is_refused_with_a_reason_that_does_not_repeat_the_path(
+    content: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "image.jpg"
+    path.write_bytes(content)
+    for read in (read_rgb, size_of):
+        with pytest.raises(UnreadableImageError) as refused:
+            read(path)
+        text = str(refused.value)
+        assert text and "\n" not in text and str(tmp_path) not in text
+
+
+def test_random_bytes_never_raise_anything_else(tmp_path: Path) -> None:
+    draw = np.random.default_rng(2)
+    path = tmp_path / "image.png"
+    whole = photograph(path)
+    for number in range(60):
+        damaged = bytearray(whole)
+        for place in draw.integers(0, 200 if number % 2 else len(whole), 5):
+            damaged[place] = draw.integers(0, 256)
+        path.write_bytes(bytes(damaged))
+        for read in (read_rgb, size_of):
+            try:
+                read(path)
+            except UnreadableImageError as refused:
+                assert str(refused)
+
+
+@pytest.mark.parametrize("read", [read_rgb, size_of])
+def test_a_file_that_is_not_there_or_a_folder_is_refused(read: object, tmp_path: Path) -> None:
+    assert callable(read)
+    for path in (tmp_path / "none.png", tmp_path):
+        with pytest.raises(UnreadableImageError):
+            read(path)
+
+
+def test_a_quick_check_accepts_what_a_full_reading_accepts(tmp_path: Path) -> None:
+    photograph(tmp_path / "image.jpg")
+    assert read_rgb(tmp_path / "image.jpg", smallest=True).shape == (8, 8, 3)
+    assert read_rgb(tmp_path / "image.jpg").shape == (64, 64, 3)
+
+
+def test_images_in_files_are_decoded_when_they_are_asked_for(tmp_path: Path) -> None:
+    paths = []
+    for number in range(3):
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(RGB // (number + 1)).save(paths[-1])
+    images = ImageFiles(paths)
+    assert len(images) == 3 and len(ImageSet(images)) == 3
+    assert all((images[number] == RGB // (number + 1)).all() for number in range(3))
+    Image.fromarray(255 - RGB).save(paths[1])
+    assert (images[1] == 255 - RGB).all()
+
+
+def test_an_image_that_is_gone_or_damaged_later_is_told_with_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    Image.fromarray(RGB).save(path)
+    images = ImageFiles([path])
+    assert (images[0] == RGB).all()
+    path.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"image\.png"):
+        images[0]
+    path.unlink()
+    with pytest.raises(DataError, match=r"image\.png"):
+        images[0]

@@ -97,8 +97,9 @@ def _is_image(name: str) -> bool:
 
 def _images_below(folder: Path) -> list[Path]:
     found: list[Path] = []
-    for here, folders, files in os.walk(folder):
-        folders[:] = sorted(filter(_visible, folders))
+    for here, folders, files in os.walk(folder, followlinks=True):
+        real = Path(here).resolve()  # a link to a folder above would go round for ever
+        folders[:] = sorted(n for n in folders if _visible(n) and Path(here, n).resolve() not in (real, *real.parents))
         found += [Path(here, name) for name in sorted(files) if _is_image(name)]
     return found
 

@@ -27,6 +27,10 @@ def select(gpus: tuple[int, ...]) -> torch.device:
 
 
 def place(network: torch.nn.Module, gpus: tuple[int, ...], device: torch.device) -> torch.nn.Module:
-    """The network on its device; over several GPUs each batch is split, as in the reference."""
+    """The network on its device; over GPUs each batch is split, as in the reference.
+
+    One GPU is wrapped, too, at no cost: a checkpoint's names then carry the ``module.`` that the reference
+    gives, and expects of, a network trained on GPUs.
+    """
     network = network.to(device)
-    return torch.nn.DataParallel(network, device_ids=list(gpus)) if len(gpus) > 1 else network
+    return torch.nn.DataParallel(network, device_ids=list(gpus)) if gpus else network

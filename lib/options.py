@@ -8,21 +8,29 @@ strings they are read as literals, never evaluated.
 from __future__ import annotations
 
 import ast
+import re
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+QUOTIENT = re.compile(r"(\d+(?:\.\d*)?) ?/ ?(\d+(?:\.\d*)?)")
+
 
 def _literal(value: Any) -> Any:
-    """A string that spells a Python literal becomes it: '(32, 32)', '5e-4' (a string in YAML 1.1), 'None'."""
+    """A string that spells a Python literal becomes it: '(32, 32)', '5e-4' (a string in YAML 1.1), 'None'.
+
+    So do quotients of numbers, as in '(3./4., 4./3.)', the customary way to write ratios.
+    """
     if isinstance(value, str):
         try:
+            if "/" in value and len(value) < 200:  # searching a long string takes the square of its length
+                value = QUOTIENT.sub(lambda found: repr(float(found[1]) / float(found[2])), value)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Python's parser, on what only begins like a number
                 return ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        except (ValueError, SyntaxError, TypeError, ArithmeticError, MemoryError, RecursionError):
             return _unset(value)
     if isinstance(value, list) and all(isinstance(v, str) for v in value):  # --size 32 32
         return tuple(_literal(v) for v in value) if len(value) > 1 else _literal(value[0]) if value else ()
@@ -52,14 +60,18 @@ def _size(value: Any) -> Any:
 
 
 def _gpus(value: Any) -> Any:
-    """'', '0', '0,1', 0 or [0, 1]."""
-    if value is None or value == "":
+    """'', '0', '0,1', '(0, 1)', 0 or [0, 1]."""
+    value = _unset(value)
+    if value is None:
         return ()
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    parts = value.strip("()[] ").split(",") if isinstance(value, str) else value
     try:
-        return tuple(int(str(part)) for part in parts)
+        numbers = tuple(int(str(part)) for part in (parts if isinstance(parts, (list, tuple)) else [parts]))
     except ValueError:
-        raise ValueError("should be GPU numbers separated by commas, such as 0 or 0,1") from None
+        numbers = (-1,)
+    if any(not 0 <= number < 1024 for number in numbers) or len(set(numbers)) < len(numbers):
+        raise ValueError("should be different GPU numbers separated by commas, such as 0 or 0,1")
+    return numbers
 
 
 def _lower(value: Any) -> Any:
@@ -78,7 +90,7 @@ Jitter = Annotated[tuple[Strength, Strength, Strength, Hue] | None, BeforeValida
 Means = Annotated[tuple[float, float, float] | None, BeforeValidator(_number)]
 Deviations = Annotated[tuple[Positive, Positive, Positive] | None, BeforeValidator(_number)]
 Seed = Annotated[Annotated[int, Field(ge=0, lt=2**63)] | None, BeforeValidator(_number)]
-Gpus = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_gpus)]
+Gpus = Annotated[tuple[int, ...], BeforeValidator(_gpus)]
 Name = Annotated[str, BeforeValidator(_lower)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_unset)]
 

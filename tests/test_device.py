@@ -37,11 +37,9 @@ def test_a_gpu_beyond_those_there_is_refused_with_their_numbers(
     assert text.startswith("--gpus " + ",".join(map(str, gpus))) and "GPUs 0 to 1" in text and "\n" not in text
 
 
-@pytest.mark.parametrize("gpus", [(), (0,)])
-def test_a_network_on_one_device_is_not_wrapped(gpus: tuple[int, ...]) -> None:
+def test_a_network_on_the_cpu_is_not_wrapped() -> None:
     network = torch.nn.Linear(2, 3)
-    placed = device.place(network, gpus, torch.device("cpu"))
-    assert placed is network
+    assert device.place(network, (), torch.device("cpu")) is network
 
 
 def test_a_network_is_moved_to_its_device() -> None:
@@ -49,7 +47,10 @@ def test_a_network_is_moved_to_its_device() -> None:
     assert {parameter.device.type for parameter in placed.parameters()} == {"meta"}
 
 
-def test_over_several_gpus_each_batch_is_split_as_in_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gpus", [(0,), (1, 0)])
+def test_over_gpus_batches_are_split_and_names_prefixed_as_in_the_reference(
+    gpus: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[list[int]] = []
 
     class Recorder(torch.nn.DataParallel):
@@ -59,6 +60,6 @@ def test_over_several_gpus_each_batch_is_split_as_in_the_reference(monkeypatch: 
 
     monkeypatch.setattr(torch.nn, "DataParallel", Recorder)
     network = torch.nn.Linear(2, 3)
-    placed = device.place(network, (1, 0), torch.device("cpu"))
-    assert asked == [[1, 0]]
+    placed = device.place(network, gpus, torch.device("cpu"))
+    assert asked == [list(gpus)]
     assert set(placed.state_dict()) == {"module.weight", "module.bias"}

@@ -86,6 +86,22 @@ def test_a_palette_with_transparency_is_resolved_without_a_warning(transparency:
     assert (read_rgb(tmp_path / "image.png") == expected).all()
 
 
+@pytest.mark.parametrize("kind", ["grey", "rgb", "1-bit", "16-bit"])
+def test_a_colour_named_as_transparent_stays_what_it_is(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    deep = GREY.astype(np.uint16) * 257
+    image, named, expected = {
+        "grey": (Image.fromarray(GREY), int(GREY[0, 0]), GREY[..., None]),
+        "rgb": (Image.fromarray(RGB), tuple(map(int, RGB[0, 0])), RGB),
+        "1-bit": (Image.fromarray(GREY > 127), 0, np.where(GREY > 127, 255, 0)[..., None]),
+        "16-bit": (Image.fromarray(deep), int(deep[0, 0]), GREY[..., None]),
+    }[kind]
+    image.save(path, transparency=named)
+    with Image.open(path) as written:
+        assert "transparency" in written.info
+    assert is_rgb(read_rgb(path)) and (read_rgb(path) == expected).all()
+
+
 @pytest.mark.parametrize("ending", ["png", "tiff"])
 def test_transparency_is_dropped_and_the_colours_below_it_stay(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"image.{ending}"

@@ -145,6 +145,14 @@ def test_another_seed_gives_another_run(start: list[str], tmp_path: Path) -> Non
     assert not torch.equal(one["npc"]["memory"], two["npc"]["memory"])
 
 
+def test_the_first_weights_and_the_bank_s_noise_are_drawn_apart(start: list[str]) -> None:
+    setting = main.prepare(main.resolve(start))
+    bank = main.build_state(setting).bank.memory.flatten()
+    weights = next(setting.network.parameters()).detach().flatten()
+    count = min(len(bank), len(weights))
+    assert abs(torch.corrcoef(torch.stack([bank[:count], weights[:count]]))[0, 1]) < 0.5
+
+
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
 def test_an_interrupted_run_goes_on_in_its_session_to_the_same_end(
     stop: int, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -102,7 +102,7 @@ def prepare(options: Options) -> Setting:
     source = checkpoint.locate(options.resume) if options.resume else None
     loaded = checkpoint.load(source) if source else {}
     splits = load_data(options)
-    seed = options.seed if options.seed is not None else loaded.get("seed", seeding.from_time())
+    seed = seeding.choose(options.seed, loaded.get("seed"))
     options = options.model_copy(update={"seed": seed})
     colours = options.means or data_source.means, options.stds or data_source.stds
     transforms = augment.training_transform(options, *colours), augment.test_transform(options, *colours)
@@ -135,7 +135,7 @@ def train(setting: Setting) -> None:
     """Trains in a new session, or goes on in the checkpoint's."""
     options, splits = setting.options, setting.splits
     images, labels = splits.train.images, splits.train.labels
-    plan = curriculum.plan(options, schedule.build_schedule(options), samples=len(images))
+    plan = curriculum.build_plan(options, schedule.build_schedule(options), samples=len(images))
     state = build_state(setting)
     if setting.source:
         state.restore(setting.loaded, setting.source)

@@ -94,7 +94,7 @@ class TrainingState:
                 raise ValueError("the round or the epoch is negative")
             self.acc, best = (None if loaded.get(key) is None else float(loaded[key]) for key in ("acc", "best_acc"))
             self.best_acc = self.acc if best is None else best
-            self.history = [dict(row) for row in loaded.get("history", [])]
+            self.history = [{**row, "round": int(row["round"])} for row in loaded.get("history", [])]
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError, OverflowError) as error:
             raise UsageError(f"{where}: its parts do not fit together: {_first_line(error)}") from None
 

@@ -52,7 +52,7 @@ class Plan:
     display_freq: int
 
 
-def plan(options: Options, learning_rate: schedule.Schedule, *, samples: int) -> Plan:
+def build_plan(options: Options, learning_rate: schedule.Schedule, *, samples: int) -> Plan:
     """The plan of the options for N = ``samples``.
 
     Raises:
@@ -233,9 +233,9 @@ def save(state: TrainingState, helpers: Helpers, is_best: bool) -> None:
 
 def finish_round(state: TrainingState, helpers: Helpers) -> None:
     """The round's line and its global scalars."""
-    if not state.history:  # a finished round of a checkpoint that tells nothing of it
+    last = state.history[-1] if state.history else {}
+    if last.get("round") != state.round:  # a finished round of a checkpoint that tells nothing of it
         return
-    last = state.history[-1]
     helpers.session.write_scalars({"Evaluate/best_acc": state.best_acc}, state.round)
     accuracy = f", top-1 {last['top1']:.2%} at the last epoch, best {last['best_top1']:.2%}" if helpers.evaluate else ""
     logger().info(

@@ -222,6 +222,8 @@ class Options(BaseModel):
             raise ValueError("nesterov: needs a momentum above 0 and a dampening of 0")
         if self.restart and self.resume is None:
             raise ValueError("restart: goes with resume, which names the checkpoint to go on from")
+        if self.resume is not None and self.session is not None and not self.restart:
+            raise ValueError("session: names a new session, and resume goes on in the old one; add --restart")
         return self
 
 

@@ -32,6 +32,8 @@ def seed_for(seed: int, *where: int) -> int:
     return (int(high) << 32 | int(low)) >> 1
 
 
-def from_time() -> int:
-    """The reference's default seed: the time, in whole seconds."""
-    return int(time.time())
+def choose(asked: int | None, saved: object) -> int:
+    """The seed asked for; else a checkpoint's; else the time in whole seconds, the reference's default."""
+    if asked is not None:
+        return asked
+    return saved if type(saved) is int and saved >= 0 else int(time.time())

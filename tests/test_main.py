@@ -314,6 +314,7 @@ BAD_OPTIONS = {
     "--resume nothing.ckpt": "nothing.ckpt",
     "--session ../outside": "../outside",
     "--restart": "resume",
+    "--resume nothing.ckpt --session new": "--restart",
     "--lr-policy multistep": "lr_schedule",
     "--lr-policy multistep --lr-schedule none.yaml": "none.yaml",
     "stray": "stray",

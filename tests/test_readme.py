@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from datasets import DATASETS
 from lib.config import options_table, read_options
 from lib.options import Options
+from models import NETWORKS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,6 +20,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_options_table_is_the_program_s_own() -> None:
     written = re.search(r"<!-- options.*?-->\n(.*?)\n<!-- end of options -->", README, re.DOTALL)
     assert written and written[1] == options_table(), "run the command beside the table and paste what it prints"
+
+
+def test_every_data_set_and_network_is_named() -> None:
+    assert all(f"`{name}`" in README for name in [*DATASETS, *NETWORKS])
 
 
 def test_the_two_set_up_commands_stand_in_it_once() -> None:

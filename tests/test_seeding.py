@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.seeding import Stream, from_time, seed_for
+from lib.seeding import Stream, choose, seed_for
 
 many = settings(max_examples=50, deadline=None)
 seeds = st.integers(0, 2**63 - 1)
@@ -73,6 +74,17 @@ def test_neighbouring_places_have_unrelated_seeds() -> None:
 
 def test_the_default_seed_is_the_time_in_whole_seconds() -> None:
     before = time.time()
-    seed = from_time()
+    seed = choose(None, None)
     assert type(seed) is int
     assert int(before) <= seed <= time.time()
+
+
+def test_a_seed_asked_for_comes_before_a_checkpoint_s_and_that_before_the_time() -> None:
+    assert choose(0, 5) == 0
+    assert choose(None, 5) == 5
+
+
+@pytest.mark.parametrize("saved", [None, "5", -1, True, 5.0])
+def test_what_a_checkpoint_calls_a_seed_and_is_none_is_not_taken(saved: object) -> None:
+    before = int(time.time())
+    assert before <= choose(None, saved) <= time.time()

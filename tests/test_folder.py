@@ -318,3 +318,15 @@ def test_the_name_of_the_source_counts_in_any_case(many: Path) -> None:
 def test_the_normalisation_of_a_folder_is_imagenet_s() -> None:
     source = datasets.DATASETS["folder"]
     assert (source.means, source.stds) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_links_to_folders_are_followed_and_those_to_a_folder_above_are_not(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    root = tmp_path / "root"
+    for place in (elsewhere, root):
+        place.mkdir()
+        Image.new("RGB", (2, 2)).save(place / f"{place.name}.png")
+    (root / "linked").symlink_to(elsewhere)
+    (root / "round").symlink_to(root)
+    splits = datasets.load("folder", root)
+    assert sorted(splits.train.names or []) == [str(Path("linked", "elsewhere.png")), "root.png"]

@@ -277,3 +277,14 @@ def test_every_option_says_what_it_means_and_which_group_it_is_of() -> None:
     for name, field in Options.model_fields.items():
         assert field.description and len(field.description) > 5, name
         assert isinstance(field.json_schema_extra, dict) and field.json_schema_extra["group"], name
+
+
+@pytest.mark.parametrize("text", ["(3./4., 4./3.)", "(3/4, 4/3)", "(3. / 4., 4. / 3.)", "(0.75, 1.3333333333333333)"])
+def test_ratios_may_be_written_as_quotients(text: str) -> None:
+    assert Options(ratio=text).ratio == (0.75, 4 / 3)
+
+
+@pytest.mark.parametrize("text", ["(1/0, 4/3)", "(a/b, 4/3)", "1/2/", "(3//4, 4//3)"])
+def test_what_only_looks_like_a_quotient_is_refused(text: str) -> None:
+    with pytest.raises(ValidationError):
+        Options(ratio=text)

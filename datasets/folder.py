@@ -47,8 +47,18 @@ def load(root: Path | None, *, strict: bool, progress: Progress) -> Splits:
         progress: shows how many files have been read.
 
     Raises:
-        DataError: no such folder, no image, a layout that is neither, or unreadable files with ``strict``.
+        DataError: no such folder, one that may not be read, no image, a layout that is neither, or unreadable
+            files with ``strict``.
     """
+    try:
+        return _load(root, strict=strict, progress=progress)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename}: this folder cannot be read: {error.strerror}; allow it, or move it away"
+        ) from None
+
+
+def _load(root: Path | None, *, strict: bool, progress: Progress) -> Splits:
     if root is None:
         raise DataError(f"data_root is not set: pass --data-root with a folder that holds {EXPECTED}")
     if not root.is_dir():
@@ -95,9 +105,13 @@ def _is_image(name: str) -> bool:
     return _visible(name) and name.lower().endswith(IMG_EXTENSIONS)
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def _images_below(folder: Path) -> list[Path]:
     found: list[Path] = []
-    for here, folders, files in os.walk(folder, followlinks=True):
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
         real = Path(here).resolve()  # a link to a folder above would go round for ever
         folders[:] = sorted(n for n in folders if _visible(n) and Path(here, n).resolve() not in (real, *real.parents))
         found += [Path(here, name) for name in sorted(files) if _is_image(name)]

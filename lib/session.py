@@ -64,7 +64,9 @@ class Session:
                 opened.close()
                 raise
         except OSError as error:
-            raise UsageError(f"{folder}: cannot be written: {error.strerror}; choose another --sess-dir") from None
+            raise UsageError(
+                f"{folder}: cannot be written: {error.strerror}; choose another --sess-dir, with --restart to go on in it"
+            ) from None
         return opened
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -330,3 +332,24 @@ def test_links_to_folders_are_followed_and_those_to_a_folder_above_are_not(tmp_p
     (root / "round").symlink_to(root)
     splits = datasets.load("folder", root)
     assert sorted(splits.train.names or []) == [str(Path("linked", "elsewhere.png")), "root.png"]
+
+
+@pytest.mark.parametrize("place", ["", "train", "train/a"])
+def test_a_folder_that_may_not_be_read_is_refused_by_name(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tests may run as root, whom no permission stops, so the listing itself is made to fail."""
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    Image.new("RGB", (2, 2)).save(tmp_path / "train" / "a" / "0.png")
+    forbidden, scandir, is_dir, iterdir = tmp_path / place, os.scandir, Path.is_dir, Path.iterdir
+
+    def refuse(path: Any) -> None:
+        if Path(path) == forbidden:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", lambda path: refuse(path) or scandir(path))
+    monkeypatch.setattr(Path, "iterdir", lambda path: refuse(path) or iterdir(path))
+    monkeypatch.setattr(Path, "is_dir", lambda path: refuse(path.parent) or is_dir(path))
+    with pytest.raises(DataError, match="Permission denied") as refused:
+        datasets.load("folder", tmp_path)
+    assert str(forbidden) in str(refused.value)

@@ -65,7 +65,7 @@ class Session:
                 raise
         except OSError as error:
             raise UsageError(
-                f"{folder}: cannot be written: {error.strerror}; choose another --sess-dir, with --restart to go on in it"
+                f"{folder}: cannot be written: {error.strerror}; choose another --sess-dir (to go on there: --restart)"
             ) from None
         return opened
 

@@ -139,7 +139,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> None:
-    """Puts ``net`` into the network; ``module.`` prefixes of multi-GPU training are bridged.
+    """Puts ``net`` into the network; prefixes of multi-GPU training are bridged.
 
     Raises:
         UsageError: it is of another network or embedding size; says which.
@@ -147,21 +147,27 @@ def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> N
     inner = network.module if isinstance(network, torch.nn.DataParallel) else network
     if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded["net"].items()):
         raise UsageError(f"{where}: its 'net' holds more than tensors by name; choose another checkpoint")
-    state = {name.removeprefix("module."): value for name, value in loaded["net"].items()}
+    state = {_bare(name): value for name, value in loaded["net"].items()}
     own = inner.state_dict()
     if state.keys() != own.keys():
         name = f"network {loaded['network']}" if "network" in loaded else "another network"
         first = min(state.keys() ^ own.keys())
         side = "which the checkpoint lacks" if first in own else "which only the checkpoint has"
         raise UsageError(f"{where}: is of {name}, not of the one chosen by --network (they differ in {first}, {side})")
+    head = [name for name in own if name.endswith(".weight")][-1]  # (D, inputs)
     for name, value in own.items():
         there = tuple(state[name].shape)
         if there == tuple(value.shape):
             continue
-        if name == "linear.weight" and len(there) == 2 and there[1] == value.shape[1]:
+        if name == head and len(there) == 2 and there[1] == value.shape[1]:
             raise UsageError(f"{where}: has embedding size {there[0]}, not {value.shape[0]}; set --low-dim to it")
         raise UsageError(f"{where}: is of another network: {name} is {list(there)} there and {list(value.shape)} here")
     inner.load_state_dict(state)
+
+
+def _bare(name: str) -> str:
+    """A parameter's name without what the reference's GPU training adds: to AlexNet's features, or to all."""
+    return name.removeprefix("module.").replace("features.module.", "features.", 1)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], where: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from models import resnet_small
+from models import alexnet, resnet_imagenet, resnet_small
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet10": resnet_small.resnet10,
@@ -15,6 +15,13 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet50": resnet_small.resnet50,
     "resnet101": resnet_small.resnet101,
     "resnet152": resnet_small.resnet152,
+    "imagenet-resnet18": resnet_imagenet.resnet18,
+    "imagenet-resnet34": resnet_imagenet.resnet34,
+    "imagenet-resnet50": resnet_imagenet.resnet50,
+    "imagenet-resnet101": resnet_imagenet.resnet101,
+    "imagenet-resnet152": resnet_imagenet.resnet152,
+    "alexnet": alexnet.alexnet,
+    "alexnet-small": alexnet.alexnet_small,
 }
 
 

@@ -576,3 +576,26 @@ def test_resume_of_what_is_not_there_is_refused_by_name(name: str, tmp_path: Pat
     with pytest.raises(UsageError, match="--resume") as refused:
         checkpoint.locate(tmp_path / name)
     assert str(tmp_path / name) in str(refused.value)
+
+
+class TwoParts(torch.nn.Module):
+    """Named as AlexNet is."""
+
+    def __init__(self, low_dim: int) -> None:
+        super().__init__()
+        self.features = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1))
+        self.classifier = torch.nn.Sequential(torch.nn.Linear(2, low_dim))
+
+
+@pytest.mark.parametrize("prefix", ["features.module.", "module.features.", "module.features.module."])
+def test_the_prefixes_of_an_alexnet_trained_on_gpus_are_bridged(prefix: str) -> None:
+    saved, network = TwoParts(3), TwoParts(3)
+    names = {name: name.replace("features.", prefix) for name in saved.state_dict()}
+    loaded = {"net": {names[name]: value for name, value in saved.state_dict().items()}}
+    checkpoint.load_network(network, loaded, Path("a.ckpt"))
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in network.state_dict().items())
+
+
+def test_another_embedding_size_is_told_whatever_the_last_layer_is_called() -> None:
+    with pytest.raises(UsageError, match="embedding size 3, not 5"):
+        checkpoint.load_network(TwoParts(5), {"net": TwoParts(3).state_dict()}, Path("a.ckpt"))

@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
 
 from datasets import DATASETS
 from lib.config import options_table, read_options
 from lib.options import Options
-from models import NETWORKS
+from models import NETWORKS, build
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,6 +26,23 @@ def test_the_options_table_is_the_program_s_own() -> None:
 
 def test_every_data_set_and_network_is_named() -> None:
     assert all(f"`{name}`" in README for name in [*DATASETS, *NETWORKS])
+
+
+def counted(name: str, pixels: int) -> tuple[str, str]:
+    """Millions of parameters and thousands of millions of multiply-adds."""
+    with torch.device("meta"):
+        network = build(name, low_dim=128).eval()
+        with FlopCounterMode(display=False) as counter:
+            network(torch.empty(1, 3, pixels, pixels))
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return f"{parameters / 1e6:.2f}", f"{counter.get_total_flops() / 2e9:.3f}"
+
+
+def test_the_table_of_networks_counts_right() -> None:
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| (\d+) x \2 \| ([\d.]+) \| ([\d.]+) \|$", README, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(NETWORKS)
+    for name, pixels, parameters, adds in rows:
+        assert counted(name, int(pixels)) == (parameters, adds), name
 
 
 def test_the_two_set_up_commands_stand_in_it_once() -> None:

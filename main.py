@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,21 @@ import torch
 
 import datasets
 import models
-from lib import augment, checkpoint, config, curriculum, device, environment, gallery, protocols, schedule, seeding
+from lib import (
+    augment,
+    checkpoint,
+    config,
+    curriculum,
+    device,
+    environment,
+    export,
+    features,
+    gallery,
+    protocols,
+    schedule,
+    seeding,
+    weights,
+)
 from lib.checkpoint import Checkpoint, TrainingState
 from lib.console import SUMMARY, UsageError, logger, progress, start_logging
 from lib.loader import Loader
@@ -33,6 +48,7 @@ class Setting:
 
     options: Options  # with a seed
     splits: datasets.Splits
+    colours: tuple[datasets.Colour, datasets.Colour]  # means and deviations
     transforms: tuple[augment.Transform, augment.Transform]  # for training, for testing
     device: torch.device
     network: torch.nn.Module
@@ -76,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         start_logging(options.brief)
         setting = prepare(options)
         test(setting) if options.test_only else train(setting)
+        export_results(setting)
     except (UsageError, datasets.DataError) as error:
         print(f"error: {str(error).splitlines()[-1]}", file=sys.stderr)  # a worker's comes behind its traceback
         return 2
@@ -99,25 +116,36 @@ def prepare(options: Options) -> Setting:
     place = device.select(options.gpus)
     data_source = config.choose(datasets.DATASETS, options.dataset, "--dataset")
     config.choose(models.NETWORKS, options.network, "--network")
+    export.check(options)
     source = checkpoint.locate(options.resume) if options.resume else None
     loaded = checkpoint.load(source) if source else {}
-    splits = load_data(options)
     seed = seeding.choose(options.seed, loaded.get("seed"))
     options = options.model_copy(update={"seed": seed})
+    torch.manual_seed(seeding.seed_for(seed, Stream.WEIGHTS))  # the network's first weights
+    network = models.build(options.network, low_dim=options.low_dim)
+    if options.pretrained and not source:
+        weights.load_pretrained(network, options.pretrained)
+    splits = load_data(options)
     colours = options.means or data_source.means, options.stds or data_source.stds
     transforms = augment.training_transform(options, *colours), augment.test_transform(options, *colours)
-    torch.manual_seed(seeding.seed_for(seed, Stream.WEIGHTS))  # the network's first weights
-    network = device.place(models.build(options.network, low_dim=options.low_dim), options.gpus, place)
-    return Setting(options, splits, transforms, place, network, source, loaded)
+    network = device.place(network, options.gpus, place)
+    return Setting(options, splits, colours, transforms, place, network, source, loaded)
 
 
 def load_data(options: Options) -> datasets.Splits:
     """The splits, with what the user should know about them said once."""
 
-    def bar(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-        return progress(items, what, "file", total)
+    def bar(items: Iterable[Any], what: str, total: int, unit: str) -> Iterable[Any]:
+        return progress(items, what, unit, total)
 
-    splits = datasets.load(options.dataset, options.data_root, strict=options.strict_data, progress=bar)
+    splits = datasets.load(
+        options.dataset,
+        options.data_root,
+        strict=options.strict_data,
+        download=options.download,
+        boxes=options.bounding_boxes,
+        progress=bar,
+    )
     for note in splits.notes:
         logger().info("%s", note)
     for name, reason in splits.skipped:
@@ -138,7 +166,9 @@ def train(setting: Setting) -> None:
     plan = curriculum.build_plan(options, schedule.build_schedule(options), samples=len(images))
     state = build_state(setting)
     if setting.source:
-        state.restore(setting.loaded, setting.source)
+        batches = setting.loader(splits.train, train=False)
+        embed = partial(features.extract, setting.network, batches, setting.device, "filling the memory bank")
+        state.restore(setting.loaded, setting.source, embed=embed)
     evaluator = setting.evaluator()
     session = open_session(setting, start=(state.round, state.epoch))
 
@@ -164,17 +194,34 @@ def train(setting: Setting) -> None:
 
 
 def test(setting: Setting) -> None:
-    """Prints the table of a test run; stores nothing."""
-    evaluator = setting.evaluator()
-    if evaluator is None:
+    """Prints the table of a test run."""
+    options, evaluator = setting.options, setting.evaluator()
+    if evaluator is None and not (options.export_features or options.export_model):
         raise UsageError("--test-only: accuracy needs labelled training and test images, and there are none")
     if setting.source:
         checkpoint.load_network(setting.network, setting.loaded, setting.source)
-    else:
+    elif not options.pretrained:
         logger().warning("no --resume: the network has random weights")
-    batches = setting.loader(setting.splits.train, train=False)
-    memory = setting.loaded.get("npc", {}).get("memory")
-    logger().info("%s", protocols.test_table(evaluator, setting.network, batches, memory), extra=SUMMARY)
+    if evaluator:
+        batches = setting.loader(setting.splits.train, train=False)
+        memory = setting.loaded.get("npc", {}).get("memory")
+        logger().info("%s", protocols.test_table(evaluator, setting.network, batches, memory), extra=SUMMARY)
+
+
+def export_results(setting: Setting) -> None:
+    """Writes what the user asks for, from the network as it is now."""
+    options, splits = setting.options, setting.splits
+    if options.export_features:
+        parts = [
+            export.Part(name, setting.loader(split, train=False), split.labels, split.names)
+            for name, split in (("train", splits.train), ("test", splits.test))
+            if split
+        ]
+        classes = splits.train.classes
+        export.save_features(options.export_features, setting.network, parts, classes=classes, device=setting.device)
+    if options.export_model:
+        means, stds = setting.colours
+        export.save_model(options.export_model, setting.network, options, means=means, stds=stds)
 
 
 def build_state(setting: Setting) -> TrainingState:

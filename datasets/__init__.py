@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import cifar, digits, folder
-from datasets.images import DataError, ImageSet, Progress, Splits
+from datasets import cifar, cub200, digits, dogs, folder, imagenet, svhn
+from datasets.images import DataError, ImageSet, Progress, Request, Splits
 
-__all__ = ["DATASETS", "DataError", "ImageSet", "Source", "Splits", "load"]
+__all__ = ["DATASETS", "Colour", "DataError", "ImageSet", "Source", "Splits", "load"]
 
 Colour = tuple[float, float, float]
 IMAGENET_MEANS, IMAGENET_STDS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -17,23 +17,39 @@ IMAGENET_MEANS, IMAGENET_STDS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Source:
-    """Where images come from, and their channel statistics on RGB in [0, 1]."""
+    """Where images come from, and their channel statistics on RGB in [0, 1].
 
-    load: Callable[..., Splits]
+    ``published``: it has a place to be fetched from, or a sentence that tells how to get it.
+    ``boxes``: its images have annotated bounding boxes.
+    """
+
+    load: Callable[[Request], Splits]
     means: Colour
     stds: Colour
+    published: bool = True
+    boxes: bool = False
 
 
 DATASETS = {
     "cifar10": Source(cifar.cifar10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": Source(cifar.cifar100, (0.5071, 0.4866, 0.4409), (0.2009, 0.1984, 0.2023)),
-    "digits": Source(digits.load, (0.3054, 0.3054, 0.3054), (0.3760, 0.3760, 0.3760)),
-    "folder": Source(folder.load, IMAGENET_MEANS, IMAGENET_STDS),
+    "svhn": Source(svhn.load, (0.4377, 0.4438, 0.4728), (0.1201, 0.1231, 0.1052)),
+    "imagenet": Source(imagenet.load, IMAGENET_MEANS, IMAGENET_STDS),
+    "cub200": Source(cub200.load, IMAGENET_MEANS, IMAGENET_STDS, boxes=True),
+    "dogs": Source(dogs.load, IMAGENET_MEANS, IMAGENET_STDS, boxes=True),
+    "digits": Source(digits.load, (0.3054, 0.3054, 0.3054), (0.3760, 0.3760, 0.3760), published=False),
+    "folder": Source(folder.load, IMAGENET_MEANS, IMAGENET_STDS, published=False),
 }
 
 
 def load(
-    name: str, root: Path | None, *, strict: bool = False, progress: Progress = lambda items, what, total: items
+    name: str,
+    root: Path | None,
+    *,
+    strict: bool = False,
+    download: bool = False,
+    boxes: bool = False,
+    progress: Progress = lambda items, what, total, unit: items,
 ) -> Splits:
     """The splits of a data set.
 
@@ -41,9 +57,20 @@ def load(
         name: a key of ``DATASETS``, in any case; KeyError otherwise.
         root: the folder it lies in, None for the embedded digits.
         strict: refuse a folder with unreadable images instead of leaving them out.
+        download: fetch what is not there.
+        boxes: cut the images to their annotated boxes.
         progress: shows how far reading has come.
 
     Raises:
         DataError: the data are not there or not usable.
     """
-    return DATASETS[name.lower()].load(root, strict=strict, progress=progress)
+    source = DATASETS[name.lower()]
+    if download and not source.published:
+        raise DataError(f"--download: there is nothing to fetch for the data set {name}; drop the flag")
+    if boxes and not source.boxes:
+        having = ", ".join(key for key, other in DATASETS.items() if other.boxes)
+        raise DataError(f"--bounding-boxes: {name} has none; drop the flag, or choose among {having}")
+    try:
+        return source.load(Request(root, strict, download, boxes, progress))
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}; allow it, or move it away") from None

@@ -7,26 +7,29 @@ checks the files' MD5 sums.
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from torchvision import datasets as published
 
-from datasets.images import DataError, ImageSet, Progress, Splits
+from datasets.download import Archive, provide
+from datasets.files import open_root
+from datasets.images import DataError, ImageSet, Request, Splits
 
 PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
-def _load(source: type[published.CIFAR10], root: Path | None, *, strict: bool, progress: Progress) -> Splits:
-    if root is None:
-        raise DataError(f"data_root is not set: pass --data-root with the folder that holds {source.base_folder}/")
+def _load(source: type[published.CIFAR10], request: Request) -> Splits:
+    archive = Archive(source.url, f"md5:{source.tgz_md5}", unpacks_to=source.base_folder)
+    if request.download:
+        provide(request, [archive])
+    mend = f"pass --download to fetch it, or unpack {archive.name} ({PAGE}) there"
+    root = open_root(request, f"{source.base_folder}/", mend)
     try:
         parts = [source(str(root), train=train) for train in (True, False)]
     except RuntimeError:
-        raise DataError(
-            f"{root}: no whole {source.__name__} there: looked for {root / source.base_folder}/ with the files of "
-            f"{source.filename}; unpack that archive from {PAGE} into {root}, or pass another --data-root"
-        ) from None
+        there = root / source.base_folder
+        state = "is not whole; move it away, and" if there.exists() else "is not there;"
+        raise DataError(f"{there}: {state} {mend}, or choose another --data-root") from None
     train, test = (ImageSet(p.data, np.asarray(p.targets, dtype=np.int64), tuple(p.classes)) for p in parts)
     return Splits(train, test)
 

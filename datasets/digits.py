@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.images import ImageSet, Progress, Splits
+from datasets.images import ImageSet, Request, Splits
 
 FILE = Path(__file__).with_name("digits.npz")
 
 
-def load(root: Path | None, *, strict: bool, progress: Progress) -> Splits:
-    """1,437 training and 360 test images (8, 8, 3); nothing is read from ``root``."""
+def load(request: Request) -> Splits:
+    """1,437 training and 360 test images (8, 8, 3); nothing of the request matters."""
     with np.load(FILE, allow_pickle=False) as file:
         grey = np.round(file["images"] * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
         labels, is_test = file["labels"].astype(np.int64), file["is_test"]

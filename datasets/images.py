@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
-"""Shows how far an iteration has come; takes the items, what is being done, and how many they are."""
+Progress = Callable[[Iterable[Any], str, int, str], Iterable[Any]]
+"""Shows how far an iteration has come; takes the items, what is being done, how many they are, and of what."""
 
 
 class DataError(Exception):
@@ -51,20 +51,57 @@ class Splits:
     skipped: tuple[tuple[str, str], ...] = ()  # unreadable files and why
 
 
-class ImageFiles(Sequence[np.ndarray]):
-    """Images that stay in their files until they are asked for."""
+@dataclass(frozen=True)
+class Request:
+    """What the user asks of a source.
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
+    Attributes:
+        root: the folder it lies in, None where none was named.
+        strict: refuse a folder with unreadable images instead of leaving them out.
+        download: fetch what is not there.
+        boxes: cut the images to their annotated boxes.
+        progress: shows how far reading has come.
+    """
+
+    root: Path | None
+    strict: bool
+    download: bool
+    boxes: bool
+    progress: Progress
+
+
+class ImageFiles(Sequence[np.ndarray]):
+    """Images that stay in their files until they are asked for.
+
+    Args:
+        root: the folder that the names start from.
+        names: N file names.
+        boxes: (N, 4) left, top, right and bottom in pixels, to cut each image to; None: whole images.
+    """
+
+    def __init__(self, root: Path, names: Sequence[str], boxes: np.ndarray | None = None) -> None:
+        self.root = root
+        self.names = names
+        self.boxes = boxes
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
 
     def __getitem__(self, index: Any) -> Any:
+        path = self.root / self.names[index]
         try:
-            return read_rgb(self.paths[index])
+            image = read_rgb(path)
         except UnreadableImageError as error:
-            raise DataError(f"{self.paths[index]}: could be read at the start and cannot be now: {error}") from None
+            raise DataError(
+                f"{path}: could be read at the start and cannot be now: {error}; mend it, or remove it and start again"
+            ) from None
+        return image if self.boxes is None else clip(image, self.boxes[index])
+
+
+def clip(image: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """The part (h, w, 3) of an image (H, W, 3) inside a box of left, top, right and bottom pixels."""
+    left, top, right, bottom = box
+    return np.ascontiguousarray(image[top:bottom, left:right])
 
 
 class UnreadableImageError(Exception):

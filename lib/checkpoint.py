@@ -3,27 +3,27 @@
 A checkpoint has the reference's form: ``net``, ``optimizer``, ``ANs_discovery``, ``npc``, ``acc`` (share of
 right answers of this state), ``epoch`` (next to run), ``round``, ``session``; and beside it what going on
 exactly takes: ``best_acc`` of the round so far, ``seed``, ``history`` (the figures of each round) and
-``network`` (the backbone's name). It holds tensors and plain containers only and is read as such.
+``network`` (the backbone's name). It holds tensors and plain containers only and is read as such. Of a file that
+lacks parts, such as somebody's weights alone, what is there is taken.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lib.console import UsageError
+from lib import weights
+from lib.console import UsageError, logger
+from lib.files import write_whole
 from lib.memory_bank import MemoryBank
 from lib.neighbourhoods import Neighbourhoods
 from lib.session import LATEST
 
 Checkpoint = dict[str, Any]
-
-TRAINING_KEYS = ("net", "optimizer", "ANs_discovery", "npc", "epoch", "round")
 
 
 @dataclass
@@ -70,43 +70,55 @@ class TrainingState:
             "network": network_name,
         }
 
-    def restore(self, loaded: Checkpoint, where: Path) -> None:
-        """Goes on from a checkpoint.
+    def restore(self, loaded: Checkpoint, where: Path, *, embed: Callable[[], torch.Tensor]) -> None:
+        """Goes on from a checkpoint; what it lacks starts afresh, and the log says so.
+
+        Args:
+            loaded: the checkpoint.
+            where: its file, for messages.
+            embed: embeddings (N, D) of the training images by the network, for a checkpoint without memory bank.
 
         Raises:
-            UsageError: it lacks a part, or is of another network, embedding size or number of samples.
+            UsageError: it is of another network, embedding size or number of samples, or its parts contradict
+                each other.
         """
-        lacking = [key for key in TRAINING_KEYS if key not in loaded]
-        if lacking:
-            raise UsageError(
-                f"{where}: lacks {', '.join(lacking)}, which training needs; only --test-only does without"
-            )
         load_network(self.network, loaded, where)
         try:
-            load_bank(self.bank, loaded["npc"], where)
-            found = Neighbourhoods.from_state_dict(loaded["ANs_discovery"], self.bank.memory.device)
-            if len(found.position) != len(self.bank.memory):
-                raise ValueError("the memory bank and the neighbourhoods are of different samples")
-            load_optimizer(self.optimizer, loaded["optimizer"], where)
-            self.neighbourhoods = found
-            self.round, self.epoch = int(loaded["round"]), int(loaded["epoch"])
+            if "npc" in loaded:
+                load_bank(self.bank, loaded["npc"], where)
+            else:
+                logger().info("%s: holds no memory bank: it is filled with the training images' embeddings", where)
+                self.bank.load_state_dict({"memory": embed()})
+            if "optimizer" in loaded:
+                load_optimizer(self.optimizer, loaded["optimizer"], where)
+            else:
+                logger().info("%s: holds no optimiser: its momentum starts at zero", where)
+            self.round, self.epoch = int(loaded.get("round", 0)), int(loaded.get("epoch", 0))
             if self.round < 0 or self.epoch < 0:
                 raise ValueError("the round or the epoch is negative")
+            self._restore_neighbourhoods(loaded, where)
             self.acc, best = (None if loaded.get(key) is None else float(loaded[key]) for key in ("acc", "best_acc"))
             self.best_acc = self.acc if best is None else best
             self.history = [{**row, "round": int(row["round"])} for row in loaded.get("history", [])]
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError, OverflowError) as error:
             raise UsageError(f"{where}: its parts do not fit together: {_first_line(error)}") from None
 
+    def _restore_neighbourhoods(self, loaded: Checkpoint, where: Path) -> None:
+        """Those of the checkpoint; where it has none, or empty ones, the round starts again."""
+        if "ANs_discovery" in loaded and len(loaded["ANs_discovery"]["position"]):
+            found = Neighbourhoods.from_state_dict(loaded["ANs_discovery"], self.bank.memory.device)
+            if len(found.position) != len(self.bank.memory):
+                raise ValueError("the memory bank and the neighbourhoods are of different samples")
+            self.neighbourhoods = found
+        elif self.round and self.epoch:
+            logger().info("%s: holds no neighbourhoods: round %d starts again with a discovery", where, self.round)
+            self.epoch = 0
+
 
 def save(content: Checkpoint, path: Path) -> None:
-    """Writes beside ``path``, flushes to the disk, and renames: a reader sees the old file or the new one."""
-    beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
+    """Writes a checkpoint, whole or not at all."""
+    with write_whole(path) as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def locate(resume: Path) -> Path:
@@ -118,43 +130,40 @@ def locate(resume: Path) -> Path:
 
 
 def load(path: Path) -> Checkpoint:
-    """Reads a checkpoint, tensors and plain containers only, onto the CPU.
+    """Reads a checkpoint, or somebody's weights (as ``weights``), tensors and plain containers only, onto the CPU.
 
     Raises:
-        UsageError: the file is damaged, holds anything else, or is no checkpoint of this kind.
+        UsageError: the file is damaged, holds anything else, or no weights.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files make the reader raise nearly anything
-        if isinstance(error, OSError) and error.strerror:
-            what = f"cannot be read: {error.strerror}"
-        elif isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            what = "holds more than tensors and plain containers, which could run code, and was not opened"
-        else:
-            what = "is damaged, cut short, or no PyTorch checkpoint"
-        raise UsageError(f"{path}: {what}; choose another checkpoint") from None
-    if not isinstance(content, dict) or not isinstance(content.get("net"), dict):
-        raise UsageError(f"{path}: is not a checkpoint of this program: it holds no 'net'")
-    return content
+    return weights.read(path)
 
 
 def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> None:
-    """Puts ``net`` into the network; prefixes of multi-GPU training are bridged.
+    """Puts the checkpoint's weights into the network; prefixes of multi-GPU training are bridged.
+
+    A training run's (``net``) must fit wholly, for going on with a part of a run is none; those of a file that is
+    no training run are taken as far as they fit.
 
     Raises:
         UsageError: it is of another network or embedding size; says which.
     """
-    inner = network.module if isinstance(network, torch.nn.DataParallel) else network
+    if "net" not in loaded:
+        weights.load(network, loaded["weights"], where)
+        return
+    inner = weights.unwrapped(network)
     if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded["net"].items()):
         raise UsageError(f"{where}: its 'net' holds more than tensors by name; choose another checkpoint")
-    state = {_bare(name): value for name, value in loaded["net"].items()}
+    state = {weights.bare(name): value for name, value in loaded["net"].items()}
     own = inner.state_dict()
+    for name in own.keys() - state.keys():
+        if name.endswith(weights.COUNTER):
+            state[name] = own[name]
     if state.keys() != own.keys():
         name = f"network {loaded['network']}" if "network" in loaded else "another network"
         first = min(state.keys() ^ own.keys())
         side = "which the checkpoint lacks" if first in own else "which only the checkpoint has"
         raise UsageError(f"{where}: is of {name}, not of the one chosen by --network (they differ in {first}, {side})")
-    head = [name for name in own if name.endswith(".weight")][-1]  # (D, inputs)
+    head = weights.head(inner)
     for name, value in own.items():
         there = tuple(state[name].shape)
         if there == tuple(value.shape):
@@ -163,11 +172,6 @@ def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> N
             raise UsageError(f"{where}: has embedding size {there[0]}, not {value.shape[0]}; set --low-dim to it")
         raise UsageError(f"{where}: is of another network: {name} is {list(there)} there and {list(value.shape)} here")
     inner.load_state_dict(state)
-
-
-def _bare(name: str) -> str:
-    """A parameter's name without what the reference's GPU training adds: to AlexNet's features, or to all."""
-    return name.removeprefix("module.").replace("features.module.", "features.", 1)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], where: Path) -> None:

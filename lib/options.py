@@ -116,6 +116,8 @@ class Options(BaseModel):
     data_root: OptionalPath = _option(
         None, "data", "folder the data set lies in; the digits are embedded and need none"
     )
+    download: Switch = _option(False, "data", "fetch the data set into data_root where it is not there", this_run=True)
+    bounding_boxes: Switch = _option(False, "data", "cut images to their annotated boxes (cub200, dogs)")
     strict_data: Switch = _option(False, "data", "refuse a folder with unreadable images instead of skipping them")
     batch_size: Integer = _option(128, "data", "images in a batch; batch normalisation needs two", ge=2)
     workers_num: Integer = _option(4, "data", "processes that prepare images; 0: the training process itself", ge=0)
@@ -138,6 +140,9 @@ class Options(BaseModel):
 
     network: Name = _option("resnet18", "network", "backbone by name")
     low_dim: Integer = _option(128, "network", "size D of the embedding", ge=1)
+    pretrained: OptionalPath = _option(
+        None, "network", "weights that training starts from, matched by name and shape; with --resume they are not read"
+    )
 
     npc_temperature: Number = _option(
         0.1, "memory bank", "temperature of the non-parametric classifier, and sigma of the weighted kNN", gt=0
@@ -197,6 +202,12 @@ class Options(BaseModel):
     )
     restart: Switch = _option(False, "session", "with --resume: go on in a new session", this_run=True)
     test_only: Switch = _option(False, "session", "evaluate, train nothing, store nothing", this_run=True)
+    export_features: OptionalPath = _option(
+        None, "session", "at the end, write embeddings, labels and file names to this .npz", this_run=True
+    )
+    export_model: OptionalPath = _option(
+        None, "session", "at the end, write the backbone to this .safetensors or .onnx", this_run=True
+    )
     debug: Switch = _option(False, "session", "store nothing", this_run=True)
     brief: Switch = _option(False, "session", "only a line a round and warnings on the screen", this_run=True)
     print_args: Switch = _option(False, "session", "print the resolved options as YAML and stop", this_run=True)

@@ -19,7 +19,7 @@ import torch
 import models
 from lib import checkpoint
 from lib.checkpoint import TrainingState
-from lib.console import UsageError
+from lib.console import UsageError, logger
 from lib.memory_bank import MemoryBank
 from lib.neighbourhoods import Neighbourhoods
 
@@ -171,7 +171,7 @@ def test_everything_comes_back_to_the_last_bit(k: int, kind: str, tmp_path: Path
 
     again = state_of(2, kind=kind)
     assert not torch.equal(again.bank.memory, state.bank.memory)
-    again.restore(checkpoint.load(path), path)
+    again.restore(checkpoint.load(path), path, embed=unwanted)
     assert same(again.network.state_dict(), before["net"])
     assert same(again.optimizer.state_dict(), before["optimizer"])
     assert same(again.bank.memory, before["npc"]["memory"])
@@ -191,7 +191,7 @@ def test_learning_rate_and_decay_stay_those_of_the_options() -> None:
     before = state_of(steps=1).checkpoint("small", "")
     now = state_of(2)
     now.optimizer.param_groups[0].update(lr=0.5, weight_decay=0.0, momentum=0.8)
-    now.restore(before, Path("a.ckpt"))
+    now.restore(before, Path("a.ckpt"), embed=unwanted)
     group = now.optimizer.param_groups[0]
     assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.5, 0.0, 0.8)
     assert same(now.optimizer.state_dict()["state"], before["optimizer"]["state"])
@@ -227,7 +227,7 @@ def test_a_checkpoint_of_the_reference_goes_on_here(prefix: str, zipped: bool, t
     content = published(prefix)
     path = written(tmp_path, content, _use_new_zipfile_serialization=zipped)
     state = state_of(2)
-    state.restore(checkpoint.load(path), path)
+    state.restore(checkpoint.load(path), path, embed=unwanted)
     assert same(
         dict(state.network.state_dict()), {name.removeprefix("module."): v for name, v in content["net"].items()}
     )
@@ -252,10 +252,14 @@ def test_a_network_over_several_gpus_takes_and_gives_names_with_a_prefix() -> No
     assert same(dict(other.network.state_dict()), dict(spread.network.module.state_dict()))
 
 
+def unwanted() -> torch.Tensor:
+    raise AssertionError("the checkpoint has a memory bank")
+
+
 def restore_refusal(content: dict[str, Any], state: TrainingState | None = None) -> str:
     """What ``restore`` says; any other exception passes through."""
     with pytest.raises(UsageError) as refused:
-        (state or state_of()).restore(content, Path("a.ckpt"))
+        (state or state_of()).restore(content, Path("a.ckpt"), embed=unwanted)
     text = str(refused.value)
     assert text.startswith("a.ckpt: ") and "\n" not in text
     return text
@@ -319,12 +323,66 @@ def test_a_checkpoint_of_another_optimiser_says_so(there: str, here: str) -> Non
     assert "--optimizer" in text
 
 
-@pytest.mark.parametrize("part", ["optimizer", "ANs_discovery", "npc", "epoch", "round"])
-def test_a_checkpoint_without_a_part_says_which(part: str) -> None:
-    content = state_of().checkpoint("small", "")
-    del content[part]
-    text = restore_refusal(content)
-    assert part in text and "--test-only" in text
+def lacking(*parts: str) -> tuple[TrainingState, dict[str, Any]]:
+    """What a state becomes by a checkpoint of the reference, in round 2 after epoch 3, without some of its parts."""
+    content = {name: value for name, value in published("").items() if name not in parts}
+    state = state_of(2)
+    state.restore(content, Path("a.ckpt"), embed=lambda: EMBEDDINGS)
+    assert same(dict(state.network.state_dict()), content["net"])
+    return state, content
+
+
+EMBEDDINGS = torch.nn.functional.normalize(torch.linspace(-1, 2, SAMPLES * LOW_DIM).reshape(SAMPLES, LOW_DIM), dim=1)
+
+
+def test_without_a_memory_bank_the_embeddings_become_it() -> None:
+    state, _ = lacking("npc")
+    assert torch.equal(state.bank.memory, EMBEDDINGS)
+    assert (state.round, state.epoch) == (2, 4) and torch.equal(state.neighbourhoods.anchors, torch.tensor([5, 2, 9]))
+
+
+def test_without_an_optimiser_its_momentum_starts_at_zero() -> None:
+    state, content = lacking("optimizer")
+    assert not state.optimizer.state and torch.equal(state.bank.memory, content["npc"]["memory"])
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_without_neighbourhoods_the_round_starts_again(empty: bool) -> None:
+    state, content = lacking("ANs_discovery")
+    if empty:
+        nobody = {name: torch.zeros(0) for name in published("")["ANs_discovery"]}
+        state.restore({**content, "epoch": 4, "ANs_discovery": nobody}, Path("a.ckpt"), embed=unwanted)
+    assert (state.round, state.epoch) == (2, 0) and state.neighbourhoods.num_anchors == 0
+
+
+@pytest.mark.parametrize("part", ["round", "epoch", "acc", "session"])
+def test_without_a_count_it_starts_at_zero(part: str) -> None:
+    state, content = lacking(part)
+    assert (state.round, state.epoch) == (content.get("round", 0), content.get("epoch", 0))
+    assert state.acc == content.get("acc")
+
+
+def test_a_network_alone_starts_a_run_at_its_beginning() -> None:
+    state, _ = lacking("npc", "optimizer", "ANs_discovery", "acc", "epoch", "round", "session")
+    assert (state.round, state.epoch, state.acc, state.best_acc, state.history) == (0, 0, None, None, [])
+    assert torch.equal(state.bank.memory, EMBEDDINGS)
+
+
+@pytest.mark.parametrize("part", ["npc", "optimizer", "ANs_discovery"])
+def test_what_is_missing_is_said(part: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logger(), "propagate", True)
+    with caplog.at_level("INFO", logger=logger().name):
+        lacking(part)
+    words = {"npc": "memory bank", "optimizer": "optimiser", "ANs_discovery": "neighbourhoods"}
+    assert words[part] in caplog.text and "a.ckpt" in caplog.text
+
+
+def test_counters_that_old_files_lack_are_not_missed() -> None:
+    content = published("")
+    content["net"] = {name: value for name, value in content["net"].items() if "num_batches_tracked" not in name}
+    state = state_of(2)
+    state.restore(content, Path("a.ckpt"), embed=unwanted)
+    assert same({name: state.network.state_dict()[name] for name in content["net"]}, content["net"])
 
 
 @pytest.mark.parametrize("value", [None, 5, "x", [], {}, torch.zeros(2)], ids=lambda value: type(value).__name__)
@@ -474,13 +532,13 @@ def test_a_file_that_is_no_checkpoint_is_told_in_a_plain_sentence(kind: str, tmp
 
 @pytest.mark.parametrize(
     "content",
-    [torch.zeros(3), [1, 2], None, 5, {}, {"state_dict": {}}, {"net": torch.zeros(3)}, {"net": None}],
+    [torch.zeros(3), [1, 2], None, 5, {}, {"weights": {}}, {"net": [1]}, {"net": None}],
     ids=lambda content: str(content).replace(" ", ""),
 )
 def test_a_file_of_tensors_that_is_no_checkpoint_is_refused(content: Any, tmp_path: Path) -> None:
     text = refusal(written(tmp_path, content))
     sensible(text)
-    assert "net" in text
+    assert "no weights" in text
 
 
 class Evil:

@@ -17,7 +17,9 @@ from lib.config import choose, flag, options_table, read_options, read_yaml, to_
 from lib.console import UsageError
 from lib.options import Options
 
-THIS_RUN = {"cfgs", "session", "resume", "restart", "test_only", "debug", "brief", "print_args"}
+THIS_RUN = set(
+    "cfgs session resume restart test_only debug brief print_args download export_features export_model".split()
+)
 """Options that say what to do now; a repeated run does not repeat them."""
 
 OLD_STYLE = """\

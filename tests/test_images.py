@@ -285,21 +285,20 @@ def test_a_quick_check_accepts_what_a_full_reading_accepts(tmp_path: Path) -> No
 
 
 def test_images_in_files_are_decoded_when_they_are_asked_for(tmp_path: Path) -> None:
-    paths = []
-    for number in range(3):
-        paths.append(tmp_path / f"{number}.png")
-        Image.fromarray(RGB // (number + 1)).save(paths[-1])
-    images = ImageFiles(paths)
+    names = ["0.png", "1.png", "2.png"]
+    for number, name in enumerate(names):
+        Image.fromarray(RGB // (number + 1)).save(tmp_path / name)
+    images = ImageFiles(tmp_path, names)
     assert len(images) == 3 and len(ImageSet(images)) == 3
     assert all((images[number] == RGB // (number + 1)).all() for number in range(3))
-    Image.fromarray(255 - RGB).save(paths[1])
+    Image.fromarray(255 - RGB).save(tmp_path / names[1])
     assert (images[1] == 255 - RGB).all()
 
 
 def test_an_image_that_is_gone_or_damaged_later_is_told_with_its_path(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     Image.fromarray(RGB).save(path)
-    images = ImageFiles([path])
+    images = ImageFiles(tmp_path, ["image.png"])
     assert (images[0] == RGB).all()
     path.write_bytes(b"no image")
     with pytest.raises(DataError, match=r"image\.png"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -288,6 +289,84 @@ def test_every_optimiser_schedule_and_protocol_trains(optimizer: str, start: lis
     assert [row["learning_rate"] for row in metrics_of(session_in(tmp_path))] == [1e-3, 1e-4] * 2
 
 
+def test_a_run_ends_with_what_is_to_be_exported_and_that_is_the_network_again(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    features, model = tmp_path / "features.npz", tmp_path / "model.safetensors"
+    assert main.main([*start, "--export-features", str(features), "--export-model", str(model)]) == 0
+    session = session_in(tmp_path)
+    with np.load(features, allow_pickle=False) as arrays:
+        assert arrays["train_embeddings"].shape == (24, 8) and arrays["test_embeddings"].shape == (8, 8)
+        assert arrays["train_names"][0] == str(Path("train", "dark", "0.png"))
+        assert arrays["test_labels"].tolist() == [0] * 4 + [1] * 4 and arrays["classes"].tolist() == ["dark", "light"]
+    capsys.readouterr()
+    shown = []
+    for words in (
+        ["--resume", str(session)],
+        [*start, "--cfgs", str(model.with_suffix(".yaml")), "--resume", str(model)],
+    ):
+        assert main.main([*words, "--test-only"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        shown += [line for line in lines if line.startswith("recomputed")]
+    assert len(shown) == 2 and shown[0] == shown[1]
+
+
+def test_exporting_needs_no_labels(photos: Path, start: list[str], tmp_path: Path) -> None:
+    shutil.rmtree(photos / "test")
+    out = tmp_path / "features.npz"
+    assert main.main([*start, "--test-only", "--export-features", str(out)]) == 0
+    with np.load(out, allow_pickle=False) as arrays:
+        assert {name.split("_")[0] for name in arrays.files} == {"train", "classes"}
+    assert not (tmp_path / "sessions").exists()
+
+
+@pytest.mark.parametrize("flag", ["--export-features", "--export-model"])
+def test_a_place_that_is_taken_is_refused_before_anything_is_trained(
+    flag: str, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = tmp_path / ("taken.npz" if flag == "--export-features" else "taken.safetensors")
+    taken.write_text("mine")
+    assert str(taken) in refused([*start, flag, str(taken)], capsys)
+    assert taken.read_text() == "mine" and not (tmp_path / "sessions").exists()
+
+
+def test_training_starts_from_pretrained_weights_unless_it_goes_on(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = Tiny(low_dim=8).state_dict()
+    torch.save({"state_dict": {f"module.{name}": value for name, value in weights.items()}}, tmp_path / "weights.pth")
+    seen: list[dict[str, torch.Tensor]] = []
+    run = curriculum.run
+
+    def watch(state: Any, *others: Any) -> None:
+        seen.append({name: value.clone() for name, value in state.network.state_dict().items()})
+        run(state, *others)
+
+    monkeypatch.setattr(curriculum, "run", watch)
+    assert main.main([*start, "--pretrained", str(tmp_path / "weights.pth")]) == 0
+    assert same(seen[0], weights)
+    session = session_in(tmp_path)
+    assert yaml.safe_load((session / "config.yaml").read_text())["pretrained"] == str(tmp_path / "weights.pth")
+    (tmp_path / "weights.pth").unlink()
+    trained = latest(session)["net"]
+    assert main.main(["--resume", str(session), "--max-round", "4"]) == 0
+    assert same(seen[1], trained)
+    assert str(tmp_path / "weights.pth") in refused([*start, "--pretrained", str(tmp_path / "weights.pth")], capsys)
+
+
+def test_a_checkpoint_of_weights_alone_is_gone_on_with(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bank is filled with the embeddings of the network, so it tells what the network tells."""
+    torch.save({"net": Tiny(low_dim=8).state_dict()}, tmp_path / "net.ckpt")
+    assert main.main([*start, "--resume", str(tmp_path / "net.ckpt"), "--base-lr", "1e-9"]) == 0
+    session = session_in(tmp_path)
+    capsys.readouterr()
+    assert main.main(["--resume", str(session), "--test-only"]) == 0
+    rows = [line.split()[-2:] for line in capsys.readouterr().out.splitlines() if line.startswith(("reco", "memory"))]
+    assert len(rows) == 2 and metrics_of(session)[0]["round"] == 0
+
+
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one sentence of a refusal, without its 'error: '."""
     capsys.readouterr()
@@ -318,6 +397,12 @@ BAD_OPTIONS = {
     "--lr-policy multistep": "lr_schedule",
     "--lr-policy multistep --lr-schedule none.yaml": "none.yaml",
     "stray": "stray",
+    "--download": "nothing to fetch",
+    "--bounding-boxes": "cub200",
+    "--dataset imagenet --download": "image-net.org",
+    "--pretrained none.pth": "none.pth",
+    "--export-features out.txt": ".npz",
+    "--export-model none/out.onnx": "none",
 }
 
 

@@ -1,0 +1,184 @@
+"""Archives of published data sets: fetched, resumed, verified, unpacked, and never written over anything."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.client
+import math
+import shutil
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets.images import DataError, Request
+
+CHUNK = 2**20
+TRIES = 3
+TIMEOUT = 30.0
+"""Seconds without a byte after which a connection counts as lost."""
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A published file.
+
+    Attributes:
+        url: where it is.
+        checksum: its kind and hexadecimal digits, as in ``md5:c58f...``.
+        unpacks_to: folder of the data root that holds its contents, or None where the file is used as it is.
+    """
+
+    url: str
+    checksum: str
+    unpacks_to: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.url.rsplit("/", 1)[-1]
+
+
+class _LostError(Exception):
+    """The source cannot be reached, or broke off."""
+
+
+def provide(request: Request, archives: Sequence[Archive]) -> None:
+    """Brings into the data root what is not there yet.
+
+    A file that is there already, because somebody put it there, is verified and used. A download that was cut
+    off is in ``<name>.part`` and goes on from there the next time.
+
+    Raises:
+        DataError: no root is named, a source cannot be reached (says what to put where), a file is not the
+            published one, or the root cannot be written.
+    """
+    if request.root is None:
+        raise DataError("data_root is not set: pass --data-root with the folder to download to")
+    try:
+        request.root.mkdir(parents=True, exist_ok=True)
+        for archive in archives:
+            if archive.unpacks_to is None or not (request.root / archive.unpacks_to).exists():
+                path = _fetch(archive, request.root, request)
+                if archive.unpacks_to is not None:
+                    _unpack(path, request.root / archive.unpacks_to)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or request.root}: cannot be read or written: {error.strerror or error}; mend that, or "
+            "choose another --data-root"
+        ) from None
+
+
+def _fetch(archive: Archive, root: Path, request: Request) -> Path:
+    """The file in the root, verified."""
+    path = root / archive.name
+    if path.exists():
+        if not _is_published(path, archive, request):
+            raise DataError(
+                f"{path}: is cut short or altered: it is not the published file ({archive.checksum}); move it away, "
+                "and --download fetches it anew"
+            )
+        return path
+    part = path.with_name(f"{path.name}.part")
+    _download(archive, part, request)
+    if not _is_published(part, archive, request):
+        part.unlink()  # going on from wrong bytes would never end well
+        raise DataError(
+            f"{archive.url}: what came from there is not the published file ({archive.checksum}), and was removed; "
+            f"try again, or put {archive.name} from another source at {path}"
+        )
+    return part.replace(path)
+
+
+def _download(archive: Archive, part: Path, request: Request) -> None:
+    """Adds to ``part`` what it lacks; DataError where the source cannot be reached or breaks off."""
+    for tries_left in reversed(range(TRIES)):
+        try:
+            _go_on(archive, part, request)
+            return
+        except _LostError as error:
+            if not tries_left:
+                raise DataError(
+                    f"{archive.url}: cannot be fetched: {error}; run again to go on with it, or put the file "
+                    f"({archive.checksum}) from elsewhere at {part.with_suffix('')} and run again with --download"
+                ) from None
+
+
+def _go_on(archive: Archive, part: Path, request: Request) -> None:
+    have = part.stat().st_size if part.exists() else 0
+    try:
+        query = urllib.request.Request(archive.url, headers={"Range": f"bytes={have}-"} if have else {})
+        answer = urllib.request.urlopen(query, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return  # all of it is there: the checksum decides
+        raise _LostError(f"HTTP {error.code} {_reason(error)}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: redirected to what is no URL
+        raise _LostError(_reason(error)) from None
+    with answer:
+        goes_on = answer.status == http.client.PARTIAL_CONTENT  # otherwise the whole file comes
+        length = getattr(answer, "length", None) or 0  # as Content-Length says
+        received = 0
+        with part.open("ab" if goes_on else "wb") as file:
+            chunks = request.progress(
+                _received(answer), f"downloading {archive.name}", math.ceil(length / CHUNK), "MiB"
+            )
+            for chunk in chunks:
+                file.write(chunk)
+                received += len(chunk)
+    if received < length:
+        raise _LostError(f"the connection broke off after {part.stat().st_size} bytes")
+
+
+def _received(answer: Any) -> Iterator[bytes]:
+    while True:
+        try:
+            chunk = answer.read(CHUNK)
+        except (OSError, http.client.HTTPException) as error:
+            raise _LostError(f"the connection broke off: {_reason(error)}") from None
+        if not chunk:
+            return
+        yield chunk
+
+
+def _reason(error: Exception) -> str:
+    """One line, which not every one of the library's messages is."""
+    reason = getattr(error, "reason", None) or error
+    return " ".join(str(reason).split()) or type(reason).__name__
+
+
+def _is_published(path: Path, archive: Archive, request: Request) -> bool:
+    kind, digits = archive.checksum.split(":")
+    digest = hashlib.new(kind, usedforsecurity=False)
+    with path.open("rb") as file:
+        total = math.ceil(path.stat().st_size / CHUNK)
+        chunks = iter(partial(file.read, CHUNK), b"")
+        for chunk in request.progress(chunks, f"verifying {archive.name}", total, "MiB"):
+            digest.update(chunk)
+    return digest.hexdigest() == digits
+
+
+def _unpack(path: Path, target: Path) -> None:
+    """Unpacks beside the target and renames, so that a broken-off unpacking is never taken for the data."""
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    content = beside / "content"  # of the usual mode, which mkdtemp's folder is not
+    try:
+        content.mkdir()
+        with tarfile.open(path) as file:
+            file.extractall(content, filter="data")  # refuses members that lead out of the folder
+        inside = content / target.name  # some archives hold the folder, some only what should be in it
+        (inside if inside.is_dir() else content).rename(target)
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, LookupError, ValueError) as error:
+        raise DataError(
+            f"{path}: cannot be unpacked: {_reason(error)}; move it away, and --download fetches it anew"
+        ) from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

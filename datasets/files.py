@@ -1,0 +1,287 @@
+"""Image files that a source has listed, as the images that training sees.
+
+Every file is opened once before training, so that what cannot be read is known before the memory bank is made.
+Small collections stay in memory after that, large ones are decoded when they are needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from datasets import inventory
+from datasets.images import (
+    DataError,
+    ImageFiles,
+    ImageSet,
+    Request,
+    Splits,
+    UnreadableImageError,
+    clip,
+    read_rgb,
+    size_of,
+)
+from datasets.inventory import Inventory, Listing, Names
+
+IN_MEMORY = 2**30
+"""Bytes of decoded pixels up to which a split is held in memory."""
+
+TOGETHER = 64  # files a thread takes at once: a future for each of a million would cost more than the list
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Class folders of one split: their names in order, and the class of each file."""
+
+    names: tuple[str, ...]
+    labels: np.ndarray  # (N,) int64
+
+
+@dataclass
+class Reader:
+    """Reads the splits of one data root, and gathers what the user should know about them."""
+
+    root: Path
+    request: Request
+    notes: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def read(
+        self, part: str, files: Inventory, *, classes: Classes | None = None, boxes: np.ndarray | None = None
+    ) -> ImageSet:
+        """Opens every file that nobody has opened; keeps pixels while they fit, notes what cannot be read.
+
+        Args:
+            part: what the bar says.
+            files: N files below the root.
+            classes: of the files, or None without labels.
+            boxes: (N, 4) of int64, left, top, right and bottom in pixels, to cut each image to; None: whole.
+
+        Raises:
+            DataError: a box lies outside its image.
+        """
+        names, sizes, reasons = files.names, files.sizes, files.reasons
+        if sizes is None:
+            headers = self._each(size_of, names, f"reading {part} images (headers)")
+            sizes = np.array([(0, 0) if _bad(size) else size for size in headers], np.int32).reshape(-1, 2)
+        in_memory = 3 * int(sizes.astype(np.int64).prod(axis=1).sum()) <= IN_MEMORY
+        pixels: list[Any] = []
+        if in_memory or files.sizes is None:
+            pixels = self._each(read_rgb if in_memory else _is_whole, names, f"reading {part} images")
+            bad = [i for i, image in enumerate(pixels) if _bad(image)]
+            sizes[bad], reasons = 0, {names[i]: str(pixels[i]) for i in bad}
+        if files.sizes is None and not in_memory:
+            self._remember(replace(files, sizes=sizes, reasons=reasons))
+        self.skipped += reasons.items()
+        good = np.flatnonzero(sizes[:, 0]).tolist()
+        kept = names if len(good) == len(names) else Names(names[i] for i in good)
+        boxes = None if boxes is None else _inside(boxes[good], sizes[good], kept)
+        return ImageSet(
+            _together([pixels[i] for i in good], boxes) if in_memory else ImageFiles(self.root, kept, boxes),
+            None if classes is None else classes.labels[good],
+            () if classes is None else classes.names,
+            kept,
+        )
+
+    def splits(self, train: ImageSet, test: ImageSet | None) -> Splits:
+        """Both splits with their notes.
+
+        Raises:
+            DataError: no training image could be read, or some image could not and the user wants none left out.
+        """
+        if self.skipped and self.request.strict:
+            names = "; ".join(f"{name} ({why})" for name, why in self.skipped[:10])
+            raise DataError(
+                f"{self.root}: {len(self.skipped)} unreadable images: {names}; mend them, or drop --strict-data"
+            )
+        if not len(train):
+            name, why = self.skipped[0]
+            raise DataError(f"{self.root}: no training image could be read, for instance {name} ({why}); mend them")
+        return Splits(train, test if test is not None and len(test) else None, tuple(self.notes), tuple(self.skipped))
+
+    def _remember(self, files: Inventory) -> None:
+        try:
+            inventory.remember(self.root, files)
+        except DataError as error:
+            self.notes.append(f"{error}; the next start opens every file again")
+
+    def _each(self, work: Callable[[Path], Any], names: Sequence[str], what: str) -> list[Any]:
+        """``work`` of every file in order; an UnreadableImageError takes the place of its result."""
+
+        def attempt(start: int) -> list[Any]:
+            results: list[Any] = []
+            for name in names[start : start + TOGETHER]:
+                try:
+                    results.append(work(self.root / name))
+                except UnreadableImageError as error:
+                    results.append(error)
+            return results
+
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
+            results = chain.from_iterable(pool.map(attempt, range(0, len(names), TOGETHER)))
+            return list(self.request.progress(results, what, len(names), "file"))
+
+
+def open_root(request: Request, expected: str, mend: str) -> Path:
+    """The data root.
+
+    Args:
+        request: names it.
+        expected: what it should hold, for the message.
+        mend: how to get that.
+
+    Raises:
+        DataError: none is named, or it is no folder.
+    """
+    if request.root is None:
+        raise DataError(f"data_root is not set: pass --data-root with a folder that holds {expected}; {mend}")
+    if not request.root.is_dir():
+        raise DataError(f"{request.root}: no such folder; --data-root should name one that holds {expected}; {mend}")
+    return request.root
+
+
+def below(root: Path, folder: str) -> Inventory:
+    """Every image below a folder of the root, in order; hidden files and links that lead in circles are left out.
+
+    Raises:
+        OSError: a folder may not be read.
+    """
+    return inventory.take(root, folder, partial(_walk, root, folder))
+
+
+def listed(root: Path, names: Sequence[str], source: str, mend: str) -> Inventory:
+    """Files that a list names, which must all be there.
+
+    Args:
+        root: the data root.
+        names: relative to the root.
+        source: the list's name, for the message.
+        mend: what to do where files are missing.
+
+    Raises:
+        DataError: the list names files that are not there, or none.
+    """
+    key = f"{source} {hashlib.sha256(Names(names).packed.tobytes()).hexdigest()}"
+    return inventory.take(root, key, partial(_check_list, root, names, source, mend))
+
+
+def class_folders(root: Path, split: str, files: Inventory) -> Classes | None:
+    """The classes of ``split/<class>/...``, or None where its images lie in no class folder.
+
+    Raises:
+        DataError: there are images both in class folders and beside them.
+    """
+    parts = [name.split(os.sep, 2) for name in files.folders]
+    folders = sorted(part[1] for part in parts if len(part) == 2 and part[0] == split)
+    direct = [name for name in files.names if name.count(os.sep) == 1]
+    if folders and direct:
+        raise DataError(
+            f"{root / split}: holds both class folders ({folders[0]}) and images beside them "
+            f"({Path(min(direct)).name}); move the images into class folders, or the folders away"
+        )
+    if not folders:
+        return None
+    number = {name: i for i, name in enumerate(folders)}
+    labels = [number[name.split(os.sep, 2)[1]] for name in files.names]
+    return Classes(tuple(folders), np.array(labels, np.int64))
+
+
+def renumber(test: Classes, train: tuple[str, ...], root: Path) -> Classes:
+    """The test images' classes by the training images' numbers.
+
+    Raises:
+        DataError: the test images are of a class that no training image is of.
+    """
+    if unknown := sorted(set(test.names) - set(train)):
+        names = ", ".join(unknown[:5])
+        raise DataError(f"{root}: the test folder has classes that train lacks: {names}; rename or remove them")
+    number = {name: i for i, name in enumerate(train)}
+    return Classes(train, np.array([number[name] for name in test.names], np.int64)[test.labels])
+
+
+def joined(folder: str, names: Sequence[str]) -> list[str]:
+    """Names in the spelling of a published list, below a folder, in this system's spelling."""
+    return [str(Path(folder, name)) for name in names]
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name is an image's, and not hidden."""
+    return _visible(name) and name.lower().endswith(IMG_EXTENSIONS)
+
+
+def _walk(root: Path, folder: str) -> Listing:
+    names: list[str] = []
+    looked_into: list[str] = []
+    for here, folders, files in os.walk(root / folder, followlinks=True, onerror=_raise):
+        real = Path(here).resolve()  # a link to a folder above would go round for ever
+        folders[:] = sorted(n for n in folders if _visible(n) and Path(here, n).resolve() not in (real, *real.parents))
+        inside = os.path.relpath(here, root)
+        looked_into.append(inside)
+        names += [name if inside == "." else f"{inside}{os.sep}{name}" for name in sorted(files) if is_image(name)]
+    return Listing(names, looked_into)
+
+
+def _check_list(root: Path, names: Sequence[str], source: str, mend: str) -> Listing:
+    if not names:
+        raise DataError(f"{root}: {source} names no image; {mend}")
+    folders = sorted({os.path.dirname(name) for name in names})  # noqa: PTH120  # strings, a million of them
+    there = {f"{folder}{os.sep}{entry}" for folder in folders for entry in _entries(root / folder)}
+    if missing := [name for name in names if name not in there]:
+        raise DataError(f"{root}: {source} names {len(missing)} files that are not there, first {missing[0]}; {mend}")
+    return Listing(names, folders)
+
+
+def _entries(folder: Path) -> Iterator[str]:
+    if folder.is_dir():
+        yield from os.listdir(folder)  # noqa: PTH208  # strings, as above
+
+
+def _visible(name: str) -> bool:
+    return not name.startswith((".", "__MACOSX"))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _bad(result: Any) -> bool:
+    return isinstance(result, UnreadableImageError)
+
+
+def _is_whole(path: Path) -> None:
+    read_rgb(path, smallest=True)
+
+
+def _inside(boxes: np.ndarray, sizes: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Boxes (N, 4) cut to their images' sizes (N, 2); DataError where nothing is left of one."""
+    cut: np.ndarray = np.clip(boxes, 0, np.tile(sizes, 2))
+    empty = np.flatnonzero((cut[:, 2] <= cut[:, 0]) | (cut[:, 3] <= cut[:, 1]))
+    if len(empty):
+        raise DataError(
+            f"{names[empty[0]]}: its bounding box {boxes[empty[0]].tolist()} (left, top, right, bottom) lies outside "
+            f"the image of {' x '.join(map(str, sizes[empty[0]]))} pixels; mend the box, or drop --bounding-boxes"
+        )
+    return cut
+
+
+def _together(images: list[np.ndarray], boxes: np.ndarray | None) -> Any:
+    """Images in memory, as one array (N, H, W, 3) where they are of one size."""
+    if boxes is not None:
+        images = [clip(image, box) for image, box in zip(images, boxes, strict=True)]
+    if len({image.shape for image in images}) != 1:
+        return images
+    result = np.empty((len(images), *images[0].shape), np.uint8)
+    for i in range(len(images)):
+        result[i] = images[i]
+        images[i] = result[i]  # the copy goes as the array fills, so that memory never holds both
+    return result

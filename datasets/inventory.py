@@ -1,0 +1,180 @@
+"""Which image files a folder holds, and what opening each has shown; remembered for large folders.
+
+Opening a million files takes minutes, so what was found is kept in the user's cache folder
+(``$XDG_CACHE_HOME/anchor-neighbourhoods``, or ``~/.cache``), never beside the images. It is used again only while
+every folder that was listed, and every file that could not be read, is as it was then; a file that is
+replaced under its name without its folder noticing is found out when it is decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasets.images import DataError
+
+FORM = 1  # of the remembered file; another number is not read
+SETTLED = 2 * 10**9
+"""Nanoseconds after which another change of a folder has another time, on any file system."""
+
+
+class Names(Sequence[str]):
+    """Many strings in one buffer.
+
+    Worker processes share it: a list of a million strings would be copied into each, page by page, as
+    looking at a string changes its reference count.
+    """
+
+    def __init__(self, names: Iterable[str] = (), *, packed: np.ndarray | None = None) -> None:
+        if packed is None:
+            packed = np.frombuffer(b"".join(os.fsencode(name) + b"\0" for name in names), np.uint8)
+        self.packed = packed  # names with a zero behind each, which no file name holds
+        self._ends = np.flatnonzero(packed == 0)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        start = self._ends[index - 1] + 1 if index else 0
+        return os.fsdecode(self.packed[start : self._ends[index]].tobytes())
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Image files below a folder: their names, and the folders that were looked into, relative to the root."""
+
+    names: Sequence[str]
+    folders: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Image files of one split, and what opening them showed.
+
+    Attributes:
+        key: what tells this inventory from the others of its root.
+        names: N file names relative to the root.
+        folders: those that were looked into.
+        sizes: (N, 2) width and height of int32, zeros where a file cannot be read; None: not opened yet.
+        reasons: why, by name, of those that cannot be read.
+        changed: (F,) when each folder was last changed, in nanoseconds; None: too short ago to be remembered.
+    """
+
+    key: str
+    names: Sequence[str]
+    folders: Sequence[str]
+    sizes: np.ndarray | None
+    reasons: dict[str, str]
+    changed: np.ndarray | None
+
+
+def take(root: Path, key: str, listing: Callable[[], Listing]) -> Inventory:
+    """The remembered inventory while it holds, or a new listing of files that nobody has opened yet.
+
+    Args:
+        root: the data root.
+        key: what tells this inventory from the others of its root.
+        listing: lists the files.
+    """
+    if remembered := _recall(root, key):
+        return remembered
+    begun = time.time_ns()
+    found = listing()
+    changed = _times(root, found.folders)
+    settled = changed is not None and bool((changed < begun - SETTLED).all())
+    return Inventory(key, Names(found.names), found.folders, None, {}, changed if settled else None)
+
+
+def remember(root: Path, inventory: Inventory) -> None:
+    """Keeps an inventory of opened files for the next start; whole or not at all.
+
+    Raises:
+        DataError: it cannot be written; the run is none the worse for it.
+    """
+    if inventory.changed is None:
+        return
+    assert inventory.sizes is not None
+    place = _place(root, inventory.key)
+    bad = list(inventory.reasons)
+    content: dict[str, Any] = {
+        "form": np.array(FORM),
+        "key": _full_key(root, inventory.key),
+        "names": Names(inventory.names).packed,
+        "folders": Names(inventory.folders).packed,
+        "changed": inventory.changed,
+        "sizes": inventory.sizes,
+        "bad": Names(bad).packed,
+        "reasons": Names(inventory.reasons[name].replace("\0", "") for name in bad).packed,
+        "bad_states": _states(root, bad),
+    }
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".part", delete=False) as file:
+            try:
+                np.savez(file, **content)
+                file.close()
+                Path(file.name).replace(place)
+            except BaseException:
+                Path(file.name).unlink()
+                raise
+    except OSError as error:
+        raise DataError(f"{place.parent}: the list of files cannot be kept there: {error.strerror}") from None
+
+
+def _recall(root: Path, key: str) -> Inventory | None:
+    """What was remembered, or None where there is nothing, it is damaged, or something has changed since."""
+    try:
+        with np.load(_place(root, key), allow_pickle=False) as file:
+            content = {name: file[name] for name in file.files}
+        if content["form"] != FORM or not np.array_equal(content["key"], _full_key(root, key)):
+            return None
+        names, folders = Names(packed=content["names"]), Names(packed=content["folders"])
+        bad, reasons = Names(packed=content["bad"]), Names(packed=content["reasons"])
+        if content["sizes"].shape != (len(names), 2) or not np.array_equal(content["bad_states"], _states(root, bad)):
+            return None
+        changed = _times(root, folders)
+        if changed is None or not np.array_equal(changed, content["changed"]):
+            return None
+        return Inventory(key, names, folders, content["sizes"], dict(zip(bad, reasons, strict=True)), changed)
+    except Exception:  # no file, or a damaged one, which makes the reader raise nearly anything
+        return None
+
+
+def _full_key(root: Path, key: str) -> np.ndarray:
+    return Names([str(root.resolve()), key]).packed
+
+
+def _place(root: Path, key: str) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(base, "anchor-neighbourhoods", hashlib.sha256(_full_key(root, key).tobytes()).hexdigest()[:32] + ".npz")
+
+
+def _times(root: Path, folders: Sequence[str]) -> np.ndarray | None:
+    """(F,) when each folder was last changed, in nanoseconds; None where one is gone."""
+    try:
+        return np.array([(root / folder).stat().st_mtime_ns for folder in folders], np.int64)
+    except OSError:
+        return None
+
+
+def _states(root: Path, names: Sequence[str]) -> np.ndarray:
+    """(n, 2) time of the last change and size of each file; -1, -1 where it is gone."""
+    states = np.full((len(names), 2), -1, np.int64)
+    for row, name in zip(states, names, strict=True):
+        try:
+            found = (root / name).stat()
+            row[:] = found.st_mtime_ns, found.st_size
+        except OSError:
+            continue
+    return states

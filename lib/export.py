@@ -1,0 +1,260 @@
+"""What leaves the program for others to use: the embeddings of a data set, and the network. Layer 3.
+
+Nothing is overwritten. Letters: B batch, H x W pixels, N samples, D embedding.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import logging
+import os
+import shlex
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import safetensors.torch
+import torch
+import yaml
+
+from lib.console import SUMMARY, UsageError, logger
+from lib.features import Batches, extract
+from lib.files import beside, write_whole
+from lib.options import Options
+
+Colour = tuple[float, float, float]
+USE = ("network", "low_dim", "resize", "size", "means", "stds", "npc_temperature")
+"""The options that it takes to use a network."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A split that is exported.
+
+    Attributes:
+        name: ``train`` or ``test``; the names of its arrays open with it.
+        batches: its N samples, with the test transform.
+        labels: (N,), or None where nobody said.
+        names: N file names relative to the data root, or None where images have none.
+    """
+
+    name: str
+    batches: Batches
+    labels: np.ndarray | None
+    names: Sequence[str] | None
+
+
+def check(options: Options) -> None:
+    """Whether what is asked for can be exported; to be called before anything is trained.
+
+    Raises:
+        UsageError: an ending says nothing, a place is taken or cannot be written to, or packages are missing.
+    """
+    if path := options.export_features:
+        _check_ending("--export-features", path, (".npz",))
+        _check_place(path)
+    if path := options.export_model:
+        _check_ending("--export-model", path, (".safetensors", ".onnx"))
+        for place in (path, _configuration(path)):
+            _check_place(place)
+        if path.suffix.lower() == ".onnx":
+            _check_packages(path)
+
+
+def _check_ending(flag: str, path: Path, endings: Sequence[str]) -> None:
+    if path.suffix.lower() not in endings:
+        raise UsageError(f"{flag} {path}: the file's name should end in {' or '.join(endings)}")
+
+
+def _check_place(path: Path) -> None:
+    """UsageError unless a file can be made at ``path``."""
+    try:
+        with suppress(FileNotFoundError):
+            beside(path).lstat()  # raises for a name that no file can have; this is the longer one
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be written: {_reason(error)}; choose another name") from None
+    if os.path.lexists(path):  # also where a link leads nowhere
+        raise UsageError(f"{path}: exists; choose another name, or move it away")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent}; make it, or choose another one")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{path}: the folder {path.parent} cannot be written to; allow it, or choose another one")
+
+
+def _check_packages(path: Path) -> None:
+    for name in ("onnx", "onnxscript"):
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # versions that do not fit together raise nearly anything
+            raise UsageError(
+                f"--export-model {path}: needs the package {name}, which cannot be imported ({_reason(error)}); "
+                "pip install -r requirements-onnx.txt"
+            ) from None
+
+
+def save_features(
+    path: Path, network: torch.nn.Module, parts: Sequence[Part], *, classes: Sequence[str], device: torch.device
+) -> None:
+    """Writes the embeddings of splits as ``.npz``, which ``np.load(path, allow_pickle=False)`` reads.
+
+    For each part: ``<name>_embeddings`` float32 (N, D), ``<name>_indices`` int64 (N,), the rows of the memory
+    bank, and where there are any ``<name>_labels`` int64 (N,) and ``<name>_names`` (N,); ``classes`` holds the
+    names of the classes, where there are any.
+
+    Args:
+        path: the file.
+        network: images to embeddings; its mode is left as it was.
+        parts: the splits.
+        classes: names of the classes, may be empty.
+        device: where the network is.
+
+    Raises:
+        UsageError: the file exists or cannot be written.
+    """
+    arrays: dict[str, Any] = {}
+    for part in parts:
+        embeddings = extract(network, part.batches, device, f"{part.name} embeddings").float().cpu().numpy()
+        arrays[f"{part.name}_embeddings"] = embeddings
+        arrays[f"{part.name}_indices"] = np.arange(len(embeddings), dtype=np.int64)
+        if part.labels is not None:
+            arrays[f"{part.name}_labels"] = np.asarray(part.labels, np.int64)
+        if part.names is not None:
+            arrays[f"{part.name}_names"] = np.array(list(part.names), np.str_)
+    if classes:
+        arrays["classes"] = np.array(list(classes), np.str_)
+    with _new_files(path) as (file,):
+        np.savez(file, **arrays)
+    counts = ", ".join(f"{len(arrays[f'{part.name}_indices'])} {part.name}" for part in parts)
+    _report("embeddings", path, f"{counts}, of {embeddings.shape[1]} numbers each")
+
+
+def save_model(path: Path, network: torch.nn.Module, options: Options, *, means: Colour, stds: Colour) -> None:
+    """Writes the network, as its ending asks, and beside it ``<stem>.yaml``, the options it takes to use it.
+
+    ``.safetensors``: parameters and statistics by name, with ``network`` and ``low_dim`` as metadata. ``.onnx``:
+    ``images`` (B, 3, H, W) of ``options.size`` -> ``embeddings`` (B, D), with the weights inside, for any B.
+
+    Args:
+        path: the file.
+        network: stays as it is, on its device and in its mode.
+        options: what the network was built and trained with.
+        means, stds: what its images are normalised by.
+
+    Raises:
+        UsageError: a file exists or cannot be written, or PyTorch's exporter to ONNX fails.
+    """
+    inner = network.module if isinstance(network, torch.nn.DataParallel) else network
+    content = _onnx(inner, options) if path.suffix.lower() == ".onnx" else _safetensors(inner, options)
+    written = options.model_copy(update={"means": means, "stds": stds})
+    text = _header(path) + yaml.safe_dump(
+        written.model_dump(mode="json", include=set(USE)), sort_keys=False, default_flow_style=None
+    )
+    with _new_files(_configuration(path), path) as (configuration, model):
+        configuration.write(text.encode("utf-8"))
+        model.write(content)
+    _report("model", path, f"{options.network}, embedding {options.low_dim}")
+    _report("model's options", _configuration(path), "for --cfgs")
+
+
+def _safetensors(network: torch.nn.Module, options: Options) -> bytes:
+    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    metadata = {"format": "pt", "network": options.network, "low_dim": str(options.low_dim)}
+    return safetensors.torch.save(tensors, metadata)
+
+
+def _onnx(network: torch.nn.Module, options: Options) -> bytes:
+    """The network as an ONNX file; UsageError where the exporter fails."""
+    height, width = (options.size, options.size) if isinstance(options.size, int) else options.size
+    network = copy.deepcopy(network).cpu().eval()
+    try:
+        with _quiet_exporter():
+            program = torch.onnx.export(
+                network,
+                (torch.zeros(2, 3, height, width),),  # a batch of one would be taken for the only size
+                dynamo=True,
+                input_names=["images"],
+                output_names=["embeddings"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                optimize=True,
+            )
+            assert program is not None
+            content: bytes = program.model_proto.SerializeToString()
+    except Exception as error:  # its parts raise nearly anything
+        cause: BaseException = error
+        while cause.__cause__:
+            cause = cause.__cause__
+        raise UsageError(
+            f"the exporter to ONNX of PyTorch {torch.__version__} failed: {_reason(cause)}; try other versions of "
+            "the packages in requirements-onnx.txt, or --export-model with a .safetensors file"
+        ) from None
+    return content
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keeps what the exporter of some versions says to its own programmers off the screen."""
+    guards = logging.getLogger("torch.fx.experimental.symbolic_shapes")  # of batch sizes that other code paths suit
+    level = guards.level
+    guards.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            for category in (DeprecationWarning, FutureWarning):
+                warnings.simplefilter("ignore", category)
+            yield
+    finally:
+        guards.setLevel(level)
+
+
+def _configuration(path: Path) -> Path:
+    return path.with_suffix(".yaml")
+
+
+def _header(path: Path) -> str:
+    """The comment that a model's option file opens with."""
+    model, options = (_one_line(shlex.quote(str(place))) for place in (path, _configuration(path)))
+    if path.suffix.lower() == ".onnx":
+        use = f"{model}, images (B, 3, H, W) -> embeddings (B, D), for onnxruntime and the like"
+    else:
+        use = f"python main.py --cfgs {options} --resume {model} --test-only --dataset NAME --data-root DIR"
+    return (
+        "# What it takes to use a network that Anchor Neighbourhood Discovery trained:\n"
+        f"#   {use}\n"
+        "# Its images are RGB in [0, 1], resized, cropped in the middle to size, less means, divided by stds;\n"
+        "# its embeddings have unit length.\n"
+    )
+
+
+def _one_line(text: str) -> str:
+    """Text for a comment: what would end it, and what UTF-8 cannot write, as question marks."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+@contextmanager
+def _new_files(*paths: Path) -> Iterator[tuple[BinaryIO, ...]]:
+    """Files that come into being when the block ends; UsageError where they exist or cannot be written."""
+    for path in paths:
+        _check_place(path)  # again: training takes hours
+    try:
+        with ExitStack() as stack:
+            yield tuple(stack.enter_context(write_whole(path)) for path in paths)
+    except BaseException as error:
+        for path in paths:  # one may be done when the other fails
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UsageError(f"{paths[-1]}: cannot be written: {_reason(error)}; choose another place") from None
+        raise
+
+
+def _reason(error: BaseException) -> str:
+    lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _report(what: str, path: Path, content: str) -> None:
+    logger().info("%s: %s (%s; %s bytes)", what, path, content, f"{path.stat().st_size:,}", extra=SUMMARY)

@@ -1,0 +1,188 @@
+"""Network weights of any origin: read from a file, matched by name and shape. Layer 2.
+
+Files hold tensors and plain containers, or are refused: nothing in them can run.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from lib.console import UsageError, logger
+
+SHOWN = 20
+"""Names that a message lists before it counts the others."""
+
+COUNTER = "num_batches_tracked"
+"""Of batch normalisation: PyTorch before 0.4.1 did not write it, and nothing here depends on it."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """What of a file's weights a network can take.
+
+    Attributes:
+        loaded: tensors by the network's names.
+        dropped: names in the file, and why each is of no use.
+        fresh: names in the network that the file has nothing for.
+        prefix: what the file puts in front of every name.
+    """
+
+    loaded: dict[str, torch.Tensor]
+    dropped: dict[str, str]
+    fresh: list[str]
+    prefix: str
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint or weights file, onto the CPU; its weights are under ``net`` or, where the
+    file is nobody's training run, ``weights``.
+
+    Takes this program's checkpoints and the reference's, a state dict, bare or under ``state_dict`` or
+    ``model``, and safetensors.
+
+    Raises:
+        UsageError: the file is missing, damaged, holds anything else, or no weights.
+    """
+    content = _open(path)
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: holds no weights but a {type(content).__name__}; choose another file")
+    if isinstance(content.get("net"), dict):
+        return content
+    for name in ("state_dict", "model"):
+        if isinstance(content.get(name), dict):
+            return {"weights": content[name]}
+    if content and all(torch.is_tensor(value) for value in content.values()):
+        return {"weights": content}
+    raise UsageError(
+        f"{path}: holds no weights under 'net', 'state_dict' or 'model', and is no state dict; choose another file"
+    )
+
+
+def _open(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; name one that exists") from None
+    except Exception as error:  # damaged files make the readers raise nearly anything
+        if isinstance(error, OSError) and error.strerror:
+            what = f"cannot be read: {error.strerror}"
+        elif isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            what = "holds more than tensors and plain containers, which could run code, and was not opened"
+        else:
+            what = "is damaged, cut short, or no file of PyTorch or safetensors"
+        raise UsageError(f"{path}: {what}; choose another file") from None
+
+
+def bare(name: str) -> str:
+    """A parameter's name without what the reference's GPU training adds: to AlexNet's features, or to all."""
+    return name.removeprefix("module.").replace("features.module.", "features.", 1)
+
+
+def match(network: torch.nn.Module, state: Mapping[Any, Any]) -> Match:
+    """Pairs tensors by name and shape.
+
+    Names in the file may all stand behind a path, such as ``module.`` or ``module.encoder_q.``: the one that
+    lets most of them match is taken away.
+    """
+    own = unwrapped(network).state_dict()
+    named = {str(name).replace("features.module.", "features.", 1): value for name, value in state.items()}
+    ends = {name: name.rsplit(".", 1)[-1] for name in own}
+    votes: Counter[str] = Counter()
+    for name, value in named.items():
+        parts = name.split(".")
+        for i in range(len(parts)):
+            inner = ".".join(parts[i:])
+            if inner in ends and _refusal(value, own[inner]) is None:
+                votes[name.removesuffix(inner)] += 1
+    prefix = max(votes, key=lambda path: (votes[path], -len(path)), default="")
+    loaded, dropped = {}, {}
+    for name, value in named.items():
+        inner = name.removeprefix(prefix)
+        known = name.startswith(prefix) and inner in own
+        reason = _refusal(value, own[inner]) if known else "not in this network"
+        if reason is None:
+            loaded[inner] = value
+        else:
+            dropped[name] = reason
+    fresh = [name for name in own if name not in loaded and not name.endswith(COUNTER)]
+    return Match(loaded, dropped, fresh, prefix)
+
+
+def _refusal(value: Any, own: torch.Tensor) -> str | None:
+    """Why a value of a file cannot stand for a tensor of the network; None: it can."""
+    if not torch.is_tensor(value) or value.layout is not torch.strided or value.is_quantized:
+        return "no plain tensor"
+    if value.shape != own.shape:
+        return f"of shape {list(value.shape)} where the network has {list(own.shape)}"
+    if value.is_floating_point() != own.is_floating_point() or value.is_complex():
+        return f"of type {str(value.dtype).removeprefix('torch.')}"
+    return None
+
+
+def load(network: torch.nn.Module, state: Mapping[Any, Any], where: Path) -> Match:
+    """Puts somebody's weights into the network, as far as they fit, and logs what was loaded and what was not.
+
+    Raises:
+        UsageError: less than half of the network's tensors are there.
+    """
+    found = match(network, state)
+    loaded = [name for name in found.loaded if not name.endswith(COUNTER)]
+    total = len(loaded) + len(found.fresh)
+    if 2 * len(loaded) < total:
+        raise UsageError(
+            f"{where}: only {len(loaded)} of the network's {total} tensors are there by name and shape (it lacks "
+            f"{_list(found.fresh, 3)}; it has {_list(found.dropped, 3) or 'nothing else'}); set --network to what it "
+            "is of"
+        )
+    inner = unwrapped(network)
+    inner.load_state_dict(found.loaded, strict=False)
+    parts = Counter(name.split(".")[0] for name in loaded)
+    behind = f" (names without {found.prefix!r})" if found.prefix else ""
+    log = logger().info
+    log(
+        "%s: loaded %d of %d tensors%s: %s",
+        where,
+        len(loaded),
+        total,
+        behind,
+        _list(f"{n} {k}" for n, k in parts.items()),
+    )
+    if found.dropped:
+        log("dropped: %s", _list(f"{name} ({reason})" for name, reason in found.dropped.items()))
+    if found.fresh:
+        log("left as initialised: %s", _list(found.fresh))
+    if head(inner) in found.fresh:
+        logger().warning("%s: has no weights for the embedding: until it is trained it is a random projection", where)
+    return found
+
+
+def load_pretrained(network: torch.nn.Module, path: Path) -> Match:
+    """``load`` of a file that holds weights in any form; UsageError where it holds none, or too few that fit."""
+    content = read(path)
+    return load(network, content["net"] if "net" in content else content["weights"], path)
+
+
+def unwrapped(network: torch.nn.Module) -> torch.nn.Module:
+    """The network inside DataParallel."""
+    return network.module if isinstance(network, torch.nn.DataParallel) else network
+
+
+def head(network: torch.nn.Module) -> str:
+    """Name of the weights that lead to the embedding: (D, inputs)."""
+    return [name for name in network.state_dict() if name.endswith(".weight")][-1]
+
+
+def _list(names: Iterable[str], shown: int = SHOWN) -> str:
+    every = list(names)
+    more = f" and {len(every) - shown} more" if len(every) > shown else ""
+    return ", ".join(every[:shown]) + more

@@ -124,7 +124,7 @@ def _refusal(value: Any, own: torch.Tensor) -> str | None:
         return "no plain tensor"
     if value.shape != own.shape:
         return f"of shape {list(value.shape)} where the network has {list(own.shape)}"
-    if value.is_floating_point() != own.is_floating_point() or value.is_complex():
+    if value.is_floating_point() != own.is_floating_point():
         return f"of type {str(value.dtype).removeprefix('torch.')}"
     return None
 

@@ -182,6 +182,13 @@ def test_weights_with_the_head_bring_no_warning(tmp_path: Path, said: list[str])
     assert said == [f"INFO {tmp_path / 'a.pth'}: loaded 8 of 8 tensors: conv 2, bn 4, linear 2"]
 
 
+def test_fresh_tensors_before_the_head_bring_no_warning_either(tmp_path: Path, said: list[str]) -> None:
+    state = {name: value for name, value in small(1).state_dict().items() if not name.startswith("conv.")}
+    (tmp_path / "a.pth").write_bytes(new(state))
+    assert load_pretrained(small(2), tmp_path / "a.pth").fresh == ["conv.weight", "conv.bias"]
+    assert not any(line.startswith("WARNING") for line in said)
+
+
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_the_convolutions_of_an_alexnet_trained_on_gpus_are_found(prefix: str) -> None:
     with torch.device("meta"):
@@ -201,9 +208,14 @@ def test_a_path_before_every_name_is_taken_away(prefix: str) -> None:
 
 def test_of_two_networks_in_a_file_the_one_that_fits_better_is_taken() -> None:
     state = small(1).state_dict()
-    teacher = {f"teacher.{name}": value + 1 for name, value in state.items() if name.startswith("bn.")}
+    teacher = {
+        f"{path}{name}": value + 1
+        for path in ("teacher.", "")
+        for name, value in state.items()
+        if name.startswith("bn.")
+    }
     student = {f"student.{name}": value for name, value in state.items()}
-    found = match(small(2), {**teacher, **student})
+    found = match(small(2), {**student, **teacher})
     assert found.prefix == "student." and set(found.dropped) == set(teacher)
     assert all(torch.equal(value, state[name]) for name, value in found.loaded.items())
 

@@ -44,6 +44,8 @@ def load(request: Request) -> Splits:
     files, names = _lines(home, "images.txt"), _lines(home, "classes.txt")
     labels, training = _lines(home, "image_class_labels.txt", files), _lines(home, "train_test_split.txt", files)
     boxes = _lines(home, "bounding_boxes.txt", files) if request.boxes else None
+    if unclear := [image for image in files if training[image] not in ("0", "1")]:
+        raise DataError(f"{home / 'train_test_split.txt'}: says neither 0 nor 1 of image {unclear[0]}; {MEND}")
     numbers = {number: i for i, number in enumerate(names)}
     if unknown := sorted(set(labels.values()) - set(numbers)):
         raise DataError(f"{home}: image_class_labels.txt has class {unknown[0]}, which classes.txt lacks; {MEND}")
@@ -53,7 +55,7 @@ def load(request: Request) -> Splits:
         chosen = [image for image in files if training[image] == flag]
         inventory = listed(home, joined("images", [files[image] for image in chosen]), "images.txt", MEND)
         classes = Classes(tuple(names.values()), np.array([numbers[labels[image]] for image in chosen], np.int64))
-        cuts = None if boxes is None else np.array([_corners(boxes[image], home) for image in chosen], np.int64)
+        cuts = None if boxes is None else np.array([_corners(boxes[image], home) for image in chosen])
         return reader.read(part, inventory, classes=classes, boxes=cuts)
 
     return reader.splits(read("training", "1"), read("test", "0"))
@@ -62,7 +64,8 @@ def load(request: Request) -> Splits:
 def _lines(home: Path, name: str, images: dict[str, str] | None = None) -> dict[str, str]:
     """A list's values by number; ``images``: those that it must tell something of."""
     try:
-        found = dict(line.split(maxsplit=1) for line in (home / name).read_text(encoding="utf-8").splitlines() if line)
+        lines = map(str.strip, (home / name).read_text(encoding="utf-8").splitlines())
+        found = dict(line.split(maxsplit=1) for line in lines if line)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not a list of lines 'number value'"
         raise DataError(f"{home / name}: cannot be read: {reason}; {MEND}") from None
@@ -71,10 +74,11 @@ def _lines(home: Path, name: str, images: dict[str, str] | None = None) -> dict[
     return found
 
 
-def _corners(line: str, home: Path) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of "left top width height", outwards to whole pixels."""
+def _corners(line: str, home: Path) -> np.ndarray:
+    """Left, top, right and bottom (4,) of "left top width height", outwards to whole pixels."""
     try:
         left, top, width, height = map(float, line.split())
-        return math.floor(left), math.floor(top), math.ceil(left + width), math.ceil(top + height)
+        corners = math.floor(left), math.floor(top), math.ceil(left + width), math.ceil(top + height)
+        return np.array(corners, np.int64)
     except (ValueError, OverflowError):
         raise DataError(f"{home / 'bounding_boxes.txt'}: {line!r} is no box 'left top width height'; {MEND}") from None

@@ -70,7 +70,7 @@ def load(request: Request) -> Splits:
         names, labels = tables[table]
         inventory = listed(root, joined("Images", names), table, MEND)
         classes = Classes(tuple(breeds[label] for label in order), np.array([order[n] for n in labels], np.int64))
-        boxes = np.array([_box(root, name) for name in names], np.int64) if request.boxes else None
+        boxes = np.array([_box(root, name) for name in names]) if request.boxes else None
         return reader.read(part, inventory, classes=classes, boxes=boxes)
 
     return reader.splits(read("training", "train_list.mat"), read("test", "test_list.mat"))
@@ -85,18 +85,18 @@ def _table(path: Path) -> tuple[list[str], list[int]]:
         if len(names) != len(labels):
             raise ValueError(f"{len(names)} files and {len(labels)} labels")
     except Exception as error:  # damaged files make the reader raise nearly anything
-        raise DataError(f"{path}: cannot be read: {error}; {MEND}") from None
+        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())}; {MEND}") from None
     return names, labels
 
 
-def _box(root: Path, name: str) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom around all dogs of an image; VOC counts pixels from 1, corners included."""
+def _box(root: Path, name: str) -> np.ndarray:
+    """Left, top, right and bottom (4,) around all dogs of an image; VOC counts pixels from 1, corners included."""
     path = root / "Annotation" / name.rsplit(".", 1)[0]
     try:
         boxes = ElementTree.parse(path).getroot().findall("object/bndbox")
         corners = [[int(box.findtext(tag, "")) for tag in ("xmin", "ymin", "xmax", "ymax")] for box in boxes]
-        left, top, right, bottom = zip(*corners, strict=True)
-    except (OSError, ElementTree.ParseError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it holds no box"
+        left, top, right, bottom = np.array(corners, np.int64).T
+    except (OSError, ElementTree.ParseError, ValueError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or "it holds no box of whole numbers"
         raise DataError(f"{path}: cannot be read: {reason}; {MEND}, or drop --bounding-boxes") from None
-    return min(left) - 1, min(top) - 1, max(right), max(bottom)
+    return np.array([left.min() - 1, top.min() - 1, right.max(), bottom.max()])

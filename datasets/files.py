@@ -77,7 +77,8 @@ class Reader:
         in_memory = 3 * int(sizes.astype(np.int64).prod(axis=1).sum()) <= IN_MEMORY
         pixels: list[Any] = []
         if in_memory or files.sizes is None:
-            pixels = self._each(read_rgb if in_memory else _is_whole, names, f"reading {part} images")
+            whole = partial(read_rgb, upright=boxes is None)
+            pixels = self._each(whole if in_memory else _is_whole, names, f"reading {part} images")
             bad = [i for i, image in enumerate(pixels) if _bad(image)]
             sizes[bad], reasons = 0, {names[i]: str(pixels[i]) for i in bad}
         if files.sizes is None and not in_memory:

@@ -64,6 +64,8 @@ def load(request: Request) -> Splits:
     if not (root / "val").is_dir():
         return reader.splits(reader.read("training", found, classes=classes), None)
     tests = below(root, "val")
+    if not tests.names:
+        raise DataError(f"{root / 'val'}: holds no image; unpack ILSVRC2012_img_val.tar there, or remove the folder")
     test_classes = class_folders(root, "val", tests) or _by_devkit(root, tests)
     test_classes = renumber(test_classes, classes.names, root)
     train = reader.read("training", found, classes=classes)
@@ -81,11 +83,12 @@ def _by_devkit(root: Path, files: Inventory) -> Classes:
         raise
     except Exception as error:  # damaged files make the readers raise nearly anything
         raise DataError(
-            f"{root}: {DEVKIT} is damaged or not the published one ({error}); fetch it again from {PAGE}"
+            f"{root}: {DEVKIT} is damaged or not the published one ({' '.join(str(error).split())}); "
+            f"fetch it again from {PAGE}"
         ) from None
     of_image: list[str] = []
     for name in files.names:
-        number = re.search(r"_(\d+)\.\w+$", name)
+        number = re.fullmatch(r"ILSVRC2012_val_(\d+)\.\w+", Path(name).name)
         line = int(number[1]) if number else 0
         if not 1 <= line <= len(truth) or truth[line - 1] not in wnids:
             raise DataError(

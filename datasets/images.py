@@ -90,7 +90,7 @@ class ImageFiles(Sequence[np.ndarray]):
     def __getitem__(self, index: Any) -> Any:
         path = self.root / self.names[index]
         try:
-            image = read_rgb(path)
+            image = read_rgb(path, upright=self.boxes is None)
         except UnreadableImageError as error:
             raise DataError(
                 f"{path}: could be read at the start and cannot be now: {error}; mend it, or remove it and start again"
@@ -108,15 +108,16 @@ class UnreadableImageError(Exception):
     """A file that is no image, or a damaged one; the message is the reason."""
 
 
-def read_rgb(path: Path, *, smallest: bool = False) -> np.ndarray:
+def read_rgb(path: Path, *, smallest: bool = False, upright: bool = True) -> np.ndarray:
     """Decodes any image file to RGB.
 
-    The orientation of EXIF is applied, 16-bit grey keeps its upper eight bits, transparency is dropped (as
-    torchvision's loader does), of several frames the first is taken.
+    16-bit grey keeps its upper eight bits, transparency is dropped (as torchvision's loader does), of several
+    frames the first is taken.
 
     Args:
         path: the file.
         smallest: JPEG files may be decoded at an eighth of their size, to check that they are whole.
+        upright: apply the orientation of EXIF; bounding boxes count the pixels as they are stored.
 
     Returns:
         uint8 array (H, W, 3).
@@ -128,7 +129,7 @@ def read_rgb(path: Path, *, smallest: bool = False) -> np.ndarray:
         with Image.open(path) as image:
             if smallest:
                 image.draft("RGB", (1, 1))
-            return np.array(_rgb(ImageOps.exif_transpose(image)))
+            return np.array(_rgb(ImageOps.exif_transpose(image) if upright else image))
     except UnreadableImageError:
         raise
     except Exception as error:  # damaged files make the decoders raise nearly anything

@@ -10,7 +10,18 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "numpy", "pydantic", "PyYAML", "tensorboardX", "tqdm", "pillow")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "pydantic",
+    "PyYAML",
+    "tensorboardX",
+    "tqdm",
+    "safetensors",
+    "pillow",
+)
 
 
 def versions() -> dict[str, str]:

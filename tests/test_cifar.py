@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import shutil
+import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import torchvision.datasets.cifar as published
 
 import datasets
 from datasets import DataError
+from test_download import Source, serving
 
 BATCHES = [f"data_batch_{number}" for number in range(1, 6)]
 
@@ -195,3 +200,80 @@ def test_each_is_normalised_by_its_own_published_figures(
 ) -> None:
     source = datasets.DATASETS[name]
     assert (source.means, source.stds) == (means, stds)
+
+
+@pytest.fixture(params=FOLDERS)
+def fetched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Source]]:
+    """A data set, and a server of its made archive in place of Toronto's; nothing is unpacked."""
+    name: str = request.param
+    root: Path = request.getfixturevalue(name)
+    monkeypatch.undo()  # sums are checked
+    monkeypatch.setenv("no_proxy", "*")
+    folder = root / FOLDERS[name]
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as file:
+        file.add(folder, folder.name)
+    archive = f"cifar-{name.removeprefix('cifar')}-python.tar.gz"
+    source = getattr(published, name.upper())
+    for part in ("train_list", "test_list"):
+        files = [[file, md5((folder / file).read_bytes())] for file, _ in getattr(source, part)]
+        monkeypatch.setattr(source, part, files)
+    monkeypatch.setattr(source, "meta", source.meta | {"md5": md5((folder / source.meta["filename"]).read_bytes())})
+    monkeypatch.setattr(source, "tgz_md5", md5(out.getvalue()))
+    shutil.rmtree(folder)
+    with serving(**{archive: out.getvalue()}) as server:
+        monkeypatch.setattr(source, "url", server.url + archive)
+        yield name, server
+
+
+def md5(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+EXPECTED: dict[str, Any] = {
+    "cifar10": [(list(range(10)), list(range(10))), ([10, 11], [0, 1])],
+    "cifar100": [([0, 1, 2, 3], [99, 98, 97, 96]), ([4, 5], [95, 94])],
+}
+
+
+def test_a_download_is_unpacked_and_read_and_done_once(fetched: tuple[str, Source], tmp_path: Path) -> None:
+    name, source = fetched
+    for _ in range(2):
+        splits = datasets.load(name, tmp_path, download=True)
+        check(splits.train, *EXPECTED[name][0])
+        check(splits.test, *EXPECTED[name][1])
+    check(datasets.load(name, tmp_path).train, *EXPECTED[name][0])
+    assert source.asked == [(next(iter(source.files)), None)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([FOLDERS[name], *source.files])
+
+
+def test_an_archive_put_there_by_hand_is_unpacked_without_network(fetched: tuple[str, Source], tmp_path: Path) -> None:
+    name, source = fetched
+    for archive, content in source.files.items():
+        (tmp_path / archive).write_bytes(content)
+    check(datasets.load(name, tmp_path, download=True).train, *EXPECTED[name][0])
+    assert source.asked == []
+
+
+def test_an_archive_that_is_cut_short_is_refused_by_name(fetched: tuple[str, Source], tmp_path: Path) -> None:
+    name, source = fetched
+    ((archive, content),) = source.files.items()
+    (tmp_path / archive).write_bytes(content[:-1])
+    with pytest.raises(DataError) as refused:
+        datasets.load(name, tmp_path, download=True)
+    assert str(refused.value).startswith(f"{tmp_path / archive}: is cut short")
+    assert (tmp_path / archive).read_bytes() == content[:-1] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_is_not_whole_is_not_downloaded_over(fetched: tuple[str, Source], tmp_path: Path) -> None:
+    name, source = fetched
+    (tmp_path / FOLDERS[name]).mkdir()
+    with pytest.raises(DataError, match="is not whole; move it away"):
+        datasets.load(name, tmp_path, download=True)
+    assert source.asked == [] and list(tmp_path.iterdir()) == [tmp_path / FOLDERS[name]]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_download_without_a_root_names_the_option(name: str) -> None:
+    with pytest.raises(DataError, match="--data-root"):
+        datasets.load(name, None, download=True)

@@ -19,6 +19,7 @@ import models
 from lib import (
     augment,
     checkpoint,
+    compare,
     config,
     curriculum,
     device,
@@ -66,18 +67,19 @@ class Setting:
             pinned=self.device.type == "cuda",
         )
 
-    def evaluator(self) -> Evaluator | None:
-        """The protocol over the test images, or None where labels are missing."""
-        train, test = self.splits.train, self.splits.test
-        if test is None or test.labels is None or train.labels is None:
+    def evaluator(self, queries: datasets.ImageSet | None) -> Evaluator | None:
+        """The training's protocol over the test images, or those held out; None where labels are missing."""
+        options, train = self.options, self.splits.train
+        if queries is None or queries.labels is None or train.labels is None:
             return None
         return Evaluator(
-            self.options.protocol,
-            test=self.loader(test, train=False),
-            test_labels=test.labels,
+            options.training_protocol,
+            test=self.loader(queries, train=False),
+            test_labels=queries.labels,
             train_labels=train.labels,
             classes=len(train.classes),
-            sigma=self.options.npc_temperature,
+            k=options.knn_k,
+            sigma=options.knn_sigma or options.npc_temperature,
             device=self.device,
         )
 
@@ -90,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(config.to_yaml(options), end="")
             return 0
         start_logging(options.brief)
+        if options.compare:
+            show_comparison(options)
+            return 0
         setting = prepare(options)
         test(setting) if options.test_only else train(setting)
         export_results(setting)
@@ -146,6 +151,8 @@ def load_data(options: Options) -> datasets.Splits:
         boxes=options.bounding_boxes,
         progress=bar,
     )
+    if options.val_fraction:
+        splits = datasets.hold_out(splits, options.val_fraction)
     for note in splits.notes:
         logger().info("%s", note)
     for name, reason in splits.skipped:
@@ -169,7 +176,6 @@ def train(setting: Setting) -> None:
         batches = setting.loader(splits.train, train=False)
         embed = partial(features.extract, setting.network, batches, setting.device, "filling the memory bank")
         state.restore(setting.loaded, setting.source, embed=embed)
-    evaluator = setting.evaluator()
     session = open_session(setting, start=(state.round, state.epoch))
 
     def show(round: int, found: Neighbourhoods) -> None:
@@ -178,7 +184,8 @@ def train(setting: Setting) -> None:
 
     helpers = curriculum.Helpers(
         batches=setting.loader(splits.train, train=True),
-        evaluate=evaluator,
+        evaluate=setting.evaluator(splits.test),
+        validate=setting.evaluator(splits.val),
         labels=None if labels is None else torch.from_numpy(labels).to(setting.device),
         session=session,
         on_discovery=show,
@@ -187,7 +194,7 @@ def train(setting: Setting) -> None:
     try:
         describe(setting, session)
         curriculum.run(state, plan, helpers)
-        logger().info("\n%s", curriculum.summary(state.history, evaluator), extra=SUMMARY)
+        logger().info("\n%s", curriculum.summary(state.history, helpers), extra=SUMMARY)
         logger().info("session: %s", session.folder or "none", extra=SUMMARY)
     finally:
         session.close()
@@ -195,7 +202,7 @@ def train(setting: Setting) -> None:
 
 def test(setting: Setting) -> None:
     """Prints the table of a test run."""
-    options, evaluator = setting.options, setting.evaluator()
+    options, evaluator = setting.options, setting.evaluator(setting.splits.test)
     if evaluator is None and not (options.export_features or options.export_model):
         raise UsageError("--test-only: accuracy needs labelled training and test images, and there are none")
     if setting.source:
@@ -206,6 +213,14 @@ def test(setting: Setting) -> None:
         batches = setting.loader(setting.splits.train, train=False)
         memory = setting.loaded.get("npc", {}).get("memory")
         logger().info("%s", protocols.test_table(evaluator, setting.network, batches, memory), extra=SUMMARY)
+
+
+def show_comparison(options: Options) -> None:
+    """Prints sessions side by side and writes the same as CSV and as a picture."""
+    found = compare.compare(options.compare)
+    logger().info("%s", compare.text(found), extra=SUMMARY)
+    for path in compare.write(found, options.sess_dir):
+        logger().info("written: %s", path, extra=SUMMARY)
 
 
 def export_results(setting: Setting) -> None:

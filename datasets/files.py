@@ -108,7 +108,8 @@ class Reader:
         if not len(train):
             name, why = self.skipped[0]
             raise DataError(f"{self.root}: no training image could be read, for instance {name} ({why}); mend them")
-        return Splits(train, test if test is not None and len(test) else None, tuple(self.notes), tuple(self.skipped))
+        test = test if test is not None and len(test) else None
+        return Splits(train, test, notes=tuple(self.notes), skipped=tuple(self.skipped))
 
     def _remember(self, files: Inventory) -> None:
         try:

@@ -6,7 +6,7 @@ An image is a uint8 array (H, W, 3), RGB, held in memory or decoded from its fil
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,45 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    def take(self, index: np.ndarray) -> ImageSet:
+        """The images of the indices (n,), in that order."""
+        return ImageSet(
+            self.images[index] if isinstance(self.images, np.ndarray) else Chosen(self.images, index),
+            None if self.labels is None else self.labels[index],
+            self.classes,
+            None if self.names is None else Chosen(self.names, index),
+        )
+
+
+class Chosen(Sequence[Any]):
+    """Some of the items of a sequence, which stay where they are.
+
+    Args:
+        items: the sequence.
+        index: (n,) which of them, in order.
+    """
+
+    def __init__(self, items: Sequence[Any], index: np.ndarray) -> None:
+        self._items = items
+        self._index = index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._items[int(self._index[place])]
+
 
 @dataclass(frozen=True)
 class Splits:
-    """What a source delivers: the two splits, and sentences about them that the user should read."""
+    """What a source delivers: the splits, and sentences about them that the user should read.
+
+    ``val``: training images held out to choose by, where the user asks for them.
+    """
 
     train: ImageSet
     test: ImageSet | None = None
+    val: ImageSet | None = None
     notes: tuple[str, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()  # unreadable files and why
 
@@ -68,6 +100,24 @@ class Request:
     download: bool
     boxes: bool
     progress: Progress
+
+
+def hold_out(splits: Splits, fraction: float) -> Splits:
+    """Moves a share of the training images to ``val``: of each class alike, always the same ones.
+
+    Raises:
+        DataError: the training images have no labels, or no class has images enough.
+    """
+    train = splits.train
+    if train.labels is None:
+        raise DataError("val_fraction: choosing by held-out images needs labels, and the training images have none")
+    order = np.random.default_rng(0).permutation(len(train))  # of its own: the run's seed should not change the data
+    of_class = [order[train.labels[order] == label] for label in np.unique(train.labels)]
+    held = np.sort(np.concatenate([members[: round(len(members) * fraction)] for members in of_class]))
+    rest = np.setdiff1d(np.arange(len(train)), held)
+    if not len(held) or not len(rest):
+        raise DataError(f"val_fraction: {fraction:g} of {len(train)} images leaves {len(held)} held out; set another")
+    return replace(splits, train=train.take(rest), val=train.take(held))
 
 
 class ImageFiles(Sequence[np.ndarray]):

@@ -83,12 +83,12 @@ class TrainingState:
                 each other.
         """
         load_network(self.network, loaded, where)
+        if "npc" not in loaded:
+            logger().info("%s: holds no memory bank: it is filled with the training images' embeddings", where)
+            self.bank.load_state_dict({"memory": embed()})
         try:
             if "npc" in loaded:
                 load_bank(self.bank, loaded["npc"], where)
-            else:
-                logger().info("%s: holds no memory bank: it is filled with the training images' embeddings", where)
-                self.bank.load_state_dict({"memory": embed()})
             if "optimizer" in loaded:
                 load_optimizer(self.optimizer, loaded["optimizer"], where)
             else:
@@ -104,8 +104,8 @@ class TrainingState:
             raise UsageError(f"{where}: its parts do not fit together: {_first_line(error)}") from None
 
     def _restore_neighbourhoods(self, loaded: Checkpoint, where: Path) -> None:
-        """Those of the checkpoint; where it has none, or empty ones, the round starts again."""
-        if "ANs_discovery" in loaded and len(loaded["ANs_discovery"]["position"]):
+        """Those of the checkpoint; where it has none, or the reference's empty ones, the round starts again."""
+        if "ANs_discovery" in loaded and loaded["ANs_discovery"]["neighbours"].shape != (0,):
             found = Neighbourhoods.from_state_dict(loaded["ANs_discovery"], self.bank.memory.device)
             if len(found.position) != len(self.bank.memory):
                 raise ValueError("the memory bank and the neighbourhoods are of different samples")
@@ -118,7 +118,7 @@ class TrainingState:
 def save(content: Checkpoint, path: Path) -> None:
     """Writes a checkpoint, whole or not at all."""
     with write_whole(path) as file:
-        torch.save(content, file)
+        torch.save(content, file, _use_new_zipfile_serialization=False)  # PyTorch 1.0, the reference's, reads no other
 
 
 def locate(resume: Path) -> Path:
@@ -157,7 +157,7 @@ def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> N
     own = inner.state_dict()
     for name in own.keys() - state.keys():
         if name.endswith(weights.COUNTER):
-            state[name] = own[name]
+            state[name] = own[name]  # files from before PyTorch 0.4.1 have none, and nothing depends on them
     if state.keys() != own.keys():
         name = f"network {loaded['network']}" if "network" in loaded else "another network"
         first = min(state.keys() ^ own.keys())
@@ -165,9 +165,12 @@ def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> N
         raise UsageError(f"{where}: is of {name}, not of the one chosen by --network (they differ in {first}, {side})")
     head = weights.head(inner)
     for name, value in own.items():
+        reason = weights.refusal(state[name], value)
+        if reason is None:
+            continue
         there = tuple(state[name].shape)
         if there == tuple(value.shape):
-            continue
+            raise UsageError(f"{where}: cannot be gone on with: {name} is {reason}; choose another checkpoint")
         if name == head and len(there) == 2 and there[1] == value.shape[1]:
             raise UsageError(f"{where}: has embedding size {there[0]}, not {value.shape[0]}; set --low-dim to it")
         raise UsageError(f"{where}: is of another network: {name} is {list(there)} there and {list(value.shape)} here")

@@ -37,7 +37,7 @@ def _default(name: str) -> str:
     if value is None or value == ():
         return "not set"
     if isinstance(value, tuple):
-        return " ".join(f"{v:.4g}" for v in value)
+        return " ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value)
     return {True: "on", False: "off"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
@@ -87,15 +87,20 @@ def parser() -> argparse.ArgumentParser:
         shape: dict[str, Any] = {}
         if kinds == {bool}:
             shape = {"nargs": "?", "const": "true", "metavar": "BOOL"}
-        elif name == "cfgs":
-            shape = {"nargs": "+", "metavar": "FILE"}
         elif tuple in kinds and name != "gpus":
-            shape = {"nargs": "+", "metavar": "NUMBER"}
+            shape = {"nargs": "+", "metavar": _metavar(_item(field.annotation), _kinds(_item(field.annotation)))}
         else:
             shape = {"metavar": _metavar(field.annotation, kinds)}
         text = f"{field.description} (default: {_default(name)})".replace("%", "%%")
         group.add_argument(flag(name), dest=name, default=argparse.SUPPRESS, help=text, **shape)
     return result
+
+
+def _item(annotation: Any) -> Any:
+    """What a tuple holds, or may hold."""
+    if typing.get_origin(annotation) is tuple:
+        return typing.get_args(annotation)[0]
+    return next((found for part in typing.get_args(annotation) if (found := _item(part))), None)
 
 
 def _metavar(annotation: Any, kinds: set[Any]) -> str:

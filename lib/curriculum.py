@@ -86,6 +86,8 @@ class Helpers:
     Attributes:
         batches: the training images.
         evaluate: accuracy of the test images, or None where there are no labels.
+        validate: accuracy of training images held out, which then choose the best epoch; None: the test images do,
+            as in the reference.
         labels: (N,) on the bank's device, for the consistency alone; None where there are none.
         session: where results go.
         on_discovery: told the round and what was found.
@@ -94,6 +96,7 @@ class Helpers:
 
     batches: Loader
     evaluate: Evaluator | None
+    validate: Evaluator | None
     labels: torch.Tensor | None
     session: Session
     on_discovery: Callable[[int, Neighbourhoods], None]
@@ -145,8 +148,13 @@ def run_epoch(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
     loss = train_epoch(state, plan, helpers.batches)
     trained = time.perf_counter()
     accuracy = helpers.evaluate(state.network, state.bank.memory) if helpers.evaluate else None
-    is_best = accuracy is None or state.best_acc is None or accuracy.top1 > state.best_acc
-    state.acc = accuracy.top1 if accuracy else None
+    held_out = helpers.validate(state.network, state.bank.memory) if helpers.validate else None
+    chooser = held_out or accuracy
+    state.acc = chooser.top1 if chooser else None
+    is_best = state.acc is None or state.best_acc is None or state.acc > state.best_acc
+    top1 = accuracy.top1 if accuracy else None
+    before = state.history[-1] if state.history else {}
+    best_top1 = top1 if is_best else before["best_top1"] if before.get("round") == state.round else state.best_acc
     state.best_acc = state.acc if is_best else state.best_acc
     record = {
         "round": state.round,
@@ -155,9 +163,10 @@ def run_epoch(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
         "consistency": state.neighbourhoods.consistency,
         "loss": loss,
         "learning_rate": rate,
-        "top1": state.acc,
+        "top1": top1,
         "top5": accuracy.top5 if accuracy else None,
-        "best_top1": state.best_acc,
+        "best_top1": best_top1,
+        "val_top1": held_out.top1 if held_out else None,
         "images_per_s": len(state.bank.memory) / (trained - started),
         "train_s": trained - started,
         "evaluate_s": time.perf_counter() - trained,
@@ -205,6 +214,8 @@ def report_epoch(record: dict[str, Any], accuracy: Accuracy | None, plan: Plan, 
     judged = ""
     if helpers.evaluate and accuracy:
         judged = f"  {helpers.evaluate.name} {accuracy} (best top-1 {record['best_top1']:.2%})"
+    if record["val_top1"] is not None:
+        judged += f"  held out top-1 {record['val_top1']:.2%}"
     logger().info(
         "round %d/%d epoch %d/%d  loss %.4f  lr %.4g  %.0f images/s%s",
         record["round"],
@@ -236,14 +247,14 @@ def finish_round(state: TrainingState, helpers: Helpers) -> None:
     last = state.history[-1] if state.history else {}
     if last.get("round") != state.round:  # a finished round of a checkpoint that tells nothing of it
         return
-    helpers.session.write_scalars({"Evaluate/best_acc": state.best_acc}, state.round)
+    helpers.session.write_scalars({"Evaluate/best_acc": last["best_top1"]}, state.round)
     accuracy = f", top-1 {last['top1']:.2%} at the last epoch, best {last['best_top1']:.2%}" if helpers.evaluate else ""
     logger().info(
         "round %d done: %d anchors, loss %.4f%s", state.round, last["anchors"], last["loss"], accuracy, extra=SUMMARY
     )
 
 
-def summary(history: list[dict[str, Any]], evaluate: Evaluator | None) -> str:
+def summary(history: list[dict[str, Any]], helpers: Helpers) -> str:
     """The table of all rounds and how its figures came about; no columns that need labels without them."""
     columns: list[tuple[str, str, str]] = [
         ("round", "round", "d"),
@@ -253,10 +264,12 @@ def summary(history: list[dict[str, Any]], evaluate: Evaluator | None) -> str:
         ("top-1 last", "top1", ".2%"),
         ("top-1 best", "best_top1", ".2%"),
         ("top-5 last", "top5", ".2%"),
+        ("held-out last", "val_top1", ".2%"),
     ]
     shown = [c for c in columns if any(row.get(c[1]) is not None for row in history)]
     rows = [["-" if row.get(key) is None else format(row[key], form) for _, key, form in shown] for row in history]
     text = table([title for title, _, _ in shown], rows)
-    if evaluate:
-        text += f"\ntop-1, top-5: {evaluate.name} against the memory bank; best: chosen by the test labels"
+    if helpers.evaluate:
+        chooser = "held-out training images" if helpers.validate else "the test labels"
+        text += f"\ntop-1, top-5: {helpers.evaluate.name} against the memory bank; best: chosen by {chooser}"
     return text

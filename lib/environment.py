@@ -15,6 +15,7 @@ PACKAGES = (
     "torchvision",
     "numpy",
     "scipy",
+    "matplotlib",
     "pydantic",
     "PyYAML",
     "tensorboardX",

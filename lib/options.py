@@ -78,6 +78,25 @@ def _lower(value: Any) -> Any:
     return value.strip().lower() if isinstance(value, str) else value
 
 
+def _words(value: Any) -> Any:
+    """Names in a list, or in a string between commas or spaces; each once."""
+    parts = [value] if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
+        raise ValueError("should be one name or several")
+    words = tuple(dict.fromkeys(word for part in parts for word in re.split(r"[\s,()\[\]'\"]+", part) if word))
+    if not words:
+        raise ValueError("should be one name or several")
+    return words
+
+
+def _paths(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _protocols(value: Any) -> Any:
+    return tuple(word.lower() for word in _words(value))
+
+
 Integer = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number)]
 Switch = Annotated[bool, BeforeValidator(_literal)]
@@ -186,8 +205,26 @@ class Options(BaseModel):
         None, "schedule", "multistep: file with a line 'epoch: learning rate' for each change, epoch 0 first"
     )
 
-    protocol: Annotated[Literal["knn", "nn"], BeforeValidator(_lower)] = _option(
-        "knn", "evaluation", "knn: weighted kNN, K = 200; nn: the nearest neighbour"
+    protocol: Annotated[tuple[Literal["knn", "nn", "linear", "cluster"], ...], BeforeValidator(_protocols)] = _option(
+        ("knn",),
+        "evaluation",
+        "one or several of knn (weighted kNN), nn (nearest neighbour), linear (linear probe), cluster (k-means); each "
+        "epoch is judged by the first, which is knn or nn; --test-only by all",
+    )
+    knn_k: Integer = _option(200, "evaluation", "voters K of the weighted kNN, cut to the training samples", ge=1)
+    knn_sigma: Annotated[Positive | None, BeforeValidator(_number)] = _option(
+        None, "evaluation", "width sigma of the votes' weights; not set: npc_temperature, as in the reference"
+    )
+    linear_layers: Annotated[tuple[str, ...], BeforeValidator(_words)] = _option(
+        ("conv5",), "evaluation", "stages that the linear probe reads, of conv1 to conv5 and fc"
+    )
+    val_fraction: Number = _option(
+        0.0,
+        "evaluation",
+        "share of the training images, of each class alike, held out to choose the best epoch by; 0: the test images "
+        "choose, as in the reference",
+        ge=0,
+        lt=1,
     )
 
     session: Annotated[str | None, BeforeValidator(_unset)] = _option(
@@ -210,6 +247,12 @@ class Options(BaseModel):
     )
     debug: Switch = _option(False, "session", "store nothing", this_run=True)
     brief: Switch = _option(False, "session", "only a line a round and warnings on the screen", this_run=True)
+    compare: Annotated[tuple[Path, ...], BeforeValidator(_paths)] = _option(
+        (),
+        "session",
+        "sessions to print side by side, with comparison.csv and .png in sess_dir; nothing is trained",
+        this_run=True,
+    )
     print_args: Switch = _option(False, "session", "print the resolved options as YAML and stop", this_run=True)
     log_file: Switch = _option(True, "session", "write log.txt")
     log_tfb: Switch = _option(True, "session", "write TensorBoard events to tfboard/")
@@ -236,6 +279,11 @@ class Options(BaseModel):
         if self.resume is not None and self.session is not None and not self.restart:
             raise ValueError("session: names a new session, and resume goes on in the old one; add --restart")
         return self
+
+    @property
+    def training_protocol(self) -> str:
+        """Which of 'knn' and 'nn' judges each epoch: the one named first, kNN where neither is."""
+        return next((name for name in self.protocol if name in ("knn", "nn")), "knn")
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -15,9 +15,6 @@ from lib import features, knn
 from lib.console import logger, table
 from lib.loader import Loader
 
-K = 200
-"""Voters of the weighted kNN (METHOD 1)."""
-
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -42,7 +39,8 @@ class Evaluator:
         test_labels: their classes.
         train_labels: (N,) classes of the training samples.
         classes: C.
-        sigma: width of the votes' weights, the reference's temperature.
+        k: voters of the weighted kNN, cut to N.
+        sigma: width of their weights.
         device: where the network is.
     """
 
@@ -54,6 +52,7 @@ class Evaluator:
         test_labels: np.ndarray,
         train_labels: np.ndarray,
         classes: int,
+        k: int,
         sigma: float,
         device: torch.device,
     ) -> None:
@@ -61,7 +60,7 @@ class Evaluator:
         self.device = device
         self._test_labels = torch.from_numpy(test_labels).to(device)
         self._train_labels = torch.from_numpy(train_labels).to(device)
-        voters = min(K, len(train_labels))
+        voters = min(k, len(train_labels))
         if protocol == "nn":
             self.name = "NN"
             self._scores: Callable[..., torch.Tensor] = knn.nearest_neighbour
@@ -70,8 +69,8 @@ class Evaluator:
             self.name = f"weighted kNN (K={voters}, sigma={sigma:g})"
             self._scores = knn.weighted_knn
             self._constants = {"classes": classes, "k": voters, "sigma": sigma}
-            if voters < K:
-                logger().info("kNN: K = %d of the paper is cut to the %d training samples there are", K, voters)
+            if voters < k:
+                logger().info("kNN: K = %d is cut to the %d training samples there are", k, voters)
             if classes < 5:
                 logger().info("kNN: top-5 counts all of the %d classes, so it is 100 %% by construction", classes)
 

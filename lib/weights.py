@@ -5,7 +5,10 @@ Files hold tensors and plain containers, or are refused: nothing in them can run
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +19,9 @@ import safetensors.torch
 import torch
 
 from lib.console import UsageError, logger
+
+OLD_FORMAT = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+"""What a file that is no zip, as PyTorch before 1.6 wrote it, starts with."""
 
 SHOWN = 20
 """Names that a message lists before it counts the others."""
@@ -46,7 +52,7 @@ def read(path: Path) -> dict[str, Any]:
     file is nobody's training run, ``weights``.
 
     Takes this program's checkpoints and the reference's, a state dict, bare or under ``state_dict`` or
-    ``model``, and safetensors.
+    ``model``, and safetensors, whatever the file is called; PyTorch's files as a zip or in the old format.
 
     Raises:
         UsageError: the file is missing, damaged, holds anything else, or no weights.
@@ -68,19 +74,44 @@ def read(path: Path) -> dict[str, Any]:
 
 def _open(path: Path) -> Any:
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PyTorch, about files that it then refuses
+            start = file.read(len(OLD_FORMAT))
+            if start[8:9] == b"{":  # safetensors: eight bytes with the size of a JSON header, then the header
+                return safetensors.torch.load_file(path)
+            file.seek(0)
+            source = _python_3(file.read()) if start == OLD_FORMAT else file
+            return torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; name one that exists") from None
     except Exception as error:  # damaged files make the readers raise nearly anything
         if isinstance(error, OSError) and error.strerror:
             what = f"cannot be read: {error.strerror}"
-        elif isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+        elif (isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)) or "TorchScript" in str(error):
             what = "holds more than tensors and plain containers, which could run code, and was not opened"
         else:
             what = "is damaged, cut short, or no file of PyTorch or safetensors"
         raise UsageError(f"{path}: {what}; choose another file") from None
+
+
+def _python_3(content: bytes) -> io.BytesIO:
+    """A file in the old format, with what Python 2 alone pickled that way as PyTorch's safe reader takes it.
+
+    Python 2 wrote integers beyond 32 bits as text, among them the parameters' names in PyTorch 1.0's optimisers, and
+    strings of more than 255 bytes with a code of their own. Codes are listed here and never followed.
+    """
+    stream, parts, start = io.BytesIO(content), [], 0
+    for _ in range(5):  # magic number, version, machine, content, names of the storages; raw numbers follow
+        for code, value, _ in pickletools.genops(stream):
+            end = stream.tell()
+            if code.name == "INT":
+                parts.append(pickle.dumps(value, protocol=2)[2:-1])  # without its head and its full stop
+            elif code.name == "BINSTRING":
+                parts.append(b"X" + content[start + 1 : end])  # BINUNICODE, which has the same form
+            else:
+                parts.append(content[start:end])
+            start = end
+    return io.BytesIO(b"".join([*parts, content[start:]]))
 
 
 def bare(name: str) -> str:
@@ -96,20 +127,19 @@ def match(network: torch.nn.Module, state: Mapping[Any, Any]) -> Match:
     """
     own = unwrapped(network).state_dict()
     named = {str(name).replace("features.module.", "features.", 1): value for name, value in state.items()}
-    ends = {name: name.rsplit(".", 1)[-1] for name in own}
     votes: Counter[str] = Counter()
     for name, value in named.items():
         parts = name.split(".")
         for i in range(len(parts)):
             inner = ".".join(parts[i:])
-            if inner in ends and _refusal(value, own[inner]) is None:
+            if inner in own and refusal(value, own[inner]) is None:
                 votes[name.removesuffix(inner)] += 1
     prefix = max(votes, key=lambda path: (votes[path], -len(path)), default="")
     loaded, dropped = {}, {}
     for name, value in named.items():
         inner = name.removeprefix(prefix)
         known = name.startswith(prefix) and inner in own
-        reason = _refusal(value, own[inner]) if known else "not in this network"
+        reason = refusal(value, own[inner]) if known else "not in this network"
         if reason is None:
             loaded[inner] = value
         else:
@@ -118,10 +148,12 @@ def match(network: torch.nn.Module, state: Mapping[Any, Any]) -> Match:
     return Match(loaded, dropped, fresh, prefix)
 
 
-def _refusal(value: Any, own: torch.Tensor) -> str | None:
+def refusal(value: Any, own: torch.Tensor) -> str | None:
     """Why a value of a file cannot stand for a tensor of the network; None: it can."""
-    if not torch.is_tensor(value) or value.layout is not torch.strided or value.is_quantized:
+    if not torch.is_tensor(value) or value.is_nested or value.layout is not torch.strided:
         return "no plain tensor"
+    if value.is_meta != own.is_meta:
+        return "without numbers"
     if value.shape != own.shape:
         return f"of shape {list(value.shape)} where the network has {list(own.shape)}"
     if value.is_floating_point() != own.is_floating_point():
@@ -138,10 +170,11 @@ def load(network: torch.nn.Module, state: Mapping[Any, Any], where: Path) -> Mat
     found = match(network, state)
     loaded = [name for name in found.loaded if not name.endswith(COUNTER)]
     total = len(loaded) + len(found.fresh)
+    dropped = [f"{name} ({reason})" for name, reason in found.dropped.items()]
     if 2 * len(loaded) < total:
         raise UsageError(
             f"{where}: only {len(loaded)} of the network's {total} tensors are there by name and shape (it lacks "
-            f"{_list(found.fresh, 3)}; it has {_list(found.dropped, 3) or 'nothing else'}); set --network to what it "
+            f"{_list(found.fresh, 3)}; it has {_list(dropped, 3) or 'nothing else'}); set --network to what it "
             "is of"
         )
     inner = unwrapped(network)
@@ -157,8 +190,8 @@ def load(network: torch.nn.Module, state: Mapping[Any, Any], where: Path) -> Mat
         behind,
         _list(f"{n} {k}" for n, k in parts.items()),
     )
-    if found.dropped:
-        log("dropped: %s", _list(f"{name} ({reason})" for name, reason in found.dropped.items()))
+    if dropped:
+        log("dropped: %s", _list(dropped))
     if found.fresh:
         log("left as initialised: %s", _list(found.fresh))
     if head(inner) in found.fresh:

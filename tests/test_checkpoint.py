@@ -7,6 +7,7 @@ import io
 import math
 import os
 import pickle
+import pickletools
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from lib.checkpoint import TrainingState
 from lib.console import UsageError, logger
 from lib.memory_bank import MemoryBank
 from lib.neighbourhoods import Neighbourhoods
+from test_weights import old, python2
 
 SAMPLES, LOW_DIM = 12, 4
 
@@ -132,6 +134,40 @@ def test_a_checkpoint_has_the_parts_of_the_reference_in_its_types_and_shapes() -
     assert (content["acc"], content["epoch"], content["round"], content["session"]) == (0.25, 3, 2, "mine")
 
 
+def test_a_checkpoint_file_holds_what_the_reference_s_does(tmp_path: Path) -> None:
+    network = models.build("resnet18", low_dim=128)
+    bank = MemoryBank(SAMPLES, 128, temperature=0.1, momentum=0.5, seed=0, device="cpu")
+    state = TrainingState(
+        network, optimizer_of(network), bank, neighbourhoods_of(1, 0.5), 0, round=1, epoch=3, acc=0.25
+    )
+    checkpoint.save(state.checkpoint("resnet18", "mine"), tmp_path / "0001-00003.ckpt")
+    content = torch.load(tmp_path / "0001-00003.ckpt", weights_only=True)
+    kinds = {"acc": float, "epoch": int, "round": int, "session": str}
+    parts = ["net", "optimizer", "ANs_discovery", "npc", *kinds]
+    assert list(content)[: len(parts)] == parts and {name: type(content[name]) for name in kinds} == kinds
+    assert isinstance(content["net"], dict) and len(content["net"]) == 122
+    shapes = {name: tuple(value.shape) for name, value in content["net"].items()}
+    assert shapes["conv1.weight"] == (64, 3, 3, 3) and shapes["layer1.1.conv2.weight"] == (64, 64, 3, 3)
+    assert shapes["layer4.0.shortcut.0.weight"] == (512, 256, 1, 1) and shapes["layer4.0.shortcut.1.bias"] == (512,)
+    assert shapes["linear.weight"] == (128, 512) and shapes["linear.bias"] == (128,)
+    types = {value.dtype for name, value in content["net"].items() if not name.endswith("num_batches_tracked")}
+    assert types == {torch.float32} and content["net"]["bn1.num_batches_tracked"].dtype == torch.int64
+    assert set(content["optimizer"]) == {"state", "param_groups"}
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in content["ANs_discovery"].items()} == {
+        "samples_num": (torch.int64, ()),
+        "anchor_indexes": (torch.int64, (3,)),
+        "instance_indexes": (torch.int64, (9,)),
+        "position": (torch.int64, (12,)),
+        "neighbours": (torch.int64, (3, 1)),
+        "entropy": (torch.float32, (12,)),
+        "consistency": (torch.float32, ()),
+    }
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in content["npc"].items()} == {
+        "params": (torch.float32, (2,)),
+        "memory": (torch.float32, (12, 128)),
+    }
+
+
 def test_the_network_s_parameters_have_the_reference_s_names() -> None:
     network = models.build("resnet10", low_dim=8)
     optimizer = optimizer_of(network)
@@ -238,6 +274,28 @@ def test_a_checkpoint_of_the_reference_goes_on_here(prefix: str, zipped: bool, t
     step(twin)
     step(state)
     assert same(state.network.state_dict(), twin.network.state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_checkpoint_that_the_reference_wrote_under_python_2_goes_on_here(prefix: str, tmp_path: Path) -> None:
+    """PyTorch 1.0 named parameters by their addresses, integers that Python 2 pickled as text."""
+    content = published(prefix)
+    ids = [140_250_000_000_000 + 8 * i for i in content["optimizer"]["param_groups"][0]["params"]]
+    content["optimizer"]["param_groups"][0]["params"] = ids
+    content["optimizer"]["state"] = dict(zip(ids, content["optimizer"]["state"].values(), strict=True))
+    content["net"] = {name: value for name, value in content["net"].items() if "num_batches_tracked" not in name}
+    path = tmp_path / "0002-00003.ckpt"
+    path.write_bytes(python2(old(content)))
+    assert b"I1402500" in path.read_bytes()
+    state, twin = state_of(2), state_of(5, steps=2)
+    state.restore(checkpoint.load(path), path, embed=unwanted)
+    assert (state.round, state.epoch, state.acc) == (2, 4, 0.5)
+    assert torch.equal(state.neighbourhoods.anchors, torch.tensor([5, 2, 9]))
+    step(twin)
+    step(state)
+    parameters = zip(state.network.parameters(), twin.network.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in parameters)
+    assert torch.equal(state.bank.memory, twin.bank.memory)
 
 
 def test_a_network_over_several_gpus_takes_and_gives_names_with_a_prefix() -> None:
@@ -355,6 +413,71 @@ def test_without_neighbourhoods_the_round_starts_again(empty: bool) -> None:
     assert (state.round, state.epoch) == (2, 0) and state.neighbourhoods.num_anchors == 0
 
 
+def test_before_a_discovery_the_reference_s_buffers_of_no_size_are_no_hindrance() -> None:
+    content = {**published(""), "round": 0}
+    content["ANs_discovery"] = {
+        **Neighbourhoods.none(SAMPLES).state_dict(),
+        "neighbours": torch.zeros(0, dtype=torch.long),
+    }
+    state = state_of(2)
+    state.restore(content, Path("a.ckpt"), embed=unwanted)
+    assert (state.round, state.epoch) == (0, 4) and state.neighbourhoods.num_anchors == 0
+    assert len(state.neighbourhoods.position) == SAMPLES
+
+
+def test_a_round_of_no_anchors_goes_on_where_it_was() -> None:
+    """A low share chooses none; that is a discovery all the same, and is not made again."""
+    before = state_of()
+    before.neighbourhoods, before.round, before.epoch = Neighbourhoods.none(SAMPLES), 1, 3
+    state = state_of(2)
+    state.restore(before.checkpoint("small", ""), Path("a.ckpt"), embed=unwanted)
+    assert (state.round, state.epoch) == (1, 3)
+
+
+def test_the_embeddings_that_fill_the_bank_are_those_of_the_checkpoint_s_network() -> None:
+    content = {"net": published("")["net"]}
+    state, seen = state_of(2), []
+
+    def embed() -> torch.Tensor:
+        seen.append(copy.deepcopy(dict(state.network.state_dict())))
+        return EMBEDDINGS
+
+    state.restore(content, Path("a.ckpt"), embed=embed)
+    assert len(seen) == 1 and same(seen[0], content["net"])
+
+
+def test_embeddings_that_cannot_be_made_are_not_the_checkpoint_s_fault() -> None:
+    def embed() -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        state_of(2).restore({"net": published("")["net"]}, Path("a.ckpt"), embed=embed)
+
+
+def test_somebody_s_weights_start_a_run_as_far_as_they_fit(tmp_path: Path) -> None:
+    theirs = {f"backbone.{name}": value for name, value in published("")["net"].items() if name != "linear.bias"}
+    path = written(tmp_path, {"state_dict": theirs, "epoch": 90, "round": 7})
+    state = state_of(2)
+    bias = state.network.linear.bias.detach().clone()
+    state.restore(checkpoint.load(path), path, embed=lambda: EMBEDDINGS)
+    own = state.network.state_dict()
+    assert all(torch.equal(own[name.removeprefix("backbone.")], value) for name, value in theirs.items())
+    assert torch.equal(state.network.linear.bias, bias)
+    assert (state.round, state.epoch) == (0, 0) and torch.equal(state.bank.memory, EMBEDDINGS)
+
+
+def test_somebody_s_weights_that_hardly_fit_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, {"state_dict": models.build("resnet10", low_dim=LOW_DIM).state_dict()})
+    with pytest.raises(UsageError, match="only 1 of the network's 8 tensors"):
+        checkpoint.load_network(Small(), checkpoint.load(path), path)
+
+
+def test_a_run_s_checkpoint_must_fit_wholly() -> None:
+    content = published("")
+    del content["net"]["linear.bias"]
+    assert "linear.bias" in restore_refusal(content)
+
+
 @pytest.mark.parametrize("part", ["round", "epoch", "acc", "session"])
 def test_without_a_count_it_starts_at_zero(part: str) -> None:
     state, content = lacking(part)
@@ -416,6 +539,22 @@ def test_a_parameter_that_is_no_tensor_is_refused(name: str, value: Any) -> None
     content = state_of().checkpoint("small", "")
     content["net"] = {**content["net"], name: value}
     restore_refusal(content)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(LOW_DIM, dtype=torch.long),
+        torch.zeros(LOW_DIM, dtype=torch.complex64),
+        torch.zeros(LOW_DIM).to_sparse(),
+        torch.zeros(LOW_DIM, device="meta"),
+    ],
+    ids=str,
+)
+def test_a_parameter_of_another_kind_is_refused(value: torch.Tensor) -> None:
+    content = state_of().checkpoint("small", "")
+    content["net"] = {**content["net"], "linear.bias": value}
+    assert "linear.bias" in restore_refusal(content)
 
 
 def test_parameters_without_names_are_refused() -> None:
@@ -657,3 +796,19 @@ def test_the_prefixes_of_an_alexnet_trained_on_gpus_are_bridged(prefix: str) -> 
 def test_another_embedding_size_is_told_whatever_the_last_layer_is_called() -> None:
     with pytest.raises(UsageError, match="embedding size 3, not 5"):
         checkpoint.load_network(TwoParts(5), {"net": TwoParts(3).state_dict()}, Path("a.ckpt"))
+
+
+def test_a_checkpoint_is_written_in_the_form_that_the_reference_s_pytorch_reads(tmp_path: Path) -> None:
+    """PyTorch 1.0 reads no zip; its pickles are of protocol 2, and these are the names it knows."""
+    path = tmp_path / "a.ckpt"
+    state = state_of(5, steps=2)
+    state.neighbourhoods = neighbourhoods_of(1, 0.5)
+    checkpoint.save(state.checkpoint("small", "mine"), path)
+    known = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict", "torch FloatStorage", "torch LongStorage"}
+    with path.open("rb") as file:
+        assert not zipfile.is_zipfile(path)
+        for _ in range(5):
+            codes = list(pickletools.genops(file))
+            assert codes[0][0].name == "PROTO" and codes[0][1] == 2
+            assert {value for code, value, _ in codes if code.name == "GLOBAL"} <= known
+            assert not any(code.name == "STACK_GLOBAL" for code, *_ in codes)

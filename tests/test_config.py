@@ -18,7 +18,7 @@ from lib.console import UsageError
 from lib.options import Options
 
 THIS_RUN = set(
-    "cfgs session resume restart test_only debug brief print_args download export_features export_model".split()
+    "cfgs session resume restart test_only debug brief print_args download export_features export_model compare".split()
 )
 """Options that say what to do now; a repeated run does not repeat them."""
 

@@ -76,6 +76,7 @@ def helpers_of(batches: Any = None, **changes: Any) -> Helpers:
     helpers = Helpers(
         batches=batches or Batches(),
         evaluate=None,
+        validate=None,
         labels=None,
         session=Session(None),
         on_discovery=lambda round, found: None,
@@ -143,6 +144,36 @@ def test_anchors_grow_by_the_select_rate_and_every_round_restarts_schedule_and_b
     assert rates == [0, 1, 0, 1, 0, 1]
     assert batches.asked == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     assert [(row["top1"], row["best_top1"]) for row in state.history] == [(0.4, 0.5), (0.2, 0.3), (0.15, 0.15)]
+
+
+def test_held_out_images_choose_the_best_epoch_where_there_are_some() -> None:
+    tests, held_out = iter([0.5, 0.4, 0.3, 0.2, 0.1, 0.15]), iter([0.6, 0.7, 0.7, 0.6, 0.3, 0.2])
+    saved: list[bool] = []
+    helpers = helpers_of(evaluate=Judge(lambda: next(tests)), validate=Judge(lambda: next(held_out)))
+    state = state_of()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curriculum, "save", lambda state, helpers, is_best: saved.append(is_best))
+        curriculum.run(state, plan_of(), helpers)
+    names = ("top1", "val_top1", "best_top1")
+    assert [tuple(row[name] for name in names) for row in state.history] == [
+        (0.4, 0.7, 0.4),
+        (0.2, 0.6, 0.3),
+        (0.15, 0.2, 0.1),
+    ]
+    assert saved == [True, True, True, False, True, False]
+    assert (state.acc, state.best_acc) == (0.2, 0.3)
+    text = curriculum.summary(state.history, helpers)
+    assert "best: chosen by held-out training images" in text and "held-out last" in text
+    assert "best: chosen by the test labels" in curriculum.summary(state.history, replace(helpers, validate=None))
+
+
+def test_held_out_images_choose_where_there_are_no_test_images() -> None:
+    held_out = iter([0.6, 0.7] * 3)
+    state, helpers = state_of(), helpers_of(validate=Judge(lambda: next(held_out)))
+    curriculum.run(state, plan_of(), helpers)
+    assert all(row["top1"] is None and row["best_top1"] is None for row in state.history)
+    assert [row["val_top1"] for row in state.history] == [0.7] * 3 and state.best_acc == 0.7
+    assert "top-1" not in curriculum.summary(state.history, helpers).splitlines()[0]
 
 
 class Judge:
@@ -257,7 +288,7 @@ def test_a_run_that_stopped_after_any_epoch_goes_on_as_if_it_had_not(stop: int, 
 def test_the_summary_leaves_out_what_needs_labels() -> None:
     state = state_of()
     curriculum.run(state, plan_of(), helpers_of())
-    text = curriculum.summary(state.history, None)
+    text = curriculum.summary(state.history, helpers_of())
     assert text.splitlines()[0].split() == ["round", "anchors", "loss"]
     assert [line.split()[:2] for line in text.splitlines()[2:]] == [["0", "0"], ["1", "5"], ["2", "11"]]
 

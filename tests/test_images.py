@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.images import DataError, ImageFiles, ImageSet, UnreadableImageError, read_rgb, size_of
+from datasets.images import DataError, ImageFiles, ImageSet, Splits, UnreadableImageError, hold_out, read_rgb, size_of
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 10, 3)).astype(np.uint8)
 GREY = RGB[..., 0]
@@ -306,3 +307,49 @@ def test_an_image_that_is_gone_or_damaged_later_is_told_with_its_path(tmp_path: 
     path.unlink()
     with pytest.raises(DataError, match=r"image\.png"):
         images[0]
+
+
+def labelled(images: Any) -> ImageSet:
+    labels = np.array([0, 1, 1, 0, 2, 1, 1, 0, 0, 1, 2, 1, 0], np.int64)
+    return ImageSet(images, labels, ("a", "b", "c"), [f"{i}.png" for i in range(13)])
+
+
+@pytest.mark.parametrize("kind", ["array", "list", "files"])
+@pytest.mark.parametrize("fraction", [0.2, 0.5])
+def test_a_share_of_each_class_is_held_out(kind: str, fraction: float, tmp_path: Path) -> None:
+    pixels = np.arange(13, dtype=np.uint8).repeat(12).reshape(13, 2, 2, 3)
+    images: Any = pixels
+    if kind == "list":
+        images = list(pixels)
+    if kind == "files":
+        for number, image in enumerate(pixels):
+            Image.fromarray(image).save(tmp_path / f"{number}.png")
+        images = ImageFiles(tmp_path, [f"{i}.png" for i in range(13)])
+    whole, test = labelled(images), labelled(list(pixels))
+    splits = hold_out(Splits(whole, test, notes=("a note",)), fraction)
+    assert splits.test is test and splits.notes == ("a note",) and splits.val is not None
+    assert whole.labels is not None and splits.val.labels is not None and splits.train.labels is not None
+    counts = [round(n * fraction) for n in (5, 6, 2)]
+    assert np.bincount(splits.val.labels, minlength=3).tolist() == counts
+    numbers = []
+    for part in (splits.train, splits.val):
+        assert part.names is not None and part.labels is not None and part.classes == whole.classes
+        assert len(part) == len(part.names) == len(part.labels)
+        for image, label, name in zip(part.images, part.labels, part.names, strict=True):
+            number = int(image[0, 0, 0])
+            assert name == f"{number}.png" and label == whole.labels[number] and (image == number).all()
+            numbers.append(number)
+    assert sorted(numbers) == list(range(13))
+    again = hold_out(Splits(whole, test), fraction)
+    assert again.val is not None and list(again.val.names or []) == list(splits.val.names or [])
+
+
+def test_nothing_to_hold_out_is_refused() -> None:
+    pixels = np.zeros((13, 2, 2, 3), np.uint8)
+    for splits, fraction in (
+        (Splits(labelled(pixels)), 0.01),
+        (Splits(ImageSet(pixels)), 0.5),
+        (Splits(labelled(pixels)), 0.99),
+    ):
+        with pytest.raises(DataError, match="val_fraction"):
+            hold_out(splits, fraction)

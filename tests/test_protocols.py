@@ -56,6 +56,7 @@ class Case:
             test_labels=self.test_labels,
             train_labels=self.train_labels,
             classes=self.classes,
+            k=200,
             sigma=sigma,
             device=CPU,
         )

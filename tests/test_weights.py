@@ -9,6 +9,8 @@ import pickle
 import pickletools
 import struct
 import subprocess
+import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,10 +76,9 @@ def refusal(path: Path, network: torch.nn.Module | None = None) -> str:
 
 
 def python2(raw: bytes) -> bytes:
-    """A file in PyTorch's old format as Python 2 pickled it: text as byte strings."""
+    """A file in PyTorch's old format as Python 2 pickled it: text as byte strings, integers over 32 bits as text."""
     file, out = io.BytesIO(raw), b""
     for _ in range(5):  # magic number, protocol, machine, content, keys of the storages behind them
-        start = file.tell()
         codes = [(code.name, value, place) for code, value, place in pickletools.genops(file)]
         ends = [place for *_, place in codes[1:]] + [file.tell()]
         for (name, value, place), end in zip(codes, ends, strict=True):
@@ -85,9 +86,10 @@ def python2(raw: bytes) -> bytes:
                 text = value.encode()
                 out += b"U" + bytes([len(text)]) if len(text) < 256 else b"T" + struct.pack("<i", len(text))
                 out += text
+            elif name == "LONG1" and abs(value) < 2**63:  # longer ones were of another type there, too
+                out += b"I%d\n" % value
             else:
                 out += raw[place:end]
-        assert start < file.tell()
     return out + raw[file.tell() :]
 
 
@@ -144,11 +146,73 @@ def test_a_file_of_python_2_has_no_text_of_python_3() -> None:
     assert "SHORT_BINSTRING" in names and "BINUNICODE" not in names
 
 
-def test_safetensors_are_taken_by_their_ending(tmp_path: Path) -> None:
+def test_what_python_2_alone_pickled_that_way_is_read(tmp_path: Path) -> None:
+    """PyTorch 1.0's optimisers name parameters by their addresses; texts of more than 255 bytes have their own code."""
+    ids = [140_250_000_000_008, -140_250_000_000_016, 2**31, 7, 2**80]
+    content = {
+        "net": small(1).state_dict(),
+        "optimizer": {"state": {i: {"momentum_buffer": torch.full((2,), 3.0)} for i in ids}, "ids": ids},
+        "acc": 0.25,
+        "session": "übung" + 300 * "x",
+        "flags": (True, False, None),
+    }
+    raw = python2(old(content))
+    file, codes = io.BytesIO(raw), set[str]()
+    for _ in range(5):
+        codes |= {code.name for code, *_ in pickletools.genops(file)}
+    assert {"INT", "BINSTRING", "SHORT_BINSTRING", "LONG1"} <= codes and "BINUNICODE" not in codes
+    (tmp_path / "a.ckpt").write_bytes(raw)
+    back = read(tmp_path / "a.ckpt")
+    assert list(back["optimizer"]["state"]) == ids == back["optimizer"]["ids"]
+    assert all(entry["momentum_buffer"].tolist() == [3, 3] for entry in back["optimizer"]["state"].values())
+    assert all(back[key] == content[key] for key in ("acc", "session", "flags"))
+    assert all(torch.equal(back["net"][name], value) for name, value in content["net"].items())
+
+
+class Built:
+    """Pickled as a call."""
+
+    def __init__(self, call: Any, *arguments: Any) -> None:
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call, self.arguments
+
+
+@pytest.mark.parametrize("writer", ["the old format", "Python 2"])
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_tensors_are_read_as_every_version_pickled_them(writer: str, tmp_path: Path) -> None:
+    one, two = torch.arange(4.0), torch.arange(5.0)
+    content = {
+        "0.1": Built(torch._utils._rebuild_tensor, one.storage(), 0, (2, 2), (2, 1)),
+        "early": Built(torch.nn.parameter.Parameter, two, True),
+    }
+    (tmp_path / "a.pth").write_bytes(WRITERS[writer](content))
+    found = read(tmp_path / "a.pth")["weights"]
+    assert torch.equal(found["0.1"], one.reshape(2, 2)) and torch.equal(found["early"], two)
+
+
+def test_storages_of_a_gpu_come_to_the_cpu(tmp_path: Path) -> None:
     theirs, mine = small(1), small(2)
-    safetensors.torch.save_file(theirs.state_dict(), tmp_path / "a.safetensors")
-    assert not load_pretrained(mine, tmp_path / "a.safetensors").fresh
+    raw = python2(old(theirs.state_dict())).replace(b"ctorch\nFloatStorage", b"ctorch.cuda\nFloatStorage")
+    (tmp_path / "a.pth").write_bytes(raw.replace(b"U\x03cpu", b"U\x06cuda:0"))
+    assert b"cuda:0" in (tmp_path / "a.pth").read_bytes()
+    load_pretrained(mine, tmp_path / "a.pth")
+    assert torch.equal(mine.conv.weight, theirs.conv.weight)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.SAFETENSORS", "a.bin"])
+def test_safetensors_are_known_by_what_they_hold(name: str, tmp_path: Path) -> None:
+    theirs, mine = small(1), small(2)
+    safetensors.torch.save_file(theirs.state_dict(), tmp_path / name, {"format": "pt"})
+    assert not load_pretrained(mine, tmp_path / name).fresh
     assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in mine.state_dict().items())
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_pytorch_s_files_may_have_any_ending(writer: str, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(WRITERS[writer](small(1).state_dict()))
+    assert not load_pretrained(small(2), tmp_path / "a.safetensors").fresh
 
 
 def test_a_run_s_content_comes_with_its_other_keys_and_weights_alone_without(tmp_path: Path) -> None:
@@ -180,6 +244,20 @@ def test_weights_with_the_head_bring_no_warning(tmp_path: Path, said: list[str])
     (tmp_path / "a.pth").write_bytes(new(small(1).state_dict()))
     load_pretrained(small(2), tmp_path / "a.pth")
     assert said == [f"INFO {tmp_path / 'a.pth'}: loaded 8 of 8 tensors: conv 2, bn 4, linear 2"]
+
+
+def test_a_head_without_its_bias_is_no_random_projection(tmp_path: Path, said: list[str]) -> None:
+    state = small(1).state_dict()
+    del state["linear.bias"]
+    (tmp_path / "a.pth").write_bytes(new(state))
+    load_pretrained(small(2), tmp_path / "a.pth")
+    assert said[1:] == ["INFO left as initialised: linear.bias"]
+
+
+def test_the_path_that_is_taken_away_is_said(tmp_path: Path, said: list[str]) -> None:
+    (tmp_path / "a.pth").write_bytes(new({f"module.{name}": v for name, v in small(1).state_dict().items()}))
+    load_pretrained(small(2), tmp_path / "a.pth")
+    assert len(said) == 1 and "8 of 8 tensors (names without 'module.'): conv 2" in said[0]
 
 
 def test_fresh_tensors_before_the_head_bring_no_warning_either(tmp_path: Path, said: list[str]) -> None:
@@ -220,6 +298,14 @@ def test_of_two_networks_in_a_file_the_one_that_fits_better_is_taken() -> None:
     assert all(torch.equal(value, state[name]) for name, value in found.loaded.items())
 
 
+def test_names_lead_nowhere_where_the_shapes_are_others() -> None:
+    state = small(1).state_dict()
+    wider = {f"teacher.{name}": value[None] for name, value in state.items()}
+    fitting = {f"student.{name}": value for name, value in state.items() if name != "conv.bias"}
+    found = match(small(2), {**wider, **fitting})
+    assert found.prefix == "student." and found.fresh == ["conv.bias"]
+
+
 def test_weights_go_into_the_network_inside_data_parallel(tmp_path: Path) -> None:
     theirs, mine = small(1), small(2)
     (tmp_path / "a.pth").write_bytes(new(theirs.state_dict()))
@@ -245,6 +331,25 @@ def test_less_than_half_of_the_tensors_is_refused(there: int, tmp_path: Path) ->
         assert found.fresh == TENSORS[there:] and set(found.dropped) == {"other.weight"}
         now = mine.state_dict()
         assert all(torch.equal(now[name], state[name] if name in kept else before[name]) for name in TENSORS)
+
+
+def test_a_refusal_says_why_the_file_s_tensors_do_not_fit(tmp_path: Path) -> None:
+    strange = {"conv.weight": torch.zeros(4, 3, 7, 7), "linear.bias": torch.zeros(3, dtype=torch.int8)}
+    (tmp_path / "a.pth").write_bytes(new({"state_dict": strange}))
+    text = refusal(tmp_path / "a.pth")
+    assert "conv.weight (of shape [4, 3, 7, 7] where the network has [4, 3, 3, 3])" in text
+    assert "linear.bias (of type int8)" in text and "--network" in text and "conv.bias" in text and "and 5 more" in text
+
+
+@pytest.mark.parametrize("form", ["net", "state_dict", "model"])
+def test_weights_of_nothing_are_refused(form: str, tmp_path: Path) -> None:
+    (tmp_path / "a.pth").write_bytes(new(FORMS[form]({})))
+    assert "only 0 of the network's 8 tensors" in refusal(tmp_path / "a.pth")
+
+
+def test_a_counter_that_counts_nothing_is_left_out() -> None:
+    found = match(small(2), {**small(1).state_dict(), "bn.num_batches_tracked": torch.tensor(3.0)})
+    assert found.dropped == {"bn.num_batches_tracked": "of type float32"} and not found.fresh
 
 
 def test_counters_that_old_files_lack_are_not_missed(tmp_path: Path, said: list[str]) -> None:
@@ -273,6 +378,9 @@ def test_weights_of_another_precision_become_the_network_s(kind: torch.dtype, tm
 
 STRANGE: dict[str, Callable[[torch.Tensor], Any]] = {
     "whole numbers": lambda value: value.long(),
+    "yes or no": lambda value: value.bool(),
+    "no memory": lambda value: value.to("meta"),
+    "quantised": lambda value: torch.quantize_per_tensor(value.detach(), 0.1, 0, torch.qint8),
     "complex": lambda value: value.to(torch.complex64),
     "sparse": lambda value: value.to_sparse(),
     "a list": lambda value: value.tolist(),
@@ -293,6 +401,14 @@ def test_values_that_are_no_weights_are_left_out_with_the_reason(kind: str, tmp_
     found = load_pretrained(mine, tmp_path / "a.pth")
     assert list(found.dropped) == ["conv.weight"] and found.fresh == ["conv.weight"] and found.dropped["conv.weight"]
     assert torch.equal(mine.conv.weight, before)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_left_out() -> None:
+    nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])  # PyTorch 2.6 reads them from files
+    assert match(small(2), {**small(1).state_dict(), "conv.weight": nested}).dropped == {
+        "conv.weight": "no plain tensor"
+    }
 
 
 def test_names_that_are_no_text_do_no_harm(tmp_path: Path) -> None:
@@ -334,9 +450,44 @@ def test_a_file_that_would_run_something_is_refused_and_runs_nothing(
     path.write_bytes(WRITERS[writer](content))
     text = refusal(path)
     assert not proof.exists()
-    assert "could run code" in text or ending == ".safetensors"
+    assert "could run code" in text
     torch.load(io.BytesIO(path.read_bytes()), weights_only=False)  # the trap is a real one
     assert proof.exists()
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_whole_network_pickled_is_not_opened(writer: str, tmp_path: Path) -> None:
+    (tmp_path / "a.pth").write_bytes(WRITERS[writer](torch.nn.Linear(2, 2)))
+    assert "more than tensors and plain containers" in refusal(tmp_path / "a.pth")
+
+
+def test_a_program_of_torchscript_is_not_opened(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    path.write_bytes(new(small(1).state_dict()))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(archive.namelist()[0].split("/")[0] + "/constants.pkl", pickle.dumps((), protocol=2))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        assert "more than tensors and plain containers" in refusal(path)
+    assert not heard
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_file_of_pytorch_cut_short_anywhere_is_refused(writer: str, tmp_path: Path) -> None:
+    path, whole = tmp_path / "a.pth", WRITERS[writer]({"a": torch.arange(3.0), "b": torch.zeros(2, 2)})
+    for length in [*range(30), *range(30, len(whole), 11 if writer == "zip" else 1)]:
+        path.write_bytes(whole[:length])
+        assert "damaged" in refusal(path)
+
+
+@pytest.mark.parametrize("writer", [*WRITERS, "safetensors"])
+@pytest.mark.parametrize("flip", [0x01, 0x80, 0xFF])
+def test_a_damaged_byte_never_ends_in_a_traceback(flip: int, writer: str, tmp_path: Path) -> None:
+    state, path = {"a": torch.arange(3.0)}, tmp_path / "a.pth"
+    whole = safetensors.torch.save(state) if writer == "safetensors" else WRITERS[writer](state)
+    for place in range(0, len(whole), 9 if writer == "zip" else 2):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+        refusal(path)
 
 
 def test_a_safetensors_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:

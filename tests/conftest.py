@@ -1,0 +1,26 @@
+"""What every test gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from lib.console import logger
+
+
+@pytest.fixture(autouse=True)
+def log_of_its_own() -> Iterator[None]:
+    """A log of its own: what one test lets the program say does not show in the next."""
+    log = logger()
+    before = list(log.handlers), log.level, log.propagate
+    log.handlers.clear()
+    yield
+    log.handlers[:], log.propagate = before[0], before[2]
+    log.setLevel(before[1])
+
+
+@pytest.fixture(autouse=True)
+def no_remembered_files(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The user's cache folder stays out of the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))

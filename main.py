@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import datasets
@@ -41,6 +42,9 @@ from lib.options import Options
 from lib.protocols import Evaluator
 from lib.seeding import Stream
 from lib.session import Session, create_folder, folder_of
+
+PROJECTED = 1000
+"""Samples that TensorBoard's projector shows at most."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +183,9 @@ def train(setting: Setting) -> None:
     session = open_session(setting, start=(state.round, state.epoch))
 
     def show(round: int, found: Neighbourhoods) -> None:
-        if path := session.of_round("neighbours", round, found.num_anchors, "png"):
-            gallery.save(path, images, labels, found)
+        path = session.of_round("neighbours", round, found.num_anchors, "png")
+        if path and (picture := gallery.save(path, images, labels, found)):
+            session.write_picture("ANs/Neighbours", np.asarray(picture), round)
 
     helpers = curriculum.Helpers(
         batches=setting.loader(splits.train, train=True),
@@ -194,10 +199,20 @@ def train(setting: Setting) -> None:
     try:
         describe(setting, session)
         curriculum.run(state, plan, helpers)
+        show_embeddings(setting, state.bank.memory, session)
         logger().info("\n%s", curriculum.summary(state.history, helpers), extra=SUMMARY)
         logger().info("session: %s", session.folder or "none", extra=SUMMARY)
     finally:
         session.close()
+
+
+def show_embeddings(setting: Setting, memory: torch.Tensor, session: Session) -> None:
+    """Some rows of the memory bank, evenly spaced, for TensorBoard's projector."""
+    train = setting.splits.train
+    index = np.linspace(0, len(train) - 1, min(len(train), PROJECTED)).round().astype(int).tolist()
+    labels = None if train.labels is None else [train.classes[label] for label in train.labels[index]]
+    if setting.options.log_tfb and session.folder:
+        session.write_projector(memory[index].cpu().numpy(), labels, gallery.thumbnails(train.images, index))
 
 
 def test(setting: Setting) -> None:

@@ -55,7 +55,19 @@ def _tile(image: np.ndarray, frame: str) -> Image.Image:
     return ImageOps.expand(fitted, 2, frame)
 
 
-def save(path: Path, images: Sequence[np.ndarray], labels: np.ndarray | None, found: Neighbourhoods) -> None:
-    """Writes the picture as PNG; nothing where there is no anchor or no neighbour."""
-    if found.neighbours.numel():
-        draw(images, labels, found).save(path)
+def save(
+    path: Path, images: Sequence[np.ndarray], labels: np.ndarray | None, found: Neighbourhoods
+) -> Image.Image | None:
+    """Writes the picture as PNG and returns it; None and nothing written where there is no anchor or no neighbour."""
+    if not found.neighbours.numel():
+        return None
+    picture = draw(images, labels, found)
+    picture.save(path)
+    return picture
+
+
+def thumbnails(images: Sequence[np.ndarray], index: Sequence[int]) -> np.ndarray:
+    """Chosen images as (n, 3, TILE, TILE) of float32 in [0, 1], with white beside those that are not square."""
+    tiles = [ImageOps.pad(Image.fromarray(images[i]), (TILE, TILE), color="white") for i in index]
+    stacked = np.stack([np.asarray(tile) for tile in tiles])  # (n, TILE, TILE, 3)
+    return np.divide(stacked.transpose(0, 3, 1, 2), 255, dtype=np.float32)

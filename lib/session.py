@@ -15,15 +15,18 @@ import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tensorboardX import SummaryWriter
 
 from lib.console import UsageError, log_to_file, logger
 
 LATEST = "latest.ckpt"
+PROJECTOR = "projector_config.pbtxt"
 
 
 class Session:
@@ -110,6 +113,33 @@ class Session:
         """
         if not self._tensorboard:
             return
+        writer = self._writer(round_folder)
+        for tag, value in values.items():
+            if value is not None:
+                writer.add_scalar(tag, value, step)
+        writer.flush()
+
+    def write_picture(self, tag: str, picture: np.ndarray, step: int) -> None:
+        """A TensorBoard image (H, W, 3) of uint8, of a round (``step``)."""
+        if self._tensorboard:
+            self._writer(None).add_image(tag, picture, step, dataformats="HWC")
+            self._writer(None).flush()
+
+    def write_projector(self, rows: np.ndarray, labels: Sequence[str] | None, thumbnails: np.ndarray) -> None:
+        """Rows for TensorBoard's embedding projector; once a session.
+
+        Args:
+            rows: (n, D).
+            labels: n, or None where nobody said.
+            thumbnails: (n, 3, S, S) in [0, 1].
+        """
+        if not self._tensorboard or (self.folder and (self.folder / "tfboard" / "global" / PROJECTOR).exists()):
+            return
+        words = None if labels is None else [" ".join(label.split()) for label in labels]  # a line each
+        self._writer(None).add_embedding(rows, metadata=words, label_img=thumbnails, tag="memory bank")
+
+    def _writer(self, round_folder: tuple[int, int] | None) -> SummaryWriter:
+        """Of the folder ``global``, or of a (round, anchors)."""
         assert self.folder is not None
         name = "global" if round_folder is None else _round_name(*round_folder)
         if name not in self._writers:
@@ -121,10 +151,7 @@ class Session:
             self._writers[name] = SummaryWriter(
                 str(folder), purge_step=purge_step, filename_suffix=unique, flush_secs=1
             )
-        for tag, value in values.items():
-            if value is not None:
-                self._writers[name].add_scalar(tag, value, step)
-        self._writers[name].flush()
+        return self._writers[name]
 
     def close(self) -> None:
         """Closes what is open; the files stay."""

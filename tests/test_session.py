@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -14,7 +15,9 @@ from datetime import datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboardX.proto import event_pb2
 
 from lib import session
@@ -343,3 +346,40 @@ def test_a_session_s_folder_can_be_named_relative_to_where_the_run_starts(
     opened.close()
     (found,) = os.scandir(tmp_path / "sessions")
     assert lines(Path(found.path)) == [{"round": 0, "epoch": 0}]
+
+
+def test_a_picture_becomes_an_image_of_its_round(folder: Path) -> None:
+    picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    run = Session(folder)
+    run.write_picture("ANs/Neighbours", picture, 3)
+    run.close()
+    (found,) = ((event.step, value) for event in events(folder / "tfboard" / "global") for value in event.summary.value)
+    step, value = found
+    assert (step, value.tag, value.image.height, value.image.width) == (3, "ANs/Neighbours", 4, 6)
+    shown_again = np.asarray(Image.open(io.BytesIO(value.image.encoded_image_string)).convert("RGB"))
+    assert np.array_equal(shown_again, picture)
+
+
+def test_the_projector_gets_rows_labels_and_thumbnails_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, tiles = np.linspace(0, 1, 10, dtype=np.float32).reshape(5, 2), np.zeros((5, 3, 4, 4), np.float32)
+    for _ in range(2):
+        run = Session(folder)
+        run.write_projector(rows, ["a\tb", "c\nd", "e", "f", "<g>"], tiles)
+        run.close()
+    place = folder / "tfboard" / "global"
+    config = (place / "projector_config.pbtxt").read_text(encoding="utf-8")
+    assert config.count("embeddings {") == 1
+    names = dict(re.findall(r'(\w+_path): "([^"]+)"', config))
+    assert np.allclose(np.loadtxt(place / names["tensor_path"]), rows)
+    assert (place / names["metadata_path"]).read_text(encoding="utf-8").splitlines() == ["a b", "c d", "e", "f", "<g>"]
+    with Image.open(place / names["image_path"]) as sprite:
+        assert sprite.size == (12, 12)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_nothing_is_shown_where_nothing_is_stored_or_tensorboard_is_off(folder: Path) -> None:
+    for run in (Session(None), Session(folder, log_tfb=False)):
+        run.write_picture("a", np.zeros((2, 2, 3), np.uint8), 0)
+        run.write_projector(np.zeros((1, 2)), None, np.zeros((1, 3, 4, 4), np.float32))
+        run.close()
+    assert not (folder / "tfboard").exists()

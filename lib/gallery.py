@@ -70,4 +70,5 @@ def thumbnails(images: Sequence[np.ndarray], index: Sequence[int]) -> np.ndarray
     """Chosen images as (n, 3, TILE, TILE) of float32 in [0, 1], with white beside those that are not square."""
     tiles = [ImageOps.pad(Image.fromarray(images[i]), (TILE, TILE), color="white") for i in index]
     stacked = np.stack([np.asarray(tile) for tile in tiles])  # (n, TILE, TILE, 3)
-    return np.divide(stacked.transpose(0, 3, 1, 2), 255, dtype=np.float32)
+    shown: np.ndarray = np.divide(stacked.transpose(0, 3, 1, 2), 255, dtype=np.float32)
+    return shown

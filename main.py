@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             show_comparison(options)
             return 0
         setting = prepare(options)
-        test(setting) if options.test_only else train(setting)
+        if isinstance(options.report, Path):
+            checkpoint.load_network(setting.network, setting.loaded, options.report)
+            write_report(setting, options.report, setting.loaded)
+        elif options.test_only:
+            test(setting)
+        else:
+            train(setting)
         export_results(setting)
     except (UsageError, datasets.DataError) as error:
         print(f"error: {str(error).splitlines()[-1]}", file=sys.stderr)  # a worker's comes behind its traceback
@@ -112,12 +119,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def resolve(argv: Sequence[str]) -> Options:
-    """The options; a run that goes on without ``--cfgs`` starts from its session's own."""
+    """The options; a run that goes on without ``--cfgs``, and a report, start from their session's own."""
     options = config.read_options(argv)
+    if isinstance(options.report, Path):
+        folder = options.report
+        if not (folder / "config.yaml").is_file():
+            raise UsageError(f"{folder}: is no session's folder; pass --report one that holds config.yaml")
+        return config.read_options([*argv, "--resume", str(folder)], base=folder / "config.yaml")
     if options.resume is None or options.cfgs:
         return options
-    folder = folder_of(checkpoint.locate(options.resume))
-    return config.read_options(argv, base=folder / "config.yaml") if folder else options
+    session = folder_of(checkpoint.locate(options.resume))
+    return config.read_options(argv, base=session / "config.yaml") if session else options
 
 
 def prepare(options: Options) -> Setting:
@@ -202,6 +214,8 @@ def train(setting: Setting) -> None:
         show_embeddings(setting, state.bank.memory, session)
         logger().info("\n%s", curriculum.summary(state.history, helpers), extra=SUMMARY)
         logger().info("session: %s", session.folder or "none", extra=SUMMARY)
+        if options.report and session.folder:
+            write_report(setting, session.folder, state.checkpoint(options.network, session.name))
     finally:
         session.close()
 
@@ -228,6 +242,38 @@ def test(setting: Setting) -> None:
         batches = setting.loader(setting.splits.train, train=False)
         memory = setting.loaded.get("npc", {}).get("memory")
         logger().info("%s", protocols.test_table(evaluator, setting.network, batches, memory), extra=SUMMARY)
+
+
+def write_report(setting: Setting, folder: Path, loaded: Checkpoint) -> None:
+    """Writes the report of a session, whose network is the setting's."""
+    from lib import report, review  # draw with matplotlib and scikit-learn, which take seconds to import
+
+    options, train, test = setting.options, setting.splits.train, setting.splits.test
+    evaluator = setting.evaluator(test)
+    tested = None
+    if evaluator and test and test.labels is not None:
+        embeddings = features.extract(
+            setting.network, setting.loader(test, train=False), setting.device, "test features"
+        )
+        tested = report.Tested(
+            images=test.images,
+            labels=test.labels,
+            features=embeddings.cpu().numpy(),
+            protocol=f"{evaluator.name} against the memory bank",
+            k=options.knn_k,
+            sigma=options.knn_sigma or options.npc_temperature,
+        )
+    material = review.material(
+        folder,
+        options,
+        loaded,
+        images=train.images,
+        labels=train.labels,
+        classes=train.classes,
+        protocol=f"{evaluator.name} against the memory bank" if evaluator else "",
+        tested=tested,
+    )
+    logger().info("report: %s", report.write(material, folder), extra=SUMMARY)
 
 
 def show_comparison(options: Options) -> None:
@@ -298,9 +344,10 @@ def describe(setting: Setting, session: Session) -> None:
         "seed": options.seed,
         "going on from": setting.source,
     }
+    lines = {name: text for name, text in lines.items() if text is not None}
+    session.write_start({"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), **lines})
     for name, text in lines.items():
-        if text is not None:
-            logger().info("%s: %s", name, text)
+        logger().info("%s: %s", name, text)
 
 
 if __name__ == "__main__":

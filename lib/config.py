@@ -87,6 +87,8 @@ def parser() -> argparse.ArgumentParser:
         shape: dict[str, Any] = {}
         if kinds == {bool}:
             shape = {"nargs": "?", "const": "true", "metavar": "BOOL"}
+        elif kinds == {bool, Path}:
+            shape = {"nargs": "?", "const": "true", "metavar": "FOLDER"}
         elif tuple in kinds and name != "gpus":
             shape = {"nargs": "+", "metavar": _metavar(_item(field.annotation), _kinds(_item(field.annotation)))}
         else:

@@ -16,6 +16,8 @@ PACKAGES = (
     "numpy",
     "scipy",
     "matplotlib",
+    "scikit-learn",
+    "Jinja2",
     "pydantic",
     "PyYAML",
     "tensorboardX",

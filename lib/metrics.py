@@ -15,9 +15,9 @@ METRICS = "metrics.jsonl"
 def read(session: Path) -> list[dict[str, Any]]:
     """A session's records, in order of rounds and epochs.
 
-    Every record has whole numbers ``round`` and ``epoch``; its other values are finite numbers or None. Of two
-    records of one epoch the later counts. What a run that still goes, or was killed, has half written behind
-    the last line break is left out.
+    Every record has whole numbers ``round`` and ``epoch``; its other values are finite numbers, lists of such, or
+    None. Of two records of one epoch the later counts. What a run that still goes, or was killed, has half written
+    behind the last line break is left out.
 
     Raises:
         UsageError: there is no such session, it has no whole record, or a line is damaged.
@@ -65,5 +65,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_finite(value: object) -> bool:
-    """Whether it is a number that arithmetic can go on with; JSON also spells larger ones, and true is none."""
+    """Whether it is a number that arithmetic can go on with, or a list of such; JSON also spells larger ones, and
+    true is none."""
+    if type(value) is list:
+        return all(map(_is_finite, value))
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]

@@ -89,6 +89,12 @@ def _words(value: Any) -> Any:
     return words
 
 
+def _report(value: Any) -> Any:
+    """A switch, or a folder."""
+    known = {"true": True, "false": False}.get(value.lower(), _unset(value)) if isinstance(value, str) else value
+    return False if known is None else Path(known) if isinstance(known, str) else known
+
+
 def _paths(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
@@ -218,6 +224,9 @@ class Options(BaseModel):
     linear_layers: Annotated[tuple[str, ...], BeforeValidator(_words)] = _option(
         ("conv5",), "evaluation", "stages that the linear probe reads, of conv1 to conv5 and fc"
     )
+    published: Annotated[str | None, BeforeValidator(_unset)] = _option(
+        None, "evaluation", "published figure and its source, shown beside the reached one"
+    )
     val_fraction: Number = _option(
         0.0,
         "evaluation",
@@ -247,6 +256,9 @@ class Options(BaseModel):
     )
     debug: Switch = _option(False, "session", "store nothing", this_run=True)
     brief: Switch = _option(False, "session", "only a line a round and warnings on the screen", this_run=True)
+    report: Annotated[bool | Path, BeforeValidator(_report)] = _option(
+        False, "session", "write report.html at the end; with a session's folder: of that session, now", this_run=True
+    )
     compare: Annotated[tuple[Path, ...], BeforeValidator(_paths)] = _option(
         (),
         "session",

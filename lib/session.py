@@ -4,6 +4,7 @@ sessions/NAME/
     config.yaml          the options; pass it to --cfgs to repeat the run
     log.txt              what the screen showed, with times
     metrics.jsonl        a JSON line for each epoch
+    starts.jsonl         a JSON line for each start: versions, commit, hardware, seed, data, network
     checkpoint/          {round:04d}-{anchors:05d}.ckpt, the best of each round; latest.ckpt, every epoch
     neighbours/          {round:04d}-{anchors:05d}.png, anchors beside their neighbours
     tfboard/             TensorBoard events: global/, and a folder for each round
@@ -26,6 +27,7 @@ from tensorboardX import SummaryWriter
 from lib.console import UsageError, log_to_file, logger
 
 LATEST = "latest.ckpt"
+STARTS = "starts.jsonl"
 PROJECTOR = "projector_config.pbtxt"
 
 
@@ -94,6 +96,12 @@ class Session:
             path.rename(before)
             logger().info("the options differ from the session's: the former config.yaml is now %s", before.name)
         path.write_text(text, encoding="utf-8")
+
+    def write_start(self, facts: dict[str, Any]) -> None:
+        """Adds a line to starts.jsonl: with what a run, or one that went on, started."""
+        if self.folder:
+            with (self.folder / STARTS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({name: str(value) for name, value in facts.items()}) + "\n")
 
     def write_metrics(self, record: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl; numbers that are not finite become null."""

@@ -18,7 +18,8 @@ from lib.console import UsageError
 from lib.options import Options
 
 THIS_RUN = set(
-    "cfgs session resume restart test_only debug brief print_args download export_features export_model compare".split()
+    "cfgs session resume restart test_only debug brief print_args download export_features export_model compare "
+    "report".split()
 )
 """Options that say what to do now; a repeated run does not repeat them."""
 

@@ -1,0 +1,116 @@
+"""A session as its report and its followers need it, read from its folder. Layer 4.
+
+Letters: N training samples, D embedding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lib import checkpoint, metrics
+from lib.checkpoint import Checkpoint
+from lib.config import extra
+from lib.console import UsageError
+from lib.neighbourhoods import Neighbourhoods
+from lib.options import Options
+from lib.report import Discovered, Material, Tested
+from lib.session import STARTS
+
+
+def discoveries(folder: Path, samples: int) -> Iterator[tuple[int, Neighbourhoods]]:
+    """What the discovery of each round found, in order: from the rounds' best checkpoints and the latest one.
+
+    Raises:
+        UsageError: a checkpoint is damaged, or of other samples.
+    """
+    found: dict[int, Neighbourhoods] = {}
+    for path in sorted((folder / "checkpoint").glob("*.ckpt")):
+        content = checkpoint.load(path)
+        try:
+            here = Neighbourhoods.from_state_dict(content["ANs_discovery"])
+            if len(here.position) != samples:
+                raise UsageError(f"{path}: is of {len(here.position)} samples, not {samples}; choose its data")
+            if here.num_anchors:
+                found[int(content["round"])] = here
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise UsageError(f"{path}: its neighbourhoods cannot be read: {error}; move it away") from None
+    yield from sorted(found.items(), key=lambda entry: entry[0])
+
+
+def became_anchor(found: Sequence[tuple[int, Neighbourhoods]], samples: int) -> np.ndarray:
+    """(N,) the first round in which each sample was an anchor, -1 for never."""
+    rounds = np.full(samples, -1, np.int64)
+    for round, here in found:
+        anchors = here.anchors.numpy()
+        rounds[anchors[rounds[anchors] < 0]] = round
+    return rounds
+
+
+def facts(folder: Path) -> dict[str, str]:
+    """What the session's last start said of itself; nothing where it left no such file."""
+    try:
+        lines = (folder / STARTS).read_text(encoding="utf-8").splitlines()
+        return {str(name): str(value) for name, value in json.loads(lines[-1]).items()}
+    except (OSError, ValueError, IndexError, AttributeError):
+        return {}
+
+
+def material(
+    folder: Path,
+    options: Options,
+    loaded: Checkpoint,
+    *,
+    images: Sequence[np.ndarray],
+    labels: np.ndarray | None,
+    classes: tuple[str, ...],
+    protocol: str,
+    tested: Tested | None,
+) -> Material:
+    """All that the report of a session shows.
+
+    Args:
+        folder: the session's.
+        options: its options.
+        loaded: its latest checkpoint.
+        images: N training images.
+        labels: (N,), or None.
+        classes: their names.
+        protocol: how the accuracies of the training came about.
+        tested: the test images, or None without labels.
+
+    Raises:
+        UsageError: the session has no metrics, or a checkpoint cannot be used.
+    """
+    rows = metrics.read(folder)
+    last = rows[-1]
+    shown: dict[str, Any] = options.model_dump(mode="json")
+    try:
+        memory: torch.Tensor = loaded["npc"]["memory"]
+        if len(memory) != len(images):
+            raise UsageError(f"{folder}: was trained on {len(memory)} samples, not {len(images)}; choose its data")
+    except (KeyError, TypeError):
+        raise UsageError(f"{folder}: its latest checkpoint holds no memory bank; a report needs one") from None
+    return Material(
+        name=folder.resolve().name,
+        facts=facts(folder),
+        options={name: value for name, value in shown.items() if not extra(name)["this_run"]},
+        metrics=rows,
+        protocol=protocol,
+        published=options.published or "",
+        rounds=[
+            Discovered(round, found.entropy.numpy(), found.anchors.numpy(), found.neighbours.numpy())
+            for round, found in discoveries(folder, len(images))
+        ],
+        images=images,
+        labels=labels,
+        classes=classes,
+        features=memory.numpy(),
+        tested=tested,
+        finished=(last["round"], last["epoch"]) >= (options.max_round - 1, options.max_epoch - 1),
+    )

@@ -26,16 +26,17 @@ from lib import (
     curriculum,
     device,
     environment,
+    evaluation,
     export,
     features,
     gallery,
-    protocols,
     schedule,
     seeding,
     weights,
 )
 from lib.checkpoint import Checkpoint, TrainingState
 from lib.console import SUMMARY, UsageError, logger, progress, start_logging
+from lib.evaluation import Subject
 from lib.loader import Loader
 from lib.memory_bank import MemoryBank
 from lib.neighbourhoods import Neighbourhoods
@@ -72,19 +73,37 @@ class Setting:
             pinned=self.device.type == "cuda",
         )
 
-    def evaluator(self, queries: datasets.ImageSet | None) -> Evaluator | None:
-        """The training's protocol over the test images, or those held out; None where labels are missing."""
+    def evaluator(self, queries: datasets.ImageSet | None, protocol: str | None = None) -> Evaluator | None:
+        """A protocol, by default the training's, over test images or those held out; None where labels are missing."""
         options, train = self.options, self.splits.train
         if queries is None or queries.labels is None or train.labels is None:
             return None
         return Evaluator(
-            options.training_protocol,
+            protocol or options.training_protocol,
             test=self.loader(queries, train=False),
             test_labels=queries.labels,
             train_labels=train.labels,
             classes=len(train.classes),
             k=options.knn_k,
             sigma=options.knn_sigma or options.npc_temperature,
+            device=self.device,
+        )
+
+    def subject(self) -> Subject:
+        """What a test run judges."""
+        train, test = self.splits.train, self.splits.test
+        evaluators = [self.evaluator(test, name) for name in self.options.protocol if name in ("knn", "nn")]
+        assert self.options.seed is not None
+        return Subject(
+            network=self.network,
+            train=self.loader(train, train=False),
+            test=None if test is None else self.loader(test, train=False),
+            train_labels=train.labels,
+            test_labels=None if test is None else test.labels,
+            classes=len(train.classes),
+            memory=self.loaded.get("npc", {}).get("memory"),
+            evaluators=[evaluator for evaluator in evaluators if evaluator],
+            seed=self.options.seed,
             device=self.device,
         )
 
@@ -230,18 +249,24 @@ def show_embeddings(setting: Setting, memory: torch.Tensor, session: Session) ->
 
 
 def test(setting: Setting) -> None:
-    """Prints the table of a test run."""
-    options, evaluator = setting.options, setting.evaluator(setting.splits.test)
-    if evaluator is None and not (options.export_features or options.export_model):
-        raise UsageError("--test-only: accuracy needs labelled training and test images, and there are none")
-    if setting.source:
-        checkpoint.load_network(setting.network, setting.loaded, setting.source)
+    """Prints the table of a test run, and keeps the figures with the session."""
+    options, source = setting.options, setting.source
+    if source:
+        checkpoint.load_network(setting.network, setting.loaded, source)
     elif not options.pretrained:
         logger().warning("no --resume: the network has random weights")
-    if evaluator:
-        batches = setting.loader(setting.splits.train, train=False)
-        memory = setting.loaded.get("npc", {}).get("memory")
-        logger().info("%s", protocols.test_table(evaluator, setting.network, batches, memory), extra=SUMMARY)
+    subject = setting.subject()
+    unlabelled = subject.train_labels is None or subject.test_labels is None
+    if unlabelled and "cluster" not in options.protocol and (options.export_features or options.export_model):
+        return
+    rows = evaluation.evaluate(subject, options)
+    logger().info("%s", evaluation.text(rows), extra=SUMMARY)
+    if source and not options.debug:
+        session = folder_of(source)
+        facts = {"checkpoint": str(source), "dataset": options.dataset, "network": options.network}
+        reached = {name: setting.loaded.get(name) for name in ("round", "epoch")}
+        path = session / "evaluation.json" if session else source.with_suffix(".evaluation.json")
+        evaluation.save(rows, path, {**facts, **reached, "seed": options.seed})
 
 
 def write_report(setting: Setting, folder: Path, loaded: Checkpoint) -> None:

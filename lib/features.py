@@ -11,7 +11,9 @@ from lib.console import progress
 
 
 class Batches(Protocol):
-    """What ``lib/loader.py`` makes of a split."""
+    """What ``lib/loader.py`` makes of a split: N ``samples``."""
+
+    samples: int
 
     def epoch(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Images (B, 3, h, w) and their sample indices (B,), until every sample has come once."""

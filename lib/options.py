@@ -224,6 +224,9 @@ class Options(BaseModel):
     linear_layers: Annotated[tuple[str, ...], BeforeValidator(_words)] = _option(
         ("conv5",), "evaluation", "stages that the linear probe reads, of conv1 to conv5 and fc"
     )
+    clusters: Integer = _option(
+        10, "evaluation", "clusters of k-means where there are no labels; with labels: as many as classes", ge=2
+    )
     published: Annotated[str | None, BeforeValidator(_unset)] = _option(
         None, "evaluation", "published figure and its source, shown beside the reached one"
     )

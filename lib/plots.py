@@ -340,10 +340,10 @@ def embedding_map(points: np.ndarray, labels: np.ndarray | None, names: Sequence
     axes.spines[["left", "bottom"]].set_visible(False)
     size = 60 / max(2, len(points) ** 0.4)
     if labels is None:
-        axes.scatter(*points.T, s=size, color=BLUE, lw=0, alpha=0.7)
+        axes.scatter(points[:, 0], points[:, 1], s=size, color=BLUE, lw=0, alpha=0.7)
         return figure
     palette = colours(len(names))
-    axes.scatter(*points.T, s=size, color=palette[labels], lw=0, alpha=0.8)
+    axes.scatter(points[:, 0], points[:, 1], s=size, color=palette[labels], lw=0, alpha=0.8)
     shown = np.unique(np.linspace(0, len(names) - 1, min(LEGEND, len(names))).round().astype(int))
     for number in shown:
         axes.scatter([], [], s=40, color=palette[number], label=fit(names[number], 1.2, 9))

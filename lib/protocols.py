@@ -1,6 +1,6 @@
 """How embeddings are judged: weighted kNN and nearest neighbour. Layer 3.
 
-Letters: N training samples, D embedding, C classes.
+Letters: N training samples, M test images, D embedding, C classes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lib import features, knn
-from lib.console import logger, table
+from lib.console import logger
 from lib.loader import Loader
 
 
@@ -81,27 +81,10 @@ class Evaluator:
             network: images to embeddings; run in inference mode.
             train_features: (N, D) memory bank, or features recomputed with the test transform.
         """
-        queries = features.extract(network, self._test, self.device, "test features")
+        return self.classify(features.extract(network, self._test, self.device, "test features"), train_features)
+
+    def classify(self, queries: torch.Tensor, train_features: torch.Tensor) -> Accuracy:
+        """Accuracy of the test images by their features (M, D), against the training samples' (N, D)."""
         scores = self._scores(queries, train_features, self._train_labels, **self._constants)
         top5 = None if self._scores is knn.nearest_neighbour else knn.top_k_accuracy(scores, self._test_labels, 5)
         return Accuracy(knn.top_k_accuracy(scores, self._test_labels, 1), top5)
-
-
-def test_table(evaluator: Evaluator, network: torch.nn.Module, train: Loader, memory: torch.Tensor | None) -> str:
-    """Accuracies of a test run: training features recomputed, and from the memory bank where it fits.
-
-    The reference's figures of record come from the bank, in training; its test run would recompute. The two
-    differ, so both are shown.
-
-    Args:
-        evaluator: the protocol over the test images.
-        network: images to embeddings.
-        train: the training images in order, with the test transform.
-        memory: (N, D) of the checkpoint, or None; left out where it is of other training images.
-    """
-    recomputed = features.extract(network, train, evaluator.device, "training features")
-    rows = [("recomputed with the test transform", evaluator(network, recomputed))]
-    if memory is not None and memory.shape == recomputed.shape:
-        rows.append(("memory bank of the checkpoint", evaluator(network, memory.to(evaluator.device))))
-    cells = [[name, f"{got.top1:.2%}", "-" if got.top5 is None else f"{got.top5:.2%}"] for name, got in rows]
-    return f"{evaluator.name}\n{table(['training features', 'top-1', 'top-5'], cells)}"

@@ -344,8 +344,8 @@ def _map(material: Material) -> Part:
     labels = None if material.labels is None else material.labels[chosen]
     left = f" Of {len(material.classes)} classes the legend names {plots.LEGEND}."
     how = (
-        f"t-SNE (perplexity {perplexity:.3g}, started from PCA, seed {SEED}) of {len(features)} of {samples} rows of the "
-        f"memory bank{before}; {_when(material)}."
+        f"t-SNE (perplexity {perplexity:.3g}, started from PCA, seed {SEED}) of {len(features)} of {samples} rows of "
+        f"the memory bank{before}; {_when(material)}."
     ) + (left if labels is not None and len(material.classes) > plots.LEGEND else "")
     return Part(plots.embedding_map(points, labels, _names(material)), how)
 

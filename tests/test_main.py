@@ -33,9 +33,13 @@ class Tiny(torch.nn.Module):
         self.bn = torch.nn.BatchNorm2d(4)
         self.linear = torch.nn.Linear(4, low_dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def stages(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         maps = torch.relu(self.bn(self.conv(x)))
-        return torch.nn.functional.normalize(self.linear(maps.mean(dim=(2, 3))), dim=1)
+        embeddings = torch.nn.functional.normalize(self.linear(maps.mean(dim=(2, 3))), dim=1)
+        return {"conv1": maps, "fc": embeddings}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.stages(x)["fc"]
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +105,7 @@ def test_a_run_leaves_what_the_readme_says(
         "config.yaml",
         "log.txt",
         "metrics.jsonl",
+        "starts.jsonl",
         "checkpoint/latest.ckpt",
         "checkpoint/0000-00000.ckpt",
         "checkpoint/0001-00012.ckpt",
@@ -220,6 +225,9 @@ def test_a_test_run_shows_the_accuracy_of_the_training_run_and_the_recomputed_on
     (bank,) = (line for line in screen.splitlines() if line.startswith("memory bank"))
     assert bank.split()[-2:] == [f"{metrics_of(session)[-1][name]:.2%}" for name in ("top1", "top5")]
     assert "recomputed with the test transform" in screen
+    kept = json.loads((session / "evaluation.json").read_text(encoding="utf-8"))
+    assert kept["results"][1]["top1"] == metrics_of(session)[-1]["top1"] and kept["round"] == 2
+    (session / "evaluation.json").unlink()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -228,6 +236,62 @@ def test_a_test_run_without_a_checkpoint_says_the_weights_are_random(
 ) -> None:
     assert main.main([*start, "--test-only", "--protocol", "nn"]) == 0
     assert "random weights" in capsys.readouterr().out
+
+
+def test_several_protocols_make_one_table(start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--protocol nn knn linear cluster --linear-layers conv1 fc --knn-k 7 --knn-sigma 0.2"
+    assert main.main([*start, *words.split(), "--test-only"]) == 0
+    screen = capsys.readouterr().out
+    for word in ("weighted kNN (K=7, sigma=0.2)", ": NN", "conv1, recomputed", "fc, recomputed", "k-means (2 clusters"):
+        assert word in screen
+    assert not (tmp_path / "sessions").exists()
+    assert "conv1, fc" in refused([*start, *words.split(), "--linear-layers", "conv9", "--test-only"], capsys)
+
+
+def test_held_out_images_are_not_trained_on(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main([*start, "--val-fraction", "0.25", "--max-round", "2"]) == 0
+    rows = metrics_of(session_in(tmp_path))
+    assert all(0 <= row["val_top1"] <= 1 for row in rows)
+    assert len(latest(session_in(tmp_path))["npc"]["memory"]) == 18
+    assert "best: chosen by held-out training images" in capsys.readouterr().out
+
+
+def test_sessions_are_compared(start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in ("1", "2"):
+        assert main.main([*start, "--seed", seed, "--session", seed, "--max-round", "1"]) == 0
+    folder = tmp_path / "sessions"
+    capsys.readouterr()
+    words = ["--compare", str(folder / "1"), str(folder / "2"), "--sess-dir", str(tmp_path / "out")]
+    assert main.main(words) == 0
+    assert "±" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"comparison.csv", "comparison.png"}
+    assert str(tmp_path / "none") in refused(["--compare", str(tmp_path / "none")], capsys)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_report_is_made_at_the_end_and_of_any_session(
+    labelled: bool, photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not labelled:
+        (photos / "train").rename(tmp_path / "flat")
+        start = [*start, "--data-root", str(tmp_path / "flat")]
+    assert main.main([*start, "--report", "--max-round", "2", "--published", "86.3 % <b>somewhere</b>"]) == 0
+    session = session_in(tmp_path)
+    page = (session / "report.html").read_text(encoding="utf-8")
+    assert "86.3 % &lt;b&gt;somewhere" in page and "torch 2." in page
+    assert (session / "report" / "loss.png").is_file()
+    assert (session / "report" / "confusion.png").is_file() is labelled
+    (session / "report.html").unlink()
+    capsys.readouterr()
+    assert main.main(["--report", str(session)]) == 0
+    assert str(session / "report.html") in capsys.readouterr().out
+    assert (session / "report.html").read_text(encoding="utf-8") == page
+    assert "no session" in refused(["--report", str(tmp_path)], capsys)
+    (session / "metrics.jsonl").write_text("")
+    assert "metrics.jsonl" in refused(["--report", str(session)], capsys)
+    assert (session / "report.html").read_text(encoding="utf-8") == page
 
 
 def test_debug_stores_nothing(start: list[str], tmp_path: Path) -> None:
@@ -309,6 +373,9 @@ def test_a_run_ends_with_what_is_to_be_exported_and_that_is_the_network_again(
         lines = capsys.readouterr().out.splitlines()
         shown += [line for line in lines if line.startswith("recomputed")]
     assert len(shown) == 2 and shown[0] == shown[1]
+    kept = [session / "evaluation.json", tmp_path / "model.evaluation.json"]
+    figures = [json.loads(path.read_text(encoding="utf-8"))["results"][0] for path in kept]
+    assert figures[0] == figures[1]
 
 
 def test_exporting_needs_no_labels(photos: Path, start: list[str], tmp_path: Path) -> None:
@@ -397,6 +464,9 @@ BAD_OPTIONS = {
     "--lr-policy multistep": "lr_schedule",
     "--lr-policy multistep --lr-schedule none.yaml": "none.yaml",
     "stray": "stray",
+    "--protocol svm": "protocol",
+    "--val-fraction 0.01": "val_fraction",
+    "--test-only --protocol linear --linear-layers conv6": "stage",
     "--download": "nothing to fetch",
     "--bounding-boxes": "cub200",
     "--dataset imagenet --download": "image-net.org",
@@ -441,7 +511,7 @@ def test_checkpoints_that_do_not_fit_say_how(
     assert "embedding size 8, not 16" in refused([*resume, "--low-dim", "16"], capsys)
     (photos / "train" / "dark" / "0.png").unlink()
     assert "24 samples, not 23" in refused(resume, capsys)
-    assert main.main([*resume, "--test-only"]) == 0  # the network alone does not mind
+    assert main.main([*resume, "--test-only", "--debug"]) == 0  # the network alone does not mind
     cut = tmp_path / "cut.ckpt"
     cut.write_bytes((session / "checkpoint" / "latest.ckpt").read_bytes()[:5000])
     assert "cut.ckpt" in refused([*start, "--resume", str(cut)], capsys)

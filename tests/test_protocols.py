@@ -14,7 +14,6 @@ import oracles
 from lib.console import logger
 from lib.loader import Loader
 from lib.protocols import Accuracy, Evaluator
-from lib.protocols import test_table as table_of_test
 
 CPU = torch.device("cpu")
 LOW_DIM = 3
@@ -161,46 +160,3 @@ def test_the_network_is_judged_in_inference_mode_and_left_as_it_was() -> None:
     result = case.evaluator()(network, torch.from_numpy(case.bank).float())
     assert [result.top1, result.top5] == case.expected(case.bank, 200, 0.1)
     assert network.training
-
-
-# The table of a test run.
-
-
-def table_of(memory: torch.Tensor | None) -> tuple[list[str], Case]:
-    """Test images are told from training images by nothing, so the first ones of the bank serve as queries."""
-    case = Case(train=230, test=60)
-    case.queries = case.bank[:60]
-    text = table_of_test(case.evaluator(), Lookup(case.bank), loader_of(230), memory)
-    return text.splitlines(), case
-
-
-def row_of(case: Case, bank: np.ndarray) -> list[str]:
-    top1, top5 = case.expected(bank, 200, 0.1).expected
-    return [f"{top1:.2%}", f"{top5:.2%}"]
-
-
-def test_a_test_run_shows_recomputed_features_and_the_bank() -> None:
-    memory = oracles.rows("random", 230, LOW_DIM, seed=5)
-    lines, case = table_of(torch.from_numpy(memory).float())
-    assert lines[0] == "weighted kNN (K=200, sigma=0.1)"
-    recomputed, bank = lines[-2:]
-    assert recomputed.startswith("recomputed")
-    assert recomputed.split()[-2:] == row_of(case, case.bank)
-    assert bank.startswith("memory bank")
-    assert bank.split()[-2:] == row_of(case, memory)
-    assert row_of(case, case.bank) != row_of(case, memory)
-
-
-def test_the_table_of_the_nearest_neighbour_has_no_top_5() -> None:
-    case = Case(train=60, test=60)
-    text = table_of_test(case.evaluator("nn"), Lookup(case.queries), loader_of(60), None)
-    assert text.splitlines()[0] == "NN"
-    assert text.splitlines()[-1].split()[-1] == "-"
-
-
-@pytest.mark.parametrize("memory", [None, torch.ones(229, LOW_DIM), torch.ones(230, LOW_DIM + 1)])
-def test_a_bank_that_is_missing_or_of_other_images_is_left_out(memory: torch.Tensor | None) -> None:
-    lines, case = table_of(memory)
-    assert len([line for line in lines if "%" in line]) == 1
-    assert lines[-1].split()[-2:] == row_of(case, case.bank)
-    assert "memory bank" not in "\n".join(lines)

@@ -1,0 +1,173 @@
+"""The linear probe: how well a linear classifier tells the classes from the features of a stage. Layer 3.
+
+As Zhang et al., "Split-Brain Autoencoders", 2017: the network stays as it is, the maps of each stage are pooled to
+about 9,000 numbers, and multinomial logistic regression is trained on them. Here the features are taken once, with
+the test transform, standardised by the training images' mean and deviation and kept; Zhang et al. train on random
+crops of the images, which gives higher figures and takes a pass of the network for every epoch.
+
+Letters: N samples, B batch, F features, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lib.console import UsageError, logger, progress
+from lib.features import Batches
+from lib.weights import unwrapped
+
+POOLED = 9000
+"""Numbers that a map is pooled to at most, where one position does not take more."""
+EPOCHS, BATCH, RATE, MOMENTUM, DECAY = 100, 256, 0.1, 0.9, 1e-4
+"""SGD with Nesterov momentum; the rate goes to zero along half a cosine, and is divided by the features' number over
+100 where that is more than one: the steepest direction of standardised features grows with it."""
+STEPS = 2_000, 100_000
+"""Steps at least and at most: few images take more epochs until it has converged, a million take 20 and not 100."""
+BLOCK = 4096
+"""Rows that are looked at together where order does not matter."""
+IN_MEMORY = 8 * 2**30
+"""Bytes of a layer's features that are held in memory; more are kept in a temporary file, in half precision."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Accuracy on the test images by the classifier's last epoch, and by the best, which the test labels choose."""
+
+    name: str
+    top1: float
+    top5: float
+    best_top1: float
+
+
+def pool(maps: torch.Tensor) -> torch.Tensor:
+    """Maps (B, C, h, w) averaged to g x g positions with C g^2 <= POOLED, g at most h and w; vectors stay: (B, F)."""
+    if maps.dim() == 2:
+        return maps
+    channels, height, width = maps.shape[1:]
+    grid = max(1, min(height, width, math.isqrt(POOLED // channels)))
+    return F.adaptive_avg_pool2d(maps, grid).flatten(1)
+
+
+@torch.no_grad()
+def extract_stages(
+    network: torch.nn.Module, batches: Batches, layers: Sequence[str], device: torch.device, what: str
+) -> dict[str, torch.Tensor]:
+    """The pooled features of several stages from one pass over a split, in sample order.
+
+    Args:
+        network: has ``stages``; its mode is left as it was.
+        batches: the split, in any order.
+        layers: names of stages.
+        device: where the network is.
+        what: what the progress bar says.
+
+    Returns:
+        for each layer (N, F), in host memory as float32, or in a temporary file as float16.
+
+    Raises:
+        UsageError: the network has no such stage; lists those it has.
+    """
+    was_training, inner = network.training, unwrapped(network)
+    stages_of: Callable[[torch.Tensor], dict[str, torch.Tensor]] = inner.stages  # type: ignore[assignment]
+    network.eval()
+    found: dict[str, torch.Tensor] = {}
+    try:
+        for images, index in progress(batches.epoch(), what, "batch", total=len(batches)):
+            stages = stages_of(images.to(device, non_blocking=True))
+            if missing := [layer for layer in layers if layer not in stages]:
+                raise UsageError(f"--linear-layers: no stage {missing[0]}; there are {', '.join(stages)}")
+            for layer in layers:
+                features = pool(stages[layer]).float().cpu()
+                if layer not in found:
+                    found[layer] = _storage(batches.samples, features.shape[1], layer)
+                found[layer][index] = features.to(found[layer].dtype)
+    finally:
+        network.train(was_training)
+    return found
+
+
+def _storage(samples: int, width: int, layer: str) -> torch.Tensor:
+    if 4 * samples * width <= IN_MEMORY:
+        return torch.empty(samples, width)
+    logger().info("%s: %.0f GB of features are kept in a temporary file as float16", layer, 2e-9 * samples * width)
+    with tempfile.TemporaryFile() as file:  # stays as long as it is mapped
+        return torch.from_numpy(np.memmap(file, np.float16, "w+", shape=(samples, width)))
+
+
+def probe(
+    train: torch.Tensor,
+    train_labels: torch.Tensor,
+    test: torch.Tensor,
+    test_labels: torch.Tensor,
+    *,
+    classes: int,
+    seed: int,
+    device: torch.device,
+    what: str,
+) -> Probed:
+    """Trains a linear classifier on features and judges it on others after every epoch.
+
+    Args:
+        train: (N, F).
+        train_labels: (N,).
+        test: (M, F).
+        test_labels: (M,).
+        classes: C.
+        seed: of the order of the batches.
+        device: where it is trained.
+        what: what the progress bar says.
+    """
+    mean, scale = (value.to(device) for value in _moments(train))
+    layer = torch.nn.Linear(train.shape[1], classes, device=device)
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    rate = RATE / max(1.0, train.shape[1] / 100)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=rate, momentum=MOMENTUM, nesterov=True, weight_decay=DECAY)
+    steps = math.ceil(len(train) / BATCH)
+    least, most = STEPS
+    epochs = max(1, min(max(EPOCHS, least // steps), most // steps))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * epochs)
+    draw = torch.Generator().manual_seed(seed)
+    best, top1, top5 = 0.0, 0.0, 0.0
+    for _ in progress(range(epochs), what, "epoch"):
+        for index in torch.randperm(len(train), generator=draw).split(BATCH):
+            rows = (train[index].to(device).float() - mean) / scale  # (B, F)
+            loss = F.cross_entropy(layer(rows), train_labels[index].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        top1, top5 = _judge(layer, test, test_labels, mean, scale)
+        best = max(best, top1)
+    name = f"linear probe (SGD, {epochs} epochs, {train.shape[1]} standardised features)"
+    return Probed(name, top1, top5, best)
+
+
+def _moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation (F,); a deviation of 1 for what never changes, which is not to be blown up."""
+    count, blocks = len(features), range(0, len(features), BLOCK)
+    mean = sum((features[i : i + BLOCK].double().sum(dim=0) for i in blocks), torch.zeros(1)) / count
+    squares = sum(((features[i : i + BLOCK].double() - mean).square().sum(dim=0) for i in blocks), torch.zeros(1))
+    deviation = (squares / count).sqrt()
+    return mean.float(), torch.where(deviation > 1e-6, deviation, 1.0).float()
+
+
+@torch.no_grad()
+def _judge(
+    layer: torch.nn.Linear, features: torch.Tensor, labels: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor
+) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy."""
+    right = torch.zeros(2, dtype=torch.long)
+    for rows, truth in zip(features.split(BLOCK), labels.split(BLOCK), strict=True):
+        scores = layer((rows.to(mean.device).float() - mean) / scale)
+        hits = scores.topk(min(5, layer.out_features)).indices.cpu() == truth[:, None]  # waits for the device
+        right += torch.stack([hits[:, 0].sum(), hits.sum()])
+    top1, top5 = (right / len(labels)).tolist()
+    return top1, top5

@@ -2,9 +2,9 @@
 
 A checkpoint has the reference's form: ``net``, ``optimizer``, ``ANs_discovery``, ``npc``, ``acc`` (share of
 right answers of this state), ``epoch`` (next to run), ``round``, ``session``; and beside it what going on
-exactly takes: ``best_acc`` of the round so far, ``seed``, ``history`` (the figures of each round) and
-``network`` (the backbone's name). It holds tensors and plain containers only and is read as such. Of a file that
-lacks parts, such as somebody's weights alone, what is there is taken.
+exactly takes: ``best_acc`` of the round so far, ``seed``, ``history`` (the figures of each round), ``health``
+(what the next ones compare with) and ``network`` (the backbone's name). It holds tensors and plain containers
+only and is read as such. Of a file that lacks parts, such as somebody's weights alone, what is there is taken.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lib import weights
+from lib import health, weights
 from lib.console import UsageError, logger
 from lib.files import write_whole
 from lib.memory_bank import MemoryBank
@@ -40,6 +40,7 @@ class TrainingState:
         acc: accuracy after the last epoch, None without labels.
         best_acc: best of the round so far.
         history: the figures of each round's last epoch so far.
+        health: what the next epoch's health figures compare with; None before the first.
     """
 
     network: torch.nn.Module
@@ -52,6 +53,7 @@ class TrainingState:
     acc: float | None = None
     best_acc: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    health: health.State | None = None
 
     def checkpoint(self, network_name: str, session: str) -> Checkpoint:
         """Everything, as tensors and plain containers."""
@@ -67,6 +69,7 @@ class TrainingState:
             "best_acc": self.best_acc,
             "seed": self.seed,
             "history": self.history,
+            "health": None if self.health is None else self.health.state_dict(),
             "network": network_name,
         }
 
@@ -99,6 +102,8 @@ class TrainingState:
             self._restore_neighbourhoods(loaded, where)
             self.acc, best = (None if loaded.get(key) is None else float(loaded[key]) for key in ("acc", "best_acc"))
             self.best_acc = self.acc if best is None else best
+            earlier = loaded.get("health")
+            self.health = None if earlier is None else health.State.from_state_dict(earlier, self.bank.memory.device)
             self.history = [{**row, "round": int(row["round"])} for row in loaded.get("history", [])]
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError, OverflowError) as error:
             raise UsageError(f"{where}: its parts do not fit together: {_first_line(error)}") from None

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lib import checkpoint, schedule
+from lib import checkpoint, health, schedule
 from lib.checkpoint import TrainingState
 from lib.console import SUMMARY, UsageError, logger, progress, table
 from lib.criterion import neighbourhood_loss
@@ -147,6 +147,9 @@ def run_epoch(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
     schedule.set_learning_rate(state.optimizer, rate)
     loss = train_epoch(state, plan, helpers.batches)
     trained = time.perf_counter()
+    figures, state.health = health.measure(
+        state.bank.memory, state.health, round=state.round, temperature=state.bank.temperature, size=plan.size
+    )
     accuracy = helpers.evaluate(state.network, state.bank.memory) if helpers.evaluate else None
     held_out = helpers.validate(state.network, state.bank.memory) if helpers.validate else None
     chooser = held_out or accuracy
@@ -167,6 +170,7 @@ def run_epoch(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
         "top5": accuracy.top5 if accuracy else None,
         "best_top1": best_top1,
         "val_top1": held_out.top1 if held_out else None,
+        **figures,
         "images_per_s": len(state.bank.memory) / (trained - started),
         "train_s": trained - started,
         "evaluate_s": time.perf_counter() - trained,
@@ -230,6 +234,7 @@ def report_epoch(record: dict[str, Any], accuracy: Accuracy | None, plan: Plan, 
     helpers.session.write_metrics(record)
     tags = {"Train/Loss": "loss", "Train/Learning_Rate": "learning_rate", "Evaluate/Rank-1": "top1"}
     scalars = {tag: record[name] for tag, name in tags.items()}
+    scalars |= {f"Health/{name}": value for name, value in record.items() if name in health.FIGURES}
     helpers.session.write_scalars(scalars, record["epoch"], (record["round"], record["anchors"]))
 
 

@@ -1,4 +1,4 @@
-"""Anchor neighbourhoods and their discovery. Layer 2.
+"""Anchor neighbourhoods and their discovery. Layer 1.
 
 Letters: N samples, D embedding, A anchors, K neighbours of an anchor, B batch, R rows of a block.
 """

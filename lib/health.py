@@ -1,0 +1,200 @@
+"""Whether training is healthy, told from the memory bank alone, without labels. Layer 2.
+
+Measured are all samples up to ``ROWS``, and of more a fixed sample of that many, each against all N: an epoch
+of a million images pays for two products (S, D) x (D, N), not for a discovery.
+
+Letters: N samples, D embedding, S measured samples, K neighbours, P partners, R rows of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lib.console import progress
+from lib.neighbourhoods import BLOCK, row_entropy
+
+ROWS = 2**13
+"""Samples measured at most; a share of them is within 1.1 points of that of all samples, 19 times of 20."""
+SEED = 0
+"""Of the sample of rows, the same in every run."""
+QUANTILES = {"entropy_05": 0.05, "entropy_25": 0.25, "entropy_50": 0.5, "entropy_75": 0.75, "entropy_95": 0.95}
+"""Figure -> quantile of the entropy."""
+FIGURES = (*QUANTILES, "reciprocal", "kept", "drift", "hubness", "largest_hub", "orphans")
+"""The figures of an epoch."""
+READING = {
+    "entropy": "The entropy of a sample's similarities, in nats, goes from 0 (like itself alone) to ln N (like all "
+    "samples alike); the quantiles should lie apart, as the samples of lowest entropy become anchors: all at ln N, the "
+    "embeddings have collapsed.",
+    "reciprocal": "The share of samples that are among the nearest of their own nearest neighbour; the higher, the "
+    "more the neighbours can be trusted, and a fall from round to round is a warning.",
+    "kept": "The share of neighbours that are still the ones found at the end of the last round; near 100 %, another "
+    "round teaches little, and near 0 %, the network trains towards neighbours that it no longer finds.",
+    "drift": "The mean of 1 - cosine between a row of the memory bank and the same row an epoch before; it should fall "
+    "with the learning rate, and where it stays high the embeddings have not settled.",
+    "hubness": "The skewness of how often samples serve as neighbour; 0 where all serve alike, and if it grows, a few "
+    "hubs draw the others towards themselves.",
+    "largest_hub": "The share of samples that have one and the same sample as neighbour; more than a few times K / N "
+    "and growing, look at that sample, which may be a blank or damaged image.",
+    "orphans": "The share of samples that are nobody's neighbour; about a third is usual for one neighbour each, and "
+    "if it grows, training learns from fewer and fewer of the images.",
+}
+"""Figure -> how to read it, in a sentence; ``entropy`` stands for its quantiles."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What the next measurement compares with.
+
+    Attributes:
+        round: that was measured.
+        rows: (S, D) copies of the measured rows.
+        nearest: (S, K) their neighbours.
+        before: (S, K) their neighbours at the last measurement of the round before; None where there was none.
+    """
+
+    round: int
+    rows: torch.Tensor
+    nearest: torch.Tensor
+    before: torch.Tensor | None
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint, so that a resumed run has the figures of one that was never interrupted."""
+        return {"round": self.round, "rows": self.rows, "nearest": self.nearest, "before": self.before}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device | str = "cpu") -> State:
+        """From what ``state_dict`` gave.
+
+        Raises:
+            ValueError: the parts are none of a state; KeyError: one is missing.
+        """
+        rows, nearest, before = state["rows"], state["nearest"], state["before"]
+        tables = [nearest] if before is None else [nearest, before]
+        for part in (rows, *tables):
+            if not isinstance(part, torch.Tensor) or part.dim() != 2 or len(part) != len(rows):
+                raise ValueError("the health's rows and neighbours are not of one size")
+        if any(table.dtype != torch.long for table in tables):
+            raise ValueError("the health's neighbours are no indices")
+        place = None if before is None else before.to(device)
+        return cls(int(state["round"]), rows.to(device), nearest.to(device), place)
+
+
+@torch.no_grad()
+def measure(
+    memory: torch.Tensor, previous: State | None, *, round: int, temperature: float, size: int
+) -> tuple[dict[str, float | None], State]:
+    """The figures of an epoch, to be read as ``READING`` says.
+
+    Entropy as in discovery. ``reciprocal``: the nearest neighbour of i has i among its own K nearest. ``kept``:
+    of the K neighbours that a sample had at the last measurement of the round before, those it has now; None in
+    the first round measured. ``drift`` since the last measurement, None in the first. ``largest_hub``: the
+    measured samples that have the most popular of all N among their K. ``hubness`` and ``orphans`` are of how
+    often each measured sample is among the K nearest of the others, these alone: counts over all N would be
+    thinned out where S < N. Hubness is S_Nk of Radovanovic et al. 2010, "Hubs in Space", equation 2; 0 where all
+    counts are equal. All that concerns neighbours is None where a sample is alone. Equal similarities are ranked
+    arbitrarily. O(S N D) time, O(S (D + K)) memory and two blocks.
+
+    Args:
+        memory: (N, D), the bank at the end of an epoch.
+        previous: what the last measurement returned; one of other rows counts as None.
+        round: of the epoch.
+        temperature: tau.
+        size: K, cut to the others that there are.
+
+    Returns:
+        The figures by name, and what to pass on to the next measurement.
+    """
+    rows = measured(len(memory)).to(memory.device)
+    entropy, nearest, among = _survey(memory, rows, temperature, size)
+    own = memory[rows]  # (S, D), a copy
+    if previous and previous.rows.shape != own.shape:
+        previous = None
+    before = None if previous is None else previous.nearest if previous.round < round else previous.before
+    quantiles = torch.quantile(entropy, entropy.new_tensor(list(QUANTILES.values()))).tolist()
+    figures: dict[str, float | None] = dict(zip(QUANTILES, quantiles, strict=True))
+    figures["reciprocal"] = _reciprocal(memory, rows, nearest)
+    figures["kept"] = None if before is None else _kept(before, nearest)
+    figures["drift"] = _drift(previous.rows, own) if previous else None
+    figures["hubness"], figures["orphans"] = _hubs(among)
+    figures["largest_hub"] = nearest.flatten().bincount().max().item() / len(rows) if nearest.numel() else None
+    return figures, State(round, own, nearest, before)
+
+
+def measured(samples: int) -> torch.Tensor:
+    """(S,) ascending indices of the samples that are measured: all N, or ``ROWS`` drawn by ``SEED``."""
+    if samples <= ROWS:
+        return torch.arange(samples)
+    return torch.randperm(samples, generator=torch.Generator().manual_seed(SEED))[:ROWS].sort().values
+
+
+def _survey(
+    memory: torch.Tensor, rows: torch.Tensor, temperature: float, size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Entropy (S,) of some rows, their neighbours (S, K) among all N, and among themselves, by place in ``rows``."""
+    entropy = memory.new_empty(len(rows))
+    nearest, among = (rows.new_empty(len(rows), min(size, others - 1)) for others in (len(memory), len(rows)))
+    for block, similarity in _similarities(memory, rows):  # (R, N)
+        entropy[block] = row_entropy(similarity / temperature)
+        nearest[block] = _nearest_others(similarity, rows[block], nearest.shape[1])
+        among[block] = nearest[block] if len(rows) == len(memory) else _topk(similarity[:, rows], among.shape[1])
+    return entropy, nearest, among
+
+
+def _similarities(memory: torch.Tensor, rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Blocks of ``rows`` and their similarities (R, N) to all rows of the bank."""
+    step = max(1, BLOCK // len(memory))
+    for start in progress(range(0, len(rows), step), "health", "block"):
+        block = slice(start, min(start + step, len(rows)))
+        yield block, memory[rows[block]] @ memory.t()
+
+
+def _nearest_others(similarity: torch.Tensor, itself: torch.Tensor, size: int) -> torch.Tensor:
+    """The most similar (R, K) of each row (R, N) but the sample itself (R,), which is struck out in place."""
+    return _topk(similarity.scatter_(1, itself[:, None], -torch.inf), size)
+
+
+def _topk(similarity: torch.Tensor, size: int) -> torch.Tensor:
+    return similarity.topk(size, dim=1).indices
+
+
+def _reciprocal(memory: torch.Tensor, rows: torch.Tensor, nearest: torch.Tensor) -> float | None:
+    """Share of ``rows`` (S,) among the K nearest of their nearest; takes a second pass where S < N."""
+    if not nearest.numel():
+        return None
+    if len(rows) == len(memory):
+        theirs = nearest[nearest[:, 0]]  # (S, K)
+    else:
+        partners, back = nearest[:, 0].unique(return_inverse=True)  # (P,), (S,)
+        found = [
+            _nearest_others(similarity, partners[block], nearest.shape[1])
+            for block, similarity in _similarities(memory, partners)
+        ]
+        theirs = torch.cat(found)[back]  # (S, K)
+    return (theirs == rows[:, None]).any(dim=1).double().mean().item()
+
+
+def _kept(before: torch.Tensor, now: torch.Tensor) -> float | None:
+    """Share of the neighbours ``before`` (S, K) that are among those of ``now``; None where there were none."""
+    both = torch.cat([before, now], dim=1).sort(dim=1).values  # a neighbour of both stands twice in its row
+    return (both[:, 1:] == both[:, :-1]).sum().item() / before.numel() if before.numel() else None
+
+
+def _drift(before: torch.Tensor, now: torch.Tensor) -> float:
+    """Mean of 1 - cosine between rows (S, D); a row of zeros is at right angles to all."""
+    return (1 - F.cosine_similarity(before, now, dim=1)).clamp(min=0).mean().item()
+
+
+def _hubs(among: torch.Tensor) -> tuple[float | None, float | None]:
+    """Skewness of how often each sample is a neighbour, and the share that never is; None without neighbours."""
+    if not among.numel():
+        return None, None
+    counts = among.flatten().bincount(minlength=len(among)).double()  # (S,)
+    away = counts - counts.mean()
+    deviation = away.square().mean().sqrt()
+    skewness = ((away / deviation) ** 3).mean().item() if deviation > 0 else 0.0
+    return skewness, (counts == 0).double().mean().item()

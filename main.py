@@ -30,6 +30,7 @@ from lib import (
     export,
     features,
     gallery,
+    lookup,
     schedule,
     seeding,
     weights,
@@ -45,6 +46,8 @@ from lib.protocols import Evaluator
 from lib.seeding import Stream
 from lib.session import Session, create_folder, folder_of
 
+SIMILAR = 10
+"""Training images that a query shows."""
 PROJECTED = 1000
 """Samples that TensorBoard's projector shows at most."""
 
@@ -121,13 +124,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         setting = prepare(options)
         if isinstance(options.report, Path):
-            checkpoint.load_network(setting.network, setting.loaded, options.report)
+            load_network(setting)
             write_report(setting, options.report, setting.loaded)
+        elif options.query:
+            load_network(setting)
+            show_similar(setting)
         elif options.test_only:
+            load_network(setting)
             test(setting)
+            export_results(setting, setting.loaded, folder_of(setting.source) if setting.source else None)
         else:
             train(setting)
-        export_results(setting)
     except (UsageError, datasets.DataError) as error:
         print(f"error: {str(error).splitlines()[-1]}", file=sys.stderr)  # a worker's comes behind its traceback
         return 2
@@ -157,6 +164,8 @@ def prepare(options: Options) -> Setting:
     data_source = config.choose(datasets.DATASETS, options.dataset, "--dataset")
     config.choose(models.NETWORKS, options.network, "--network")
     export.check(options)
+    if options.export_neighbourhoods:
+        lookup.check(options.export_neighbourhoods)
     source = checkpoint.locate(options.resume) if options.resume else None
     loaded = checkpoint.load(source) if source else {}
     seed = seeding.choose(options.seed, loaded.get("seed"))
@@ -233,8 +242,10 @@ def train(setting: Setting) -> None:
         show_embeddings(setting, state.bank.memory, session)
         logger().info("\n%s", curriculum.summary(state.history, helpers), extra=SUMMARY)
         logger().info("session: %s", session.folder or "none", extra=SUMMARY)
+        final = state.checkpoint(options.network, session.name)
         if options.report and session.folder:
-            write_report(setting, session.folder, state.checkpoint(options.network, session.name))
+            write_report(setting, session.folder, final)
+        export_results(setting, final, session.folder)
     finally:
         session.close()
 
@@ -251,13 +262,9 @@ def show_embeddings(setting: Setting, memory: torch.Tensor, session: Session) ->
 def test(setting: Setting) -> None:
     """Prints the table of a test run, and keeps the figures with the session."""
     options, source = setting.options, setting.source
-    if source:
-        checkpoint.load_network(setting.network, setting.loaded, source)
-    elif not options.pretrained:
-        logger().warning("no --resume: the network has random weights")
     subject = setting.subject()
     unlabelled = subject.train_labels is None or subject.test_labels is None
-    if unlabelled and "cluster" not in options.protocol and (options.export_features or options.export_model):
+    if unlabelled and "cluster" not in options.protocol and _exports(options):
         return
     rows = evaluation.evaluate(subject, options)
     logger().info("%s", evaluation.text(rows), extra=SUMMARY)
@@ -309,8 +316,58 @@ def show_comparison(options: Options) -> None:
         logger().info("written: %s", path, extra=SUMMARY)
 
 
-def export_results(setting: Setting) -> None:
-    """Writes what the user asks for, from the network as it is now."""
+def _exports(options: Options) -> bool:
+    return bool(options.export_features or options.export_model or options.export_neighbourhoods)
+
+
+def load_network(setting: Setting) -> None:
+    """The network of the checkpoint, where nothing is trained."""
+    if setting.source:
+        checkpoint.load_network(setting.network, setting.loaded, setting.source)
+    elif not setting.options.pretrained:
+        logger().warning("no --resume: the network has random weights")
+
+
+def memory_of(setting: Setting, loaded: Checkpoint) -> torch.Tensor:
+    """The rows of the checkpoint's memory bank, or the training images' embeddings where it has none of theirs."""
+    memory = loaded.get("npc", {}).get("memory")
+    train = setting.splits.train
+    if isinstance(memory, torch.Tensor) and memory.shape == (len(train), setting.options.low_dim):
+        return memory.to(setting.device)
+    return features.extract(setting.network, setting.loader(train, train=False), setting.device, "training features")
+
+
+def known(setting: Setting) -> lookup.Gallery:
+    """The training images by name and class."""
+    train = setting.splits.train
+    return lookup.Gallery(train.images, train.names, train.labels, train.classes)
+
+
+def show_similar(setting: Setting) -> None:
+    """Prints the training images most similar to each picture of ``--query``, and draws them."""
+    options = setting.options
+    queries = [lookup.Query(str(path), datasets.read_picture(path)) for path in options.query]
+    images = torch.stack([setting.transforms[1](query.image) for query in queries]).to(setting.device)
+    setting.network.eval()
+    with torch.no_grad():
+        embeddings = setting.network(images)
+    indices, similarities = lookup.query(embeddings, memory_of(setting, setting.loaded), SIMILAR)
+    gallery = known(setting)
+    for row, query in enumerate(queries):
+        logger().info("%s\n", lookup.describe(query.name, indices[row], similarities[row], gallery), extra=SUMMARY)
+    session = folder_of(setting.source) if setting.source else None
+    folder = create_folder((session or options.sess_dir) / "queries", None)
+    lookup.save_picture(folder / "query.png", lookup.draw(queries, indices, similarities, gallery))
+
+
+def export_results(setting: Setting, loaded: Checkpoint, folder: Path | None) -> None:
+    """Writes what the user asks for.
+
+    Args:
+        setting: with the network as it is now.
+        loaded: the checkpoint of now.
+        folder: the session's, or None.
+    """
     options, splits = setting.options, setting.splits
     if options.export_features:
         parts = [
@@ -323,6 +380,16 @@ def export_results(setting: Setting) -> None:
     if options.export_model:
         means, stds = setting.colours
         export.save_model(options.export_model, setting.network, options, means=means, stds=stds)
+    if options.export_neighbourhoods:
+        found = checkpoint.discoveries(folder, loaded, len(splits.train))
+        lookup.save_neighbourhoods(
+            options.export_neighbourhoods,
+            memory=memory_of(setting, loaded),
+            temperature=options.npc_temperature,
+            size=options.ANs_size,
+            rounds=lookup.became_anchor(found, len(splits.train)),
+            gallery=known(setting),
+        )
 
 
 def build_state(setting: Setting) -> TrainingState:

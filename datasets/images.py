@@ -186,6 +186,14 @@ def read_rgb(path: Path, *, smallest: bool = False, upright: bool = True) -> np.
         raise UnreadableImageError(_reason(error)) from None
 
 
+def read_picture(path: Path) -> np.ndarray:
+    """One picture that the user names, as ``read_rgb`` gives it; DataError where it cannot be read."""
+    try:
+        return read_rgb(path)
+    except UnreadableImageError as error:
+        raise DataError(f"{path}: cannot be read as a picture: {error}; name another one") from None
+
+
 def size_of(path: Path) -> tuple[int, int]:
     """(W, H) as the file's header says; UnreadableImageError with the reason where there is none."""
     try:

@@ -143,6 +143,34 @@ def load(path: Path) -> Checkpoint:
     return weights.read(path)
 
 
+def discoveries(folder: Path | None, current: Checkpoint, samples: int) -> list[tuple[int, Neighbourhoods]]:
+    """What the discovery of each round found, in order of rounds.
+
+    Args:
+        folder: a session's, whose best checkpoints of earlier rounds are read; None: none are.
+        current: a checkpoint.
+        samples: N.
+
+    Raises:
+        UsageError: a checkpoint is damaged, or of other samples.
+    """
+    paths = sorted((folder / "checkpoint").glob("[0-9]*.ckpt")) if folder else []
+    found: dict[int, Neighbourhoods] = {}
+    for where, content in [*((path, load(path)) for path in paths), (folder, current)]:
+        if "ANs_discovery" not in content:
+            continue
+        try:
+            here = Neighbourhoods.from_state_dict(content["ANs_discovery"])
+            if len(here.position) != samples:
+                raise UsageError(f"{where}: is of {len(here.position)} samples, not {samples}; choose its data")
+            begun = int(content["epoch"]) > 0  # before its first epoch a round has those of the round before
+            if here.num_anchors:
+                found[int(content["round"]) - (not begun)] = here
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise UsageError(f"{where}: its neighbourhoods cannot be read: {_first_line(error)}") from None
+    return sorted(found.items())
+
+
 def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> None:
     """Puts the checkpoint's weights into the network; prefixes of multi-GPU training are bridged.
 

@@ -21,7 +21,7 @@ import numpy as np
 from lib import metrics
 from lib.config import extra, read_options
 from lib.console import UsageError, table
-from lib.files import write_whole
+from lib.files import printable, write_whole
 from lib.options import Options
 
 LOCAL = {"seed", "sess_dir", "log_file", "log_tfb"}
@@ -260,18 +260,13 @@ def _label(comparison: Comparison, group: Group) -> str:
 
 
 def _names(runs: Iterable[Run]) -> str:
-    return ", ".join(_printable(str(run.session)) for run in runs)
+    return ", ".join(printable(str(run.session)) for run in runs)
 
 
 def _plain(value: str) -> str:
     """An option's value in a table or a legend: without the middle of a long one."""
-    shown = _printable(value)
+    shown = printable(value)
     return shown if len(shown) <= 40 else f"{shown[:12]}...{shown[-25:]}"
-
-
-def _printable(name: str) -> str:
-    """A name on one line; it may hold any bytes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
 
 
 def write(comparison: Comparison, folder: Path) -> tuple[Path, Path]:

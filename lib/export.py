@@ -9,14 +9,13 @@ import copy
 import importlib
 import io
 import logging
-import os
 import shlex
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -25,7 +24,7 @@ import yaml
 
 from lib.console import SUMMARY, UsageError, logger
 from lib.features import Batches, extract
-from lib.files import beside, write_whole
+from lib.files import check_ending, check_place, new_files, reason
 from lib.options import Options
 
 Colour = tuple[float, float, float]
@@ -57,34 +56,14 @@ def check(options: Options) -> None:
         UsageError: an ending says nothing, a place is taken or cannot be written to, or packages are missing.
     """
     if path := options.export_features:
-        _check_ending("--export-features", path, (".npz",))
-        _check_place(path)
+        check_ending("--export-features", path, (".npz",))
+        check_place(path)
     if path := options.export_model:
-        _check_ending("--export-model", path, (".safetensors", ".onnx"))
+        check_ending("--export-model", path, (".safetensors", ".onnx"))
         for place in (path, _configuration(path)):
-            _check_place(place)
+            check_place(place)
         if path.suffix.lower() == ".onnx":
             _check_packages(path)
-
-
-def _check_ending(flag: str, path: Path, endings: Sequence[str]) -> None:
-    if path.suffix.lower() not in endings:
-        raise UsageError(f"{flag} {path}: the file's name should end in {' or '.join(endings)}")
-
-
-def _check_place(path: Path) -> None:
-    """UsageError unless a file can be made at ``path``."""
-    try:
-        with suppress(FileNotFoundError):
-            beside(path).lstat()  # raises for a name that no file can have; this is the longer one
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be written: {_reason(error)}; choose another name") from None
-    if os.path.lexists(path):  # also where a link leads nowhere
-        raise UsageError(f"{path}: exists; choose another name, or move it away")
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: there is no folder {path.parent}; make it, or choose another one")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UsageError(f"{path}: the folder {path.parent} cannot be written to; allow it, or choose another one")
 
 
 def _check_packages(path: Path) -> None:
@@ -93,7 +72,7 @@ def _check_packages(path: Path) -> None:
             importlib.import_module(name)
         except Exception as error:  # versions that do not fit together raise nearly anything
             raise UsageError(
-                f"--export-model {path}: needs the package {name}, which cannot be imported ({_reason(error)}); "
+                f"--export-model {path}: needs the package {name}, which cannot be imported ({reason(error)}); "
                 "pip install -r requirements-onnx.txt"
             ) from None
 
@@ -128,7 +107,7 @@ def save_features(
             arrays[f"{part.name}_names"] = np.array(list(part.names), np.str_)
     if classes:
         arrays["classes"] = np.array(list(classes), np.str_)
-    with _new_files(path) as (file,):
+    with new_files(path) as (file,):
         np.savez(file, **arrays)
     counts = ", ".join(f"{len(arrays[f'{part.name}_indices'])} {part.name}" for part in parts)
     _report("embeddings", path, f"{counts}, of {embeddings.shape[1]} numbers each")
@@ -155,7 +134,7 @@ def save_model(path: Path, network: torch.nn.Module, options: Options, *, means:
     text = _header(path) + yaml.safe_dump(
         written.model_dump(mode="json", include=set(USE)), sort_keys=False, default_flow_style=None
     )
-    with _new_files(_configuration(path), path) as (configuration, model):
+    with new_files(_configuration(path), path) as (configuration, model):
         configuration.write(text.encode("utf-8"))
         model.write(content)
     _report("model", path, f"{options.network}, embedding {options.low_dim}")
@@ -190,7 +169,7 @@ def _onnx(network: torch.nn.Module, options: Options) -> bytes:
         while cause.__cause__:
             cause = cause.__cause__
         raise UsageError(
-            f"the exporter to ONNX of PyTorch {torch.__version__} failed: {_reason(cause)}; try other versions of "
+            f"the exporter to ONNX of PyTorch {torch.__version__} failed: {reason(cause)}; try other versions of "
             "the packages in requirements-onnx.txt, or --export-model with a .safetensors file"
         ) from None
     return content
@@ -233,27 +212,6 @@ def _header(path: Path) -> str:
 def _one_line(text: str) -> str:
     """Text for a comment: what would end it, and what UTF-8 cannot write, as question marks."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
-@contextmanager
-def _new_files(*paths: Path) -> Iterator[tuple[BinaryIO, ...]]:
-    """Files that come into being when the block ends; UsageError where they exist or cannot be written."""
-    for path in paths:
-        _check_place(path)  # again: training takes hours
-    try:
-        with ExitStack() as stack:
-            yield tuple(stack.enter_context(write_whole(path)) for path in paths)
-    except BaseException as error:
-        for path in paths:  # one may be done when the other fails
-            path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UsageError(f"{paths[-1]}: cannot be written: {_reason(error)}; choose another place") from None
-        raise
-
-
-def _reason(error: BaseException) -> str:
-    lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def _report(what: str, path: Path, content: str) -> None:

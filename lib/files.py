@@ -1,12 +1,14 @@
-"""Files that are whole, or not there. Layer 0."""
+"""Files that are whole, or not there. Layer 1."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from lib.console import UsageError
 
 
 def beside(path: Path) -> Path:
@@ -31,3 +33,51 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def new_files(*paths: Path) -> Iterator[tuple[BinaryIO, ...]]:
+    """Files that come into being when the block ends; UsageError where they exist or cannot be written."""
+    for path in paths:
+        check_place(path)  # again: training takes hours
+    try:
+        with ExitStack() as stack:
+            yield tuple(stack.enter_context(write_whole(path)) for path in paths)
+    except BaseException as error:
+        for path in paths:  # one may be done when the other fails
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UsageError(f"{paths[-1]}: cannot be written: {reason(error)}; choose another place") from None
+        raise
+
+
+def check_ending(flag: str, path: Path, endings: Sequence[str]) -> None:
+    """UsageError unless the name of a file that ``flag`` asks for ends in one of ``endings``."""
+    if path.suffix.lower() not in endings:
+        raise UsageError(f"{flag} {path}: the file's name should end in {' or '.join(endings)}")
+
+
+def check_place(path: Path) -> None:
+    """UsageError unless a file can be made at ``path``."""
+    try:
+        with suppress(FileNotFoundError):
+            beside(path).lstat()  # raises for a name that no file can have; this is the longer one
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be written: {reason(error)}; choose another name") from None
+    if os.path.lexists(path):  # also where a link leads nowhere
+        raise UsageError(f"{path}: exists; choose another name, or move it away")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent}; make it, or choose another one")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{path}: the folder {path.parent} cannot be written to; allow it, or choose another one")
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, on one line."""
+    lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def printable(name: str) -> str:
+    """A file's name on one line; it may hold any bytes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)

@@ -259,6 +259,15 @@ class Options(BaseModel):
     )
     debug: Switch = _option(False, "session", "store nothing", this_run=True)
     brief: Switch = _option(False, "session", "only a line a round and warnings on the screen", this_run=True)
+    export_neighbourhoods: OptionalPath = _option(
+        None,
+        "session",
+        "at the end, write each training image's entropy, round as an anchor and neighbours to this .csv",
+        this_run=True,
+    )
+    query: Annotated[tuple[Path, ...], BeforeValidator(_paths)] = _option(
+        (), "session", "pictures to show the most similar training images of; nothing is trained", this_run=True
+    )
     report: Annotated[bool | Path, BeforeValidator(_report)] = _option(
         False, "session", "write report.html at the end; with a session's folder: of that session, now", this_run=True
     )

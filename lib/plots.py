@@ -9,6 +9,7 @@ Letters: E epochs, C classes, P points of a map.
 from __future__ import annotations
 
 import io
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -70,6 +72,9 @@ def style() -> AbstractContextManager[None]:
                 "font.family": FONT,
                 "font.size": 10,
                 "text.parse_math": False,  # a class may be called $
+                "text.hinting": "none",  # a text is as wide as ``fit`` takes it to be
+                "axes.formatter.limits": (-9, 9),  # the power of ten beside an axis would lie over its numbers
+                "axes.formatter.useoffset": False,
                 "axes.spines.top": False,
                 "axes.spines.right": False,
                 "axes.grid": True,
@@ -108,14 +113,12 @@ def fit(text: str, inches: float, size: float) -> str:
 
     if len(text) <= most and fits(text):
         return text
-    kept = text[:most]
-    while kept and not fits(f"{kept}…"):
-        kept = kept[:-1]
-    return f"{kept.rstrip()}…"
+    kept = bisect_left(range(min(len(text), most)), True, key=lambda last: not fits(f"{text[: last + 1]}…"))
+    return f"{text[:kept].rstrip()}…"
 
 
 def _figure(height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
     FigureCanvasAgg(figure)
     return figure
 
@@ -266,12 +269,12 @@ def gallery(entries: Sequence[Sequence[Tile]]) -> Figure:
 
 
 def _two_lines(name: str, inches: float, size: float) -> list[str]:
-    """The name in at most two lines, broken between words, or in a word where the first is too long."""
+    """The name in at most two lines, broken between words, or within one where the first is too long."""
     if not name or fit(name, inches, size) == name:
         return [name] if name else []
-    breaks = [place for place, letter in enumerate(name) if letter == " "]
-    breaks = [place for place in breaks if fit(name[:place], inches, size) == name[:place]]
-    place = breaks[-1] if breaks else len(fit(name, inches, size)) - 1
+    room = len(fit(name, inches, size)) - 1
+    breaks = [place + (letter == "-") for place, letter in enumerate(name[:room]) if place and letter in " -"]
+    place = breaks[-1] if breaks else room
     return [name[:place], fit(name[place:].lstrip(), inches, size)]
 
 
@@ -357,7 +360,7 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
     starts = np.arange(0, len(counts), group)
     cells = np.add.reduceat(np.add.reduceat(counts, starts, axis=0), starts, axis=1)
     shares = cells / np.maximum(cells.sum(axis=1, keepdims=True), 1)
-    figure = _figure(5.0)
+    figure = _figure(4.7)
     axes = figure.add_subplot()
     axes.grid(False)
     picture = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from scipy.stats import rankdata
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 
 from lib import knn, plots
 from lib.files import write_whole
@@ -36,6 +37,8 @@ MAPPED, TESTS, ROUNDS, PAIRS = 2_000, 10_000, 6, 10
 """Points of the map, test images that are classified, rounds with a histogram, and confused pairs, at most."""
 TEXT = 300
 """Letters of a name or value on the page at most."""
+QUANTILES = ("entropy_05", "entropy_25", "entropy_50", "entropy_75", "entropy_95")
+"""Quantiles of the entropy after an epoch, in nats."""
 HEALTH = {
     "reciprocal": "reciprocal neighbours",
     "kept": "neighbours kept",
@@ -93,8 +96,8 @@ class Material:
         name: of the session.
         facts: versions, hardware, commit, seed and the like.
         options: by name.
-        metrics: rows of metrics.jsonl in order; beside these, where they are known, ``entropy_quantiles`` (5, 25, 50,
-            75 and 95 %, in nats), ``reciprocal`` and ``kept`` (shares), ``drift`` and ``hubness``.
+        metrics: rows of metrics.jsonl in order, with the health figures of ``QUANTILES`` and ``HEALTH`` where they
+            are known.
         protocol: how the accuracies of ``metrics`` came about.
         published: the published figure and its source, '' where none is named.
         rounds: the discoveries, in order.
@@ -104,6 +107,7 @@ class Material:
         features: (N, D), the memory bank.
         tested: None without labelled test images.
         finished: the last epoch of the last round is done.
+        chooser: what chooses the best epoch.
     """
 
     name: str
@@ -119,6 +123,7 @@ class Material:
     features: np.ndarray
     tested: Tested | None
     finished: bool
+    chooser: str = "the test labels"
 
 
 @dataclass(frozen=True)
@@ -180,18 +185,28 @@ def _training(material: Material) -> dict[str, Part]:
         epochs = np.flatnonzero((rounds == number) & np.isfinite(top1))
         last[epochs[-1]], best[epochs[top1[epochs].argmax()]] = top1[epochs[-1]], top1[epochs].max()
     accuracy = Part(None, "No accuracy: that takes labelled training and test images.")
-    if np.isfinite(top1).any():
+    if np.isfinite(top1).sum() == 1:
+        accuracy = Part(None, f"Only one epoch was judged: top-1 {np.nanmax(top1):.2%}, {material.protocol}.")
+    elif np.isfinite(top1).any():
         series = {"top-1": top1, **({"top-5": top5} if np.isfinite(top5).any() else {})}
         marks = {"last epoch of a round": last, "best epoch of a round": best}
         figure = plots.curves(series, rounds.astype(int), "accuracy", percent=True, marks=marks)
-        accuracy = Part(figure, f"{material.protocol}, after each epoch. The best epoch is chosen by the test labels.")
-    lost = int((~np.isfinite(loss)).sum())
-    if lost == len(loss):
-        return {"accuracy": accuracy, "loss": Part(None, "The loss was not a finite number in any epoch.")}
-    how = "Mean over the training images of each epoch, while the network learns from them." + (
-        f" {lost} epochs whose loss was not a finite number are left out." if lost else ""
-    )
-    return {"accuracy": accuracy, "loss": Part(plots.curves({"loss": loss}, rounds.astype(int), "loss"), how)}
+        accuracy = Part(
+            figure, f"{material.protocol}, after each epoch. The best epoch is chosen by {material.chooser}."
+        )
+    return {"accuracy": accuracy, "loss": _loss(loss, rounds.astype(int))}
+
+
+def _loss(loss: np.ndarray, rounds: np.ndarray) -> Part:
+    finite = np.isfinite(loss)
+    lost = int((~finite).sum())
+    if not finite.any():
+        return Part(None, "The loss was not a finite number in any epoch.")
+    if finite.sum() == 1:
+        return Part(None, f"Only one epoch has a loss that is a finite number: {loss[finite][0]:.4f}.")
+    left = f" {lost} epochs whose loss was not a finite number are left out." if lost else ""
+    how = f"Mean over the training images of each epoch, while the network learns from them.{left}"
+    return Part(plots.curves({"loss": loss}, rounds, "loss"), how)
 
 
 def _discovery(material: Material) -> dict[str, Part]:
@@ -281,7 +296,10 @@ def _gallery(material: Material, found: Discovered, picks: Sequence[int] | np.nd
 
 
 def _name(material: Material, sample: int) -> str:
-    return "" if material.labels is None else _names(material)[material.labels[sample]]
+    if material.labels is None:
+        return ""
+    number = int(material.labels[sample])
+    return plots.writable(material.classes[number], number)
 
 
 def _names(material: Material) -> list[str]:
@@ -291,20 +309,25 @@ def _names(material: Material) -> list[str]:
 
 def _health(material: Material) -> dict[str, Part]:
     """What can be known without labels, over the epochs, and how it went with the truth."""
-    rounds, parts = _column(material, "round").astype(int), {}
-    five = [row.get("entropy_quantiles") or [np.nan] * 5 for row in material.metrics]
-    values = np.array(five, float).reshape(-1, 5)  # (E, 5)
-    none = Part(None, "Not recorded by this run.")
+    rounds = _column(material, "round").astype(int)
+    values = np.stack([_column(material, name) for name in QUANTILES], axis=1)  # (E, 5)
+    values[~np.isfinite(values).all(axis=1)] = np.nan
     how = "From the memory bank, after each epoch that has a point; no labels are used."
-    parts["quantiles"] = Part(plots.quantiles(values, rounds), how) if np.isfinite(values).all(1).any() else none
     columns = {"median entropy, nats": values[:, 2]}
+    parts = {"quantiles": _too_few(values[:, 2]) or Part(plots.quantiles(values, rounds), how)}
     for name, label in HEALTH.items():
-        column = _column(material, name)
+        columns[label] = column = _column(material, name)
         percent = name in ("reciprocal", "kept")
-        known = np.isfinite(column).any()
-        parts[name] = Part(plots.curves({label: column}, rounds, label, percent=percent), how) if known else none
-        columns[label] = column
+        parts[name] = _too_few(column) or Part(plots.curves({label: column}, rounds, label, percent=percent), how)
     return parts | {"follows": _follows(material, rounds, columns)}
+
+
+def _too_few(values: np.ndarray) -> Part | None:
+    """Why values (E,) make no line, or None where they do."""
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return Part(None, "Not recorded by this run.")
+    return Part(None, f"Known after one epoch only: {known[0]:.3g}.") if len(known) == 1 else None
 
 
 def _follows(material: Material, rounds: np.ndarray, columns: Mapping[str, np.ndarray]) -> Part:
@@ -340,13 +363,15 @@ def _map(material: Material) -> Part:
     if features.shape[1] > 50 and len(features) > 50:
         features, before = PCA(50, random_state=SEED).fit_transform(features), ", after PCA to 50 dimensions"
     perplexity = min(30.0, (len(features) - 1) / 3)
-    points = TSNE(perplexity=perplexity, init="pca", random_state=SEED).fit_transform(features)  # (P, 2)
+    with threadpool_limits(1):  # sums in one order; and threads that wait for a busy core cost more than they bring
+        points = TSNE(perplexity=perplexity, init="pca", random_state=SEED).fit_transform(features)  # (P, 2)
     labels = None if material.labels is None else material.labels[chosen]
-    left = f" Of {len(material.classes)} classes the legend names {plots.LEGEND}."
+    classes = len(material.classes)
+    left = f" Of {classes} classes the legend names {plots.LEGEND}." if classes > plots.LEGEND else ""
     how = (
-        f"t-SNE (perplexity {perplexity:.3g}, started from PCA, seed {SEED}) of {len(features)} of {samples} rows of "
-        f"the memory bank{before}; {_when(material)}."
-    ) + (left if labels is not None and len(material.classes) > plots.LEGEND else "")
+        f"{len(features)} of {samples} rows of the memory bank, by t-SNE (perplexity {perplexity:.3g}, from PCA, seed "
+        f"{SEED}){before}; {_when(material)}.{left}"
+    )
     return Part(plots.embedding_map(points, labels, _names(material)), how)
 
 
@@ -381,11 +406,11 @@ def _classify(material: Material) -> Classified | str:
     if material.labels is None or tested is None or not len(tested.labels):
         return "This takes labelled training and test images."
     chosen = np.sort(np.random.default_rng(SEED).permutation(len(tested.labels))[:TESTS])
-    queries = np.asarray(tested.features[chosen], np.float32)
-    bank = np.asarray(material.features, np.float32)
+    queries = np.require(tested.features[chosen], np.float32, ["C", "W"])
+    bank = np.require(material.features, np.float32, ["C", "W"])  # no copy of what PyTorch can take as it is
     if not (np.isfinite(queries).all() and np.isfinite(bank).all()):
         return "Some embeddings are not finite numbers."
-    arrays = (torch.from_numpy(array) for array in (queries, bank, material.labels))
+    arrays = (torch.from_numpy(array) for array in (queries, bank, np.require(material.labels, np.int64, ["C", "W"])))
     scores = knn.weighted_knn(*arrays, classes=len(material.classes), k=tested.k, sigma=tested.sigma).numpy()
     return Classified(chosen, tested.labels[chosen], scores / scores.sum(axis=1, keepdims=True))
 
@@ -400,12 +425,9 @@ def _counts(material: Material, classified: Classified) -> np.ndarray:
 def _basis(material: Material, classified: Classified) -> str:
     """How the predictions came about, and how many are right."""
     assert material.tested is not None
-    right, shown, all_ = (
-        (classified.predicted == classified.labels).sum(),
-        len(classified.labels),
-        len(material.tested.labels),
-    )
-    some = "" if shown == all_ else f", drawn at random from {all_}"
+    right, shown = (classified.predicted == classified.labels).sum(), len(classified.labels)
+    all_ = len(material.tested.labels)
+    some = "" if shown == all_ else f", drawn at random from {all_},"
     when = _when(material)
     return f"{material.tested.protocol}; {right} of {shown} test images{some} are right ({right / shown:.2%}); {when}."
 

@@ -6,7 +6,7 @@ Letters: N training samples, D embedding.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +17,9 @@ from lib import checkpoint, metrics
 from lib.checkpoint import Checkpoint
 from lib.config import extra
 from lib.console import UsageError
-from lib.neighbourhoods import Neighbourhoods
 from lib.options import Options
 from lib.report import Discovered, Material, Tested
 from lib.session import STARTS
-
-
-def discoveries(folder: Path, samples: int) -> Iterator[tuple[int, Neighbourhoods]]:
-    """What the discovery of each round found, in order: from the rounds' best checkpoints and the latest one.
-
-    Raises:
-        UsageError: a checkpoint is damaged, or of other samples.
-    """
-    found: dict[int, Neighbourhoods] = {}
-    for path in sorted((folder / "checkpoint").glob("*.ckpt")):
-        content = checkpoint.load(path)
-        try:
-            here = Neighbourhoods.from_state_dict(content["ANs_discovery"])
-            if len(here.position) != samples:
-                raise UsageError(f"{path}: is of {len(here.position)} samples, not {samples}; choose its data")
-            if here.num_anchors:
-                found[int(content["round"])] = here
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise UsageError(f"{path}: its neighbourhoods cannot be read: {error}; move it away") from None
-    yield from sorted(found.items(), key=lambda entry: entry[0])
-
-
-def became_anchor(found: Sequence[tuple[int, Neighbourhoods]], samples: int) -> np.ndarray:
-    """(N,) the first round in which each sample was an anchor, -1 for never."""
-    rounds = np.full(samples, -1, np.int64)
-    for round, here in found:
-        anchors = here.anchors.numpy()
-        rounds[anchors[rounds[anchors] < 0]] = round
-    return rounds
 
 
 def facts(folder: Path) -> dict[str, str]:
@@ -105,12 +75,13 @@ def material(
         published=options.published or "",
         rounds=[
             Discovered(round, found.entropy.numpy(), found.anchors.numpy(), found.neighbours.numpy())
-            for round, found in discoveries(folder, len(images))
+            for round, found in checkpoint.discoveries(folder, loaded, len(images))
         ],
         images=images,
         labels=labels,
         classes=classes,
         features=memory.numpy(),
         tested=tested,
+        chooser="held-out training images" if options.val_fraction else "the test labels",
         finished=(last["round"], last["epoch"]) >= (options.max_round - 1, options.max_epoch - 1),
     )

@@ -19,7 +19,7 @@ from lib.options import Options
 
 THIS_RUN = set(
     "cfgs session resume restart test_only debug brief print_args download export_features export_model compare "
-    "report".split()
+    "report export_neighbourhoods query".split()
 )
 """Options that say what to do now; a repeated run does not repeat them."""
 

@@ -27,21 +27,21 @@ QUANTILES = {"entropy_05": 0.05, "entropy_25": 0.25, "entropy_50": 0.5, "entropy
 FIGURES = (*QUANTILES, "reciprocal", "kept", "drift", "hubness", "largest_hub", "orphans")
 """The figures of an epoch."""
 READING = {
-    "entropy": "The entropy of a sample's similarities, in nats, goes from 0 (like itself alone) to ln N (like all "
-    "samples alike); the quantiles should lie apart, as the samples of lowest entropy become anchors: all at ln N, the "
+    "entropy": "The entropy of a sample's similarities, in nats, from 0 (like itself alone) to ln N (like all alike): "
+    "the quantiles should fall and stay apart, as the samples of lowest entropy become anchors; all near ln N, the "
     "embeddings have collapsed.",
-    "reciprocal": "The share of samples that are among the nearest of their own nearest neighbour; the higher, the "
-    "more the neighbours can be trusted, and a fall from round to round is a warning.",
-    "kept": "The share of neighbours that are still the ones found at the end of the last round; near 100 %, another "
-    "round teaches little, and near 0 %, the network trains towards neighbours that it no longer finds.",
-    "drift": "The mean of 1 - cosine between a row of the memory bank and the same row an epoch before; it should fall "
+    "reciprocal": "The share of samples that are among the K nearest of their own nearest neighbour: it should rise "
+    "from round to round, and a lasting fall means that neighbours can be trusted less.",
+    "kept": "The share of neighbours that are still those of the end of the last round: it is low at first, with one "
+    "neighbour each a tenth or less, and should rise; near 100 %, another round has little to teach.",
+    "drift": "The mean of 1 - cosine between a row of the memory bank and the same row an epoch before: it should fall "
     "with the learning rate, and where it stays high the embeddings have not settled.",
-    "hubness": "The skewness of how often samples serve as neighbour; 0 where all serve alike, and if it grows, a few "
-    "hubs draw the others towards themselves.",
-    "largest_hub": "The share of samples that have one and the same sample as neighbour; more than a few times K / N "
-    "and growing, look at that sample, which may be a blank or damaged image.",
-    "orphans": "The share of samples that are nobody's neighbour; about a third is usual for one neighbour each, and "
-    "if it grows, training learns from fewer and fewer of the images.",
+    "hubness": "The skewness of how often samples serve as a neighbour, 0 where all serve equally often: about 1 is "
+    "usual, and if it keeps rising a few samples (hubs) draw the others towards themselves.",
+    "orphans": "The share of samples that are nobody's neighbour: with one neighbour each a third to two fifths is "
+    "usual, and if it keeps rising training relies on ever fewer images.",
+    "largest_hub": "The share of samples that have the same one sample as a neighbour: times N it is a handful of "
+    "samples as a rule, and at some per cent that sample deserves a look, as it may be blank or damaged.",
 }
 """Figure -> how to read it, in a sentence; ``entropy`` stands for its quantiles."""
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from datasets import DATASETS
 from lib.config import options_table, read_options
+from lib.health import FIGURES, QUANTILES, READING
 from lib.options import Options
 from models import NETWORKS, build
 
@@ -22,6 +23,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_options_table_is_the_program_s_own() -> None:
     written = re.search(r"<!-- options.*?-->\n(.*?)\n<!-- end of options -->", README, re.DOTALL)
     assert written and written[1] == options_table(), "run the command beside the table and paste what it prints"
+
+
+def test_it_tells_how_to_read_each_health_figure() -> None:
+    assert all(f"| `{name}` | {sentence} |" in README for name, sentence in READING.items())
+    assert {name.split("_")[0] if name in QUANTILES else name for name in FIGURES} == set(READING)
 
 
 def test_every_data_set_and_network_is_named() -> None:

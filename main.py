@@ -351,6 +351,9 @@ def show_similar(setting: Setting) -> None:
     setting.network.eval()
     with torch.no_grad():
         embeddings = setting.network(images)
+    logger().info(
+        "similar: by cosine with the memory bank, or where there is none with the training images' embeddings"
+    )
     indices, similarities = lookup.query(embeddings, memory_of(setting, setting.loaded), SIMILAR)
     gallery = known(setting)
     for row, query in enumerate(queries):

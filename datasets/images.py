@@ -188,6 +188,8 @@ def read_rgb(path: Path, *, smallest: bool = False, upright: bool = True) -> np.
 
 def read_picture(path: Path) -> np.ndarray:
     """One picture that the user names, as ``read_rgb`` gives it; DataError where it cannot be read."""
+    if not path.is_file():
+        raise DataError(f"{path}: is no file; name a picture")
     try:
         return read_rgb(path)
     except UnreadableImageError as error:

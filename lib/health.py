@@ -8,15 +8,13 @@ Letters: N samples, D embedding, S measured samples, K neighbours, P partners, R
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from lib.console import progress
-from lib.neighbourhoods import BLOCK, row_entropy
+from lib.neighbourhoods import nearest_others, row_entropy, similarities
 
 ROWS = 2**13
 """Samples measured at most; a share of them is within 1.1 points of that of all samples, 19 times of 20."""
@@ -138,28 +136,14 @@ def _survey(
     """Entropy (S,) of some rows, their neighbours (S, K) among all N, and among themselves, by place in ``rows``."""
     entropy = memory.new_empty(len(rows))
     nearest, among = (rows.new_empty(len(rows), min(size, others - 1)) for others in (len(memory), len(rows)))
-    for block, similarity in _similarities(memory, rows):  # (R, N)
+    for block, similarity in similarities(memory, rows, "health"):  # (R, N)
         entropy[block] = row_entropy(similarity / temperature)
-        nearest[block] = _nearest_others(similarity, rows[block], nearest.shape[1])
-        among[block] = nearest[block] if len(rows) == len(memory) else _topk(similarity[:, rows], among.shape[1])
+        nearest[block] = nearest_others(similarity, rows[block], nearest.shape[1])
+        if len(rows) == len(memory):
+            among[block] = nearest[block]
+        else:
+            among[block] = similarity[:, rows].topk(among.shape[1], dim=1).indices  # itself is struck out already
     return entropy, nearest, among
-
-
-def _similarities(memory: torch.Tensor, rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Blocks of ``rows`` and their similarities (R, N) to all rows of the bank."""
-    step = max(1, BLOCK // len(memory))
-    for start in progress(range(0, len(rows), step), "health", "block"):
-        block = slice(start, min(start + step, len(rows)))
-        yield block, memory[rows[block]] @ memory.t()
-
-
-def _nearest_others(similarity: torch.Tensor, itself: torch.Tensor, size: int) -> torch.Tensor:
-    """The most similar (R, K) of each row (R, N) but the sample itself (R,), which is struck out in place."""
-    return _topk(similarity.scatter_(1, itself[:, None], -torch.inf), size)
-
-
-def _topk(similarity: torch.Tensor, size: int) -> torch.Tensor:
-    return similarity.topk(size, dim=1).indices
 
 
 def _reciprocal(memory: torch.Tensor, rows: torch.Tensor, nearest: torch.Tensor) -> float | None:
@@ -171,8 +155,8 @@ def _reciprocal(memory: torch.Tensor, rows: torch.Tensor, nearest: torch.Tensor)
     else:
         partners, back = nearest[:, 0].unique(return_inverse=True)  # (P,), (S,)
         found = [
-            _nearest_others(similarity, partners[block], nearest.shape[1])
-            for block, similarity in _similarities(memory, partners)
+            nearest_others(similarity, partners[block], nearest.shape[1])
+            for block, similarity in similarities(memory, partners, "health")
         ]
         theirs = torch.cat(found)[back]  # (S, K)
     return (theirs == rows[:, None]).any(dim=1).double().mean().item()

@@ -6,6 +6,7 @@ Letters: N samples, D embedding, A anchors, K neighbours of an anchor, B batch, 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -132,18 +133,27 @@ def discover(memory: torch.Tensor, *, temperature: float, anchors: int, size: in
     neighbours_each = min(size, samples - 1)
     entropy = memory.new_empty(samples)
     nearest = torch.empty(samples, neighbours_each, dtype=torch.long, device=memory.device)
-    rows = max(1, BLOCK // samples)
-    for start in progress(range(0, samples, rows), "discovery", "block"):
-        block = slice(start, min(start + rows, samples))
-        similarity = memory[block] @ memory.t()  # (R, N)
+    everyone = torch.arange(samples, device=memory.device)
+    for block, similarity in similarities(memory, everyone, "discovery"):  # (R, N)
         entropy[block] = row_entropy(similarity / temperature)
-        itself = torch.arange(block.start, block.stop, device=memory.device)[:, None]
-        similarity.scatter_(1, itself, -torch.inf)
-        nearest[block] = similarity.topk(neighbours_each, dim=1).indices
+        nearest[block] = nearest_others(similarity, everyone[block], neighbours_each)
     order = torch.sort(entropy, stable=True).indices
     chosen = order[:anchors].clone()  # a view would take the whole order into every checkpoint
     position, instances = _positions(chosen, samples)
     return Neighbourhoods(chosen, instances, position, nearest[chosen], entropy)
+
+
+def similarities(memory: torch.Tensor, rows: torch.Tensor, what: str) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Blocks of ``rows`` and their similarities (R, N) to all rows of the bank; a progress bar says what for."""
+    step = max(1, BLOCK // len(memory))
+    for start in progress(range(0, len(rows), step), what, "block"):
+        block = slice(start, min(start + step, len(rows)))
+        yield block, memory[rows[block]] @ memory.t()
+
+
+def nearest_others(similarity: torch.Tensor, itself: torch.Tensor, size: int) -> torch.Tensor:
+    """The most similar (R, K) of each row (R, N) but the sample itself (R,), which is struck out in place."""
+    return similarity.scatter_(1, itself[:, None], -torch.inf).topk(size, dim=1).indices
 
 
 def row_entropy(logits: torch.Tensor) -> torch.Tensor:

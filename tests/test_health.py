@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
-from lib import health
+from lib import health, neighbourhoods
 from lib.health import QUANTILES, READING, State, measure, measured
 
 many = settings(max_examples=40, deadline=None)
@@ -32,7 +32,7 @@ def figures_of(
 ) -> tuple[Figures, State]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in patched.items():
-            patch.setattr(health, name, value)
+            patch.setattr(neighbourhoods if name == "BLOCK" else health, name, value)
         return measure(torch.from_numpy(memory), previous, round=round, temperature=0.2, size=size)
 
 

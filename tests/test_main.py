@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -292,6 +293,39 @@ def test_a_report_is_made_at_the_end_and_of_any_session(
     (session / "metrics.jsonl").write_text("")
     assert "metrics.jsonl" in refused(["--report", str(session)], capsys)
     assert (session / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_neighbourhoods_leave_as_a_table_and_pictures_are_looked_up(
+    photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "neighbours.csv"
+    assert main.main([*start, "--export-neighbourhoods", str(out)]) == 0
+    session = session_in(tmp_path)
+    with out.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == sorted(str(p.relative_to(photos)) for p in photos.glob("train/*/*"))
+    found = {
+        kept["round"]: set(kept["ANs_discovery"]["anchor_indexes"].tolist())
+        for path in (session / "checkpoint").glob("0*.ckpt")
+        for kept in [torch.load(path, weights_only=True)]
+    }
+    for row in rows:
+        rounds = [number for number, anchors in sorted(found.items()) if int(row["index"]) in anchors]
+        assert row["round"] == (str(rounds[0]) if rounds else "")
+    assert len({row["round"] for row in rows}) > 1
+    again = tmp_path / "again.csv"
+    assert main.main(["--resume", str(session), "--test-only", "--export-neighbourhoods", str(again)]) == 0
+    assert again.read_bytes() == out.read_bytes()
+    picture = photos / "test" / "dark" / "0.png"
+    capsys.readouterr()
+    assert main.main(["--resume", str(session), "--query", str(picture), str(picture)]) == 0
+    screen = capsys.readouterr().out
+    assert screen.count("rank") == 2 and screen.count("train") >= 20
+    (drawn,) = (session / "queries").glob("*/query.png")
+    with Image.open(drawn) as image:
+        assert image.width > 1000
+    for bad in (photos / "none.png", photos):
+        assert str(bad) in refused(["--resume", str(session), "--query", str(bad)], capsys)
 
 
 def test_debug_stores_nothing(start: list[str], tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from lib import (
     features,
     gallery,
     lookup,
+    review,
     schedule,
     seeding,
     weights,
@@ -39,6 +40,7 @@ from lib.checkpoint import Checkpoint, TrainingState
 from lib.console import SUMMARY, UsageError, logger, progress, start_logging
 from lib.evaluation import Subject
 from lib.loader import Loader
+from lib.material import Tested
 from lib.memory_bank import MemoryBank
 from lib.neighbourhoods import Neighbourhoods
 from lib.options import Options
@@ -278,7 +280,7 @@ def test(setting: Setting) -> None:
 
 def write_report(setting: Setting, folder: Path, loaded: Checkpoint) -> None:
     """Writes the report of a session, whose network is the setting's."""
-    from lib import report, review  # draw with matplotlib and scikit-learn, which take seconds to import
+    from lib import report  # draws with matplotlib and scikit-learn, which take seconds to import
 
     options, train, test = setting.options, setting.splits.train, setting.splits.test
     evaluator = setting.evaluator(test)
@@ -287,7 +289,7 @@ def write_report(setting: Setting, folder: Path, loaded: Checkpoint) -> None:
         embeddings = features.extract(
             setting.network, setting.loader(test, train=False), setting.device, "test features"
         )
-        tested = report.Tested(
+        tested = Tested(
             images=test.images,
             labels=test.labels,
             features=embeddings.cpu().numpy(),

@@ -63,6 +63,14 @@ class Tile:
     framed: bool = True
 
 
+@dataclass(frozen=True)
+class Part:
+    """A picture and how it came about, or no picture and why there is none."""
+
+    figure: Figure | None
+    how: str
+
+
 def style() -> AbstractContextManager[None]:
     """How everything is drawn, whatever the user's own settings of matplotlib are."""
     return matplotlib.style.context(
@@ -97,6 +105,11 @@ def render(figure: Figure, dpi: int) -> bytes:
 def writable(name: str, number: int) -> str:
     """The name of class ``number``, or 'class 7' where the font lacks a letter of it."""
     return name if name and all(ord(letter) in _letters() for letter in name) else f"class {number}"
+
+
+def all_writable(names: Sequence[str]) -> list[str]:
+    """Each name as ``writable`` has it."""
+    return [writable(name, number) for number, name in enumerate(names)]
 
 
 @cache

@@ -17,8 +17,8 @@ from lib import checkpoint, metrics
 from lib.checkpoint import Checkpoint
 from lib.config import extra
 from lib.console import UsageError
+from lib.material import Discovered, Material, Tested
 from lib.options import Options
-from lib.report import Discovered, Material, Tested
 from lib.session import STARTS
 
 

@@ -144,7 +144,8 @@ class Session:
         if not self._tensorboard or (self.folder and (self.folder / "tfboard" / "global" / PROJECTOR).exists()):
             return
         words = None if labels is None else [" ".join(label.split()) for label in labels]  # a line each
-        self._writer(None).add_embedding(rows, metadata=words, label_img=thumbnails, tag="memory bank")
+        with np.errstate(all="ignore"):  # tensorboardX computes with what it leaves unset beyond the last thumbnail
+            self._writer(None).add_embedding(rows, metadata=words, label_img=thumbnails, tag="memory bank")
 
     def _writer(self, round_folder: tuple[int, int] | None) -> SummaryWriter:
         """Of the folder ``global``, or of a (round, anchors)."""

@@ -21,14 +21,17 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 import oracles
-from lib import plots, report
-from lib.report import QUANTILES, Discovered, Material
+from lib import classified, panels, plots, report
+from lib.material import Discovered, Material
+from lib.material import Tested as Judged
+from lib.panels import QUANTILES
 
 N, D, M, K, VOTERS, SIGMA = 60, 6, 25, 2, 7, 0.1
 EVIL = '<script>alert("1")</script>'
 CLASSES = (EVIL, "<b>bold&amp;", "$x^2$ \udcff")
-PARTS = "accuracy loss consistency entropy surest random mistakes quantiles reciprocal kept drift hubness follows map"
-PARTS += " confusion voters"
+PARTS = "accuracy loss consistency entropy surest random mistakes quantiles reciprocal kept drift hubness orphans"
+PARTS += " largest_hub follows map confusion voters"
+DRAWN = len(PARTS.split()) - 1  # what ``metrics`` below has no figures for is not: the neighbours kept
 
 
 def image(number: int, height: int = 8, width: int = 8) -> np.ndarray:
@@ -63,7 +66,8 @@ def metrics(rounds: int = 4, epochs: int = 3) -> list[dict[str, Any]]:
                 **dict(zip(QUANTILES, (1.0, 2.0, 3.0 - number, 4.0, 5.0), strict=True)),
                 "reciprocal": 0.1 * number + 0.01 * epoch,
             }
-            rows.append(row | {"drift": 0.5, "hubness": [0, 3, 1, 2][number] + 0.1 * epoch})
+            row |= {"drift": 0.5, "hubness": [0, 3, 1, 2][number] + 0.1 * epoch}
+            rows.append(row | {"orphans": 0.4, "largest_hub": 0.02})
     return rows
 
 
@@ -72,7 +76,7 @@ def material() -> Material:
     labels, test_labels = rng.integers(0, 3, N), rng.integers(0, 3, M)
     centres = rng.normal(size=(3, D))
     features = unit(centres[labels] + rng.normal(size=(N, D)))
-    tested = report.Tested(
+    tested = Judged(
         images=[image(200 + number) for number in range(M)],
         labels=test_labels,
         features=unit(centres[test_labels] + 2 * rng.normal(size=(M, D))),
@@ -203,7 +207,7 @@ def test_the_outline_and_the_links_hold_together(written: tuple[Path, Drawn]) ->
     links = [str(attributes["href"]) for tag, attributes in page.tags if tag == "a"]
     assert len(links) == 5 and {link.removeprefix("#") for link in links} == targets
     alts = [str(each["alt"]) for each in page.images()]
-    assert len(set(alts)) == len(alts) == 15 and all(len(alt) > 20 for alt in alts)
+    assert len(set(alts)) == len(alts) == DRAWN and all(len(alt) > 20 for alt in alts)
     assert ("html", {"lang": "en"}) in page.tags
     assert any(attributes.get("name") == "viewport" for _, attributes in page.tags)
 
@@ -339,7 +343,14 @@ def test_voters_and_votes_are_those_of_plain_loops(written: tuple[Path, Drawn]) 
 
 def test_health_is_held_against_the_consistency(written: tuple[Path, Drawn]) -> None:
     (pairs,), _ = written[1].calls["follows"][0]
-    assert list(pairs) == ["median entropy, nats", "reciprocal neighbours", "drift of the bank", "hubness"]
+    assert list(pairs) == [
+        "median entropy, nats",
+        "reciprocal neighbours",
+        "drift of the bank",
+        "hubness",
+        "samples that are nobody's neighbour",
+        "samples of the largest hub",
+    ]
     truth = [0.9, 0.7, 0.8]
     for label, expected in {"reciprocal neighbours": [0.1, 0.2, 0.3], "hubness": [3, 1, 2]}.items():
         values, beside, rank = pairs[label]
@@ -356,8 +367,8 @@ def test_the_map_is_of_all_samples_and_their_labels(written: tuple[Path, Drawn])
 
 
 def test_of_many_samples_the_map_and_the_matrix_take_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "MAPPED", 20)
-    monkeypatch.setattr(report, "TESTS", 10)
+    monkeypatch.setattr(panels, "MAPPED", 20)
+    monkeypatch.setattr(classified, "TESTS", 10)
     drawn = Drawn(monkeypatch)
     page = Page(report.write(material(), tmp_path))
     assert "20 of 60 rows" in page.parts["Map"] and len(drawn.calls["embedding_map"][0][0][0]) == 20
@@ -367,7 +378,9 @@ def test_of_many_samples_the_map_and_the_matrix_take_some(tmp_path: Path, monkey
     assert given.tested is not None and given.labels is not None
     for tiles, sentence, _ in drawn.calls["voters"][0][0][0]:  # the number of the chosen one, not its place among them
         number = int(tiles[0].image[0, 0, 0]) - 200
-        assert sentence.startswith(f"{plots.fit(report._names(given)[given.tested.labels[number]], 1.2, 9)}, ")
+        assert sentence.startswith(
+            f"{plots.fit(plots.all_writable(given.classes)[given.tested.labels[number]], 1.2, 9)}, "
+        )
         similarity = [oracles.dot(given.tested.features[number], row) for row in given.features]
         assert int(tiles[1].image[0, 0, 0]) == int(np.argmax(similarity))
 
@@ -425,20 +438,20 @@ def test_a_diverged_run_has_a_report_too(tmp_path: Path) -> None:
     for title in ("Loss", "Map", "Confusion matrix", "Entropy and the selection"):
         assert "not" in said[title] and "finite" in said[title], title
     rows[0]["loss"], rows[1]["loss"] = 3.0, 2.0
-    assert "10 epochs whose loss was not a finite number" in report._training(replace(given, metrics=rows))["loss"].how
+    assert "10 epochs whose loss was not a finite number" in panels.training(replace(given, metrics=rows))["loss"].how
 
 
 @pytest.mark.parametrize(("samples", "value"), [(N, 0.5), (4, None)])
 def test_embeddings_that_make_no_map_get_a_sentence(samples: int, value: float | None) -> None:
     given = material()
     features = given.features[:samples] if value is None else np.full((samples, D), value, np.float32)
-    assert report._map(replace(given, features=features)).figure is None
+    assert panels.embedding_map(replace(given, features=features)).figure is None
 
 
 def test_a_discovery_without_anchors_has_no_gallery() -> None:
     none = Discovered(1, np.arange(N, dtype=float), np.empty(0, int), np.empty((0, K), int), None)
     with plots.style():
-        parts = report._discovery(replace(material(), rounds=[none]))
+        parts = panels.discovery(replace(material(), rounds=[none]))
     assert [name for name, part in parts.items() if part.figure] == ["entropy"]
 
 
@@ -447,7 +460,7 @@ def test_mistakes_come_in_order_of_entropy_where_similarities_are_not_known(monk
     assert given.labels is not None
     drawn, found = Drawn(monkeypatch), replace(given.rounds[-1], similarities=None)
     with plots.style():
-        report._galleries(given, found)
+        panels._galleries(given, found)
     worst = [int(entry[0].image[0, 0, 0]) for entry in drawn.calls["gallery"][-1][0][0]]
     pairs = zip(found.anchors.tolist(), found.neighbours.tolist(), strict=True)
     assert worst == [a for a, near in pairs if any(given.labels[b] != given.labels[a] for b in near)][:8]
@@ -503,13 +516,13 @@ def test_a_thousand_classes_and_large_photographs_stay_below_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(report, "MAPPED", 50)
+    monkeypatch.setattr(panels, "MAPPED", 50)
     rng = np.random.default_rng(0)
     classes, photographs = 1000, Photographs(1500)
     labels, features = rng.integers(0, classes, 1500), unit(rng.normal(size=(1500, D)))
     nearest = np.argsort(-(features @ features.T), axis=1)[:, 1:6]
     found = Discovered(1, rng.random(1500), np.arange(700), nearest[:700])
-    tested = report.Tested(photographs, labels[:400], unit(features[:400] + 0.2), "kNN", 200, SIGMA)  # type: ignore[arg-type]
+    tested = Judged(photographs, labels[:400], unit(features[:400] + 0.2), "kNN", 200, SIGMA)  # type: ignore[arg-type]
     given = replace(
         material(),
         rounds=[found],
@@ -562,4 +575,4 @@ def test_the_page_fits_desktops_and_phones(written: tuple[Path, Drawn], tmp_path
     assert told, shown
     inner, scrolled, pictures, loaded, right = map(float, told[1].split())
     assert inner == width and scrolled <= inner and right <= inner
-    assert pictures == loaded == 15
+    assert pictures == loaded == DRAWN

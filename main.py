@@ -46,7 +46,7 @@ from lib.neighbourhoods import Neighbourhoods
 from lib.options import Options
 from lib.protocols import Evaluator
 from lib.seeding import Stream
-from lib.session import Session, create_folder, folder_of
+from lib.session import LATEST, Session, create_folder, folder_of
 
 SIMILAR = 10
 """Training images that a query shows."""
@@ -153,6 +153,8 @@ def resolve(argv: Sequence[str]) -> Options:
         folder = options.report
         if not (folder / "config.yaml").is_file():
             raise UsageError(f"{folder}: is no session's folder; pass --report one that holds config.yaml")
+        if not (folder / "checkpoint" / LATEST).is_file():
+            raise UsageError(f"{folder}: has no checkpoint; a report can be made when the run's first epoch is done")
         return config.read_options([*argv, "--resume", str(folder)], base=folder / "config.yaml")
     if options.resume is None or options.cfgs:
         return options

@@ -61,7 +61,7 @@ class Setting:
     options: Options  # with a seed
     splits: datasets.Splits
     colours: tuple[datasets.Colour, datasets.Colour]  # means and deviations
-    transforms: tuple[augment.Transform, augment.Transform]  # for training, for testing
+    augmentations: tuple[augment.Augmentation, augment.Augmentation]  # for training, for testing
     device: torch.device
     network: torch.nn.Module
     source: Path | None  # of the checkpoint
@@ -71,11 +71,11 @@ class Setting:
         """Batches of a split: shuffled and augmented, or in order and as they are."""
         return Loader(
             split.images,
-            self.transforms[0 if train else 1],
+            self.augmentations[0 if train else 1],
             batch_size=self.options.batch_size,
             workers=self.options.workers_num,
             seed=self.options.seed if train else None,
-            pinned=self.device.type == "cuda",
+            device=self.device,
         )
 
     def evaluator(self, queries: datasets.ImageSet | None, protocol: str | None = None) -> Evaluator | None:
@@ -180,9 +180,9 @@ def prepare(options: Options) -> Setting:
         weights.load_pretrained(network, options.pretrained)
     splits = load_data(options)
     colours = options.means or data_source.means, options.stds or data_source.stds
-    transforms = augment.training_transform(options, *colours), augment.test_transform(options, *colours)
+    augmentations = augment.for_training(options, *colours), augment.for_testing(options, *colours)
     network = device.place(network, options.gpus, place)
-    return Setting(options, splits, colours, transforms, place, network, source, loaded)
+    return Setting(options, splits, colours, augmentations, place, network, source, loaded)
 
 
 def load_data(options: Options) -> datasets.Splits:
@@ -222,7 +222,7 @@ def train(setting: Setting) -> None:
     state = build_state(setting)
     if setting.source:
         batches = setting.loader(splits.train, train=False)
-        embed = partial(features.extract, setting.network, batches, setting.device, "filling the memory bank")
+        embed = partial(features.extract, setting.network, batches, "filling the memory bank")
         state.restore(setting.loaded, setting.source, embed=embed)
     session = open_session(setting, start=(state.round, state.epoch))
 
@@ -288,9 +288,7 @@ def write_report(setting: Setting, folder: Path, loaded: Checkpoint) -> None:
     evaluator = setting.evaluator(test)
     tested = None
     if evaluator and test and test.labels is not None:
-        embeddings = features.extract(
-            setting.network, setting.loader(test, train=False), setting.device, "test features"
-        )
+        embeddings = features.extract(setting.network, setting.loader(test, train=False), "test features")
         tested = Tested(
             images=test.images,
             labels=test.labels,
@@ -338,7 +336,7 @@ def memory_of(setting: Setting, loaded: Checkpoint) -> torch.Tensor:
     train = setting.splits.train
     if isinstance(memory, torch.Tensor) and memory.shape == (len(train), setting.options.low_dim):
         return memory.to(setting.device)
-    return features.extract(setting.network, setting.loader(train, train=False), setting.device, "training features")
+    return features.extract(setting.network, setting.loader(train, train=False), "training features")
 
 
 def known(setting: Setting) -> lookup.Gallery:
@@ -351,10 +349,8 @@ def show_similar(setting: Setting) -> None:
     """Prints the training images most similar to each picture of ``--query``, and draws them."""
     options = setting.options
     queries = [lookup.Query(str(path), datasets.read_picture(path)) for path in options.query]
-    images = torch.stack([setting.transforms[1](query.image) for query in queries]).to(setting.device)
-    setting.network.eval()
-    with torch.no_grad():
-        embeddings = setting.network(images)
+    pictures = setting.loader(datasets.ImageSet([query.image for query in queries]), train=False)
+    embeddings = features.extract(setting.network, pictures, "pictures")
     logger().info(
         "similar: by cosine with the memory bank, or where there is none with the training images' embeddings"
     )
@@ -383,7 +379,7 @@ def export_results(setting: Setting, loaded: Checkpoint, folder: Path | None) ->
             if split
         ]
         classes = splits.train.classes
-        export.save_features(options.export_features, setting.network, parts, classes=classes, device=setting.device)
+        export.save_features(options.export_features, setting.network, parts, classes=classes)
     if options.export_model:
         means, stds = setting.colours
         export.save_model(options.export_model, setting.network, options, means=means, stds=stds)

@@ -196,7 +196,6 @@ def train_epoch(state: TrainingState, plan: Plan, batches: Loader) -> float:
     where = f"round {state.round}/{plan.rounds - 1} epoch {state.epoch + 1}/{plan.epochs}"
     bar = progress(batches.epoch(state.round, state.epoch), where, "batch", steps)
     for number, (images, index) in enumerate(bar):
-        images, index = images.to(device, non_blocking=True), index.to(device, non_blocking=True)
         embeddings = state.network(images)  # (B, D)
         logits = state.bank.logits(embeddings)  # (B, N)
         loss = neighbourhood_loss(logits, state.neighbourhoods.of(index))

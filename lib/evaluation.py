@@ -104,9 +104,9 @@ def evaluate(subject: Subject, options: Options) -> list[Row]:
 def _features(subject: Subject, batches: Loader, layers: Sequence[str], what: str) -> dict[str, torch.Tensor]:
     """Stages by name, and ``embedding``, which is the stage ``fc``."""
     if not layers:
-        return {"embedding": features.extract(subject.network, batches, subject.device, what)}
+        return {"embedding": features.extract(subject.network, batches, what)}
     wanted = list(dict.fromkeys([*layers, "fc"]))
-    found = linear_probe.extract_stages(subject.network, batches, wanted, subject.device, what)
+    found = linear_probe.extract_stages(subject.network, batches, wanted, what)
     return {**found, "embedding": found["fc"].to(subject.device).float()}
 
 

@@ -77,9 +77,7 @@ def _check_packages(path: Path) -> None:
             ) from None
 
 
-def save_features(
-    path: Path, network: torch.nn.Module, parts: Sequence[Part], *, classes: Sequence[str], device: torch.device
-) -> None:
+def save_features(path: Path, network: torch.nn.Module, parts: Sequence[Part], *, classes: Sequence[str]) -> None:
     """Writes the embeddings of splits as ``.npz``, which ``np.load(path, allow_pickle=False)`` reads.
 
     For each part: ``<name>_embeddings`` float32 (N, D), ``<name>_indices`` int64 (N,), the rows of the memory
@@ -91,14 +89,13 @@ def save_features(
         network: images to embeddings; its mode is left as it was.
         parts: the splits.
         classes: names of the classes, may be empty.
-        device: where the network is.
 
     Raises:
         UsageError: the file exists or cannot be written.
     """
     arrays: dict[str, Any] = {}
     for part in parts:
-        embeddings = extract(network, part.batches, device, f"{part.name} embeddings").float().cpu().numpy()
+        embeddings = extract(network, part.batches, f"{part.name} embeddings").float().cpu().numpy()
         arrays[f"{part.name}_embeddings"] = embeddings
         arrays[f"{part.name}_indices"] = np.arange(len(embeddings), dtype=np.int64)
         if part.labels is not None:

@@ -22,26 +22,25 @@ class Batches(Protocol):
 
 
 @torch.no_grad()
-def extract(network: torch.nn.Module, batches: Batches, device: torch.device, what: str) -> torch.Tensor:
+def extract(network: torch.nn.Module, batches: Batches, what: str) -> torch.Tensor:
     """The network's outputs for every sample, in sample order; batch normalisation in inference mode.
 
     Args:
         network: images to embeddings; its mode is left as it was.
-        batches: the split, in any order.
-        device: where the network is.
+        batches: the split, in any order, on the device of the network.
         what: what the progress bar says.
 
     Returns:
-        (N, D) on ``device``.
+        (N, D) on the device of the batches.
     """
     was_training = network.training
     network.eval()
     parts, order = [], []
     for images, index in progress(batches.epoch(), what, "batch", total=len(batches)):
-        parts.append(network(images.to(device, non_blocking=True)))
+        parts.append(network(images))
         order.append(index)
     network.train(was_training)
     features = torch.cat(parts)
     result = torch.empty_like(features)
-    result[torch.cat(order).to(device)] = features
+    result[torch.cat(order)] = features
     return result

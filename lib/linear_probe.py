@@ -57,7 +57,7 @@ def pool(maps: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def extract_stages(
-    network: torch.nn.Module, batches: Batches, layers: Sequence[str], device: torch.device, what: str
+    network: torch.nn.Module, batches: Batches, layers: Sequence[str], what: str
 ) -> dict[str, torch.Tensor]:
     """The pooled features of several stages from one pass over a split, in sample order.
 
@@ -65,7 +65,6 @@ def extract_stages(
         network: has ``stages``; its mode is left as it was.
         batches: the split, in any order.
         layers: names of stages.
-        device: where the network is.
         what: what the progress bar says.
 
     Returns:
@@ -80,14 +79,14 @@ def extract_stages(
     found: dict[str, torch.Tensor] = {}
     try:
         for images, index in progress(batches.epoch(), what, "batch", total=len(batches)):
-            stages = stages_of(images.to(device, non_blocking=True))
+            stages = stages_of(images)
             if missing := [layer for layer in layers if layer not in stages]:
                 raise UsageError(f"--linear-layers: no stage {missing[0]}; there are {', '.join(stages)}")
             for layer in layers:
                 features = pool(stages[layer]).float().cpu()
                 if layer not in found:
                     found[layer] = _storage(batches.samples, features.shape[1], layer)
-                found[layer][index] = features.to(found[layer].dtype)
+                found[layer][index.cpu()] = features.to(found[layer].dtype)
     finally:
         network.train(was_training)
     return found

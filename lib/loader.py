@@ -1,6 +1,9 @@
-"""Batches of a split: in random order with random transforms, or in order with fixed ones. Layer 2.
+"""Batches of a split, on the device: shuffled and augmented, or in order and as they are. Layer 3.
 
-Letters: B batch, N samples.
+Images of one size that lie in memory go straight from their index to the batch, without workers. Others are
+decoded and cropped by worker processes; the rest of the augmentation happens on the device.
+
+Letters: B batch, N samples, H, W of an image, h, w that the network sees.
 """
 
 from __future__ import annotations
@@ -9,72 +12,83 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lib.augment import DRAWS, Augmentation
 from lib.seeding import Stream, seed_for
 
-Transform = Callable[[np.ndarray], torch.Tensor]
 Batch = tuple[torch.Tensor, torch.Tensor]
-"""Images (B, 3, h, w) and their sample indices (B,)."""
+"""Images (B, 3, h, w), normalised and channels-last, and their sample indices (B,)."""
+Plan = tuple[np.ndarray, np.ndarray]
+"""Sample indices (B,) of a batch, and the uniform numbers (B, ``DRAWS``) that its augmentation is made of."""
 
 
-class _Transformed(Dataset[Batch]):
-    """Whole batches of transformed images, each image under its own seed.
+class _Plans(Sampler[Plan]):
+    """The plans of an epoch's batches; workers that live on are given those of the next epoch by the same object."""
 
-    The seed travels with the index, so a sample's augmentation does not depend on which worker, or how
-    many, prepared it, and PyTorch's generator is left as it was.
-    """
+    def __init__(self) -> None:
+        self.of_epoch: Callable[[], Iterator[Plan]] = lambda: iter(())
 
-    def __init__(self, images: Sequence[np.ndarray], transform: Transform) -> None:
+    def __iter__(self) -> Iterator[Plan]:
+        return self.of_epoch()
+
+
+class _Cropped(Dataset[torch.Tensor]):
+    """Whole batches of decoded and cropped images."""
+
+    def __init__(self, images: Sequence[np.ndarray], augmentation: Augmentation) -> None:
         self.images = images
-        self.transform = transform
+        self.augmentation = augmentation
 
-    def __getitem__(self, batch: np.ndarray) -> Batch:
-        """``batch``: (B, 2), a row of (sample, seed) each."""
-        with torch.random.fork_rng(devices=[]):
-            images = torch.stack([self._one(sample, seed) for sample, seed in batch.tolist()])
-        return images, torch.from_numpy(batch[:, 0].copy())
-
-    def _one(self, sample: int, seed: int) -> torch.Tensor:
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would queue a seed for every GPU, too
-        return self.transform(self.images[sample])
+    def __getitem__(self, plan: Plan) -> torch.Tensor:
+        """uint8 (B, h, w, 3)."""
+        pairs = zip(plan[0].tolist(), plan[1], strict=True)
+        return torch.from_numpy(np.stack([self.augmentation.cut(self.images[i], draws) for i, draws in pairs]))
 
 
 class Loader:
-    """Batches of a split, prepared by worker processes that live as long as the loader.
+    """Batches of a split, each ready before it is asked for.
+
+    An image's augmentation is a function of the seed, the round, the epoch and its place in the epoch alone: the
+    same whatever the number of workers.
 
     Args:
-        images: N arrays (H, W, 3) of uint8.
-        transform: of one image.
+        images: N arrays (H, W, 3) of uint8; one array (N, H, W, 3) is moved to the device and needs no workers.
+        augmentation: of the images.
         batch_size: B.
-        workers: processes; 0 prepares batches in this one.
-        seed: shuffles, and seeds the transforms; None: in order, for fixed transforms.
-        pinned: page-locked batches, for a GPU.
+        workers: processes that decode and crop; 0: this one does.
+        seed: shuffles and augments; None: in order.
+        device: where the batches are wanted.
     """
 
     def __init__(
         self,
-        images: Sequence[np.ndarray],
-        transform: Transform,
+        images: Sequence[np.ndarray] | np.ndarray,
+        augmentation: Augmentation,
         *,
         batch_size: int,
         workers: int,
         seed: int | None,
-        pinned: bool = False,
+        device: torch.device,
     ) -> None:
         self.samples = len(images)
         self.batch_size = batch_size
         self.seed = seed
-        self._order: list[np.ndarray] = []
-        self._batches = DataLoader(
-            _Transformed(images, transform),
-            batch_size=None,
-            sampler=self._order,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=pinned,
-            generator=torch.Generator(),  # its own: it draws a seed for its workers, which nothing here uses
-        )
+        self.device = device
+        self.augmentation = augmentation
+        self._plans = _Plans()
+        if isinstance(images, np.ndarray):
+            self._images: torch.Tensor | DataLoader[torch.Tensor] = torch.from_numpy(images).to(device)
+        else:
+            self._images = DataLoader(
+                _Cropped(images, augmentation),
+                batch_size=None,
+                sampler=self._plans,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                pin_memory=device.type == "cuda",
+                generator=torch.Generator(),  # its own: it draws a seed for its workers, which nothing here uses
+            )
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -82,14 +96,30 @@ class Loader:
 
     def epoch(self, round: int = 0, epoch: int = 0) -> Iterator[Batch]:
         """Every sample once; the same seed, round and epoch give the same batches."""
-        if self.seed is None:
-            plan = torch.stack([torch.arange(self.samples), torch.zeros(self.samples, dtype=torch.long)], dim=1)
-        else:
-            draw = torch.Generator().manual_seed(seed_for(self.seed, Stream.BATCHES, round, epoch))
-            seeds = torch.randint(2**63 - 1, (self.samples,), generator=draw)
-            plan = torch.stack([torch.randperm(self.samples, generator=draw), seeds], dim=1)  # (N, 2)
-        self._order[:] = [plan[start:stop].numpy() for start, stop in self._bounds()]
-        return iter(self._batches)
+        batches = self._batches(round, epoch)
+        return _ahead(batches, self.device) if self.device.type == "cuda" else batches
+
+    def _batches(self, round: int, epoch: int) -> Iterator[Batch]:
+        self._plans.of_epoch = lambda: self._plan(round, epoch)
+        cropped = iter(()) if isinstance(self._images, torch.Tensor) else iter(self._images)
+        for samples, draws in self._plan(round, epoch):
+            index = torch.from_numpy(samples).to(self.device, non_blocking=True)
+            if isinstance(self._images, torch.Tensor):
+                yield self.augmentation(self._images[index], draws), index
+            else:
+                yield self.augmentation.finish(next(cropped).to(self.device, non_blocking=True), draws), index
+
+    def _plan(self, round: int, epoch: int) -> Iterator[Plan]:
+        """What each batch of an epoch is made of."""
+        order = np.arange(self.samples)
+        if self.seed is not None:
+            order = np.random.default_rng(seed_for(self.seed, Stream.ORDER, round, epoch)).permutation(self.samples)
+        for number, (start, stop) in enumerate(self._bounds()):
+            draws = np.zeros((stop - start, DRAWS))
+            if self.seed is not None:
+                seed = seed_for(self.seed, Stream.AUGMENTATION, round, epoch, number)
+                np.random.default_rng(seed).random(out=draws)
+            yield order[start:stop], draws
 
     def _bounds(self) -> list[tuple[int, int]]:
         """First and last of each batch. A single image left over joins the batch before it: batch
@@ -98,3 +128,21 @@ class Loader:
         if len(starts) > 1 and self.samples - starts[-1] == 1:
             starts.pop()
         return list(zip(starts, [*starts[1:], self.samples], strict=True))
+
+
+def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Prepares each batch on a stream of its own, while the GPU still works on the one before."""
+    side = torch.cuda.Stream(device)
+
+    def prepare() -> Batch | None:
+        with torch.cuda.stream(side):
+            return next(batches, None)
+
+    batch = prepare()
+    while batch is not None:
+        now = torch.cuda.current_stream(device)
+        now.wait_stream(side)
+        for tensor in batch:
+            tensor.record_stream(now)
+        yield batch
+        batch = prepare()

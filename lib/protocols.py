@@ -81,7 +81,7 @@ class Evaluator:
             network: images to embeddings; run in inference mode.
             train_features: (N, D) memory bank, or features recomputed with the test transform.
         """
-        return self.classify(features.extract(network, self._test, self.device, "test features"), train_features)
+        return self.classify(features.extract(network, self._test, "test features"), train_features)
 
     def classify(self, queries: torch.Tensor, train_features: torch.Tensor) -> Accuracy:
         """Accuracy of the test images by their features (M, D), against the training samples' (N, D)."""

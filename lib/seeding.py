@@ -17,8 +17,9 @@ class Stream(IntEnum):
 
     WEIGHTS = 0  # the network's first ones
     MEMORY = 1  # the bank's noise
-    BATCHES = 2  # an epoch's order and augmentation
+    ORDER = 2  # an epoch's
     STEPS = 3  # dropout in an epoch's steps
+    AUGMENTATION = 4  # a batch's
 
 
 def seed_for(seed: int, *where: int) -> int:

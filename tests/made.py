@@ -22,11 +22,18 @@ import scipy.io
 import torchvision.datasets as published
 from PIL import Image
 
+from lib.augment import Augmentation, Colour
+
 Box = tuple[float, float, float, float]
 DEVKIT = "ILSVRC2012_devkit_t12"
 WNIDS = ("n02119789", "n02100735", "n02110185", "n02096294", "n02102040")  # classes 1 to 5 of ILSVRC2012, unsorted
 SPECIES = ("001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross", "004.Groove_billed_Ani")
 BREEDS = ("n02085620-Chihuahua", "n02085782-Japanese_spaniel", "n02085936-Maltese_dog", "n02116738-African_hunting_dog")
+
+
+def untouched(*size: int, means: Colour = (0, 0, 0), stds: Colour = (1, 1, 1)) -> Augmentation:
+    """Images of a size (h, w) as they are, from 0 to 1."""
+    return Augmentation(resize=(size[0], size[1]), size=(size[0], size[1]), means=means, stds=stds, centred=True)
 
 
 def picture(number: int, size: tuple[int, int] | None = None) -> np.ndarray:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import colorsys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare, ks_2samp
+from torchvision.transforms import ColorJitter, RandomResizedCrop
+from torchvision.transforms import functional as F
 
-from lib.augment import test_transform as fixed_transform
-from lib.augment import training_transform
+from lib.augment import DRAWS, Augmentation, for_testing, for_training, jitter_of
 from lib.options import Options
 
 PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -36,14 +39,32 @@ def pixels(output: torch.Tensor) -> np.ndarray:
     return (output.permute(1, 2, 0).double().numpy() * 255).round().astype(int)
 
 
+def made_of(augmentation: Augmentation, image: np.ndarray, draws: np.ndarray, by_worker: bool) -> torch.Tensor:
+    """What becomes of an image (H, W, 3) with each of the draws (n, ``DRAWS``): (n, 3, h, w)."""
+    if by_worker:
+        return augmentation.finish(torch.from_numpy(np.stack([augmentation.cut(image, d) for d in draws])), draws)
+    return augmentation(torch.from_numpy(image).expand(len(draws), *image.shape), draws)
+
+
 def trained(image: np.ndarray, times: int = 30, **options: Any) -> list[np.ndarray]:
-    """The pixels that a training transform makes of an image, for ``times`` seeds."""
-    transform = training_transform(options_of(**options), *PLAIN)
-    outputs = []
-    for seed in range(times):
-        torch.manual_seed(seed)
-        outputs.append(pixels(transform(image)))
-    return outputs
+    """The pixels that the training's augmentation makes of an image, ``times`` times; half of them by a worker."""
+    augmentation = for_training(options_of(**options), *PLAIN)
+    draws = np.random.default_rng(5).random((times, DRAWS))
+    halves = ((draws[: -(-times // 2)], False), (draws[-(-times // 2) :], True))
+    return [
+        pixels(output)
+        for part, by_worker in halves
+        if len(part)
+        for output in made_of(augmentation, image, part, by_worker)
+    ]
+
+
+def for_the_test(image: np.ndarray, colours: Any = PLAIN, **options: Any) -> torch.Tensor:
+    """What testing makes of an image, alike in a batch and by a worker."""
+    augmentation = for_testing(options_of(**options), *colours)
+    batch, worker = (made_of(augmentation, image, np.zeros((1, DRAWS)), by_worker)[0] for by_worker in (False, True))
+    torch.testing.assert_close(batch, worker, atol=0.51 / 255 / min(colours[1]), rtol=0)
+    return batch
 
 
 def different(outputs: list[np.ndarray]) -> int:
@@ -107,10 +128,11 @@ def test_scales_are_drawn_from_all_of_the_range() -> None:
 @pytest.mark.parametrize("scale", [None, (0.5, 1.0)])
 def test_a_size_is_a_square_or_height_and_width(size: Any, shape: tuple[int, int], scale: Any) -> None:
     options = options_of(size=size, scale=scale)
-    for transform in (training_transform(options, *PLAIN), fixed_transform(options, *PLAIN)):
-        output = transform(coordinates(20, 24))
-        assert output.shape == (3, *shape)
-        assert output.dtype == torch.float32
+    for augmentation in (for_training(options, *PLAIN), for_testing(options, *PLAIN)):
+        for by_worker in (False, True):
+            output = made_of(augmentation, coordinates(20, 24), np.full((2, DRAWS), 0.3), by_worker)
+            assert output.shape == (2, 3, *shape)
+            assert output.dtype == torch.float32
 
 
 # Colours.
@@ -175,7 +197,8 @@ def test_greyscale_for_certain_gives_equal_channels_of_the_lightness() -> None:
 
 def test_grey_images_are_normalised_channel_by_channel() -> None:
     means, stds = (0.4, 0.5, 0.6), (0.1, 0.2, 0.25)
-    output = training_transform(options_of(random_grayscale=1), means, stds)(coordinates(16, 16)).double()
+    augmentation = for_training(options_of(random_grayscale=1), means, stds)
+    output = made_of(augmentation, coordinates(16, 16), np.zeros((1, DRAWS)), False)[0].double()
     grey = output * torch.tensor(stds)[:, None, None] + torch.tensor(means)[:, None, None]
     torch.testing.assert_close(grey[0], grey[1], atol=1e-6, rtol=0)
     torch.testing.assert_close(grey[0], grey[2], atol=1e-6, rtol=0)
@@ -205,38 +228,105 @@ def test_the_papers_options_work_together() -> None:
     assert {output.shape for output in outputs} == {(32, 32, 3)}
 
 
+# Against torchvision.
+
+STRONG = {"scale": (0.2, 1.0), "ratio": (0.5, 2.0), "colorjitter": (0.8, 0.8, 0.8, 0.4), "random_grayscale": 0.3}
+
+
+def by_torchvision(augmentation: Augmentation, image: np.ndarray, draws: np.ndarray) -> torch.Tensor:
+    """The same by torchvision's functions on a float tensor: the parameters are ours, what they do is theirs."""
+    out = torch.from_numpy(image).permute(2, 0, 1).float() / 255
+    assert augmentation.jitter
+    box = augmentation.boxes(*image.shape[:2], draws[None])[0].tolist()
+    out = F.resized_crop(out, *box, size=list(augmentation.size), antialias=True)
+    values, order = jitter_of(augmentation.jitter, draws[None])
+    steps = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+    for kind in order[0].tolist():
+        out = steps[kind](out, values[0, kind].item())
+    if draws[30] < augmentation.grey:
+        out = F.rgb_to_grayscale(out, 3)
+    if augmentation.flip and draws[31] < 0.5:
+        out = F.hflip(out)
+    return F.normalize(out, augmentation.means, augmentation.stds)
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (20, 45, (24, 18)), (64, 50, 16), (8, 8, 8)])
+@pytest.mark.parametrize("smooth", [True, False])
+def test_the_same_parameters_give_torchvisions_images(height: int, width: int, size: Any, smooth: bool) -> None:
+    """Far within 2/255: both compute in float32, in another order."""
+    rng = np.random.default_rng(height)
+    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    if smooth:
+        image = coordinates(height, width)
+    means, stds = (0.4, 0.5, 0.6), (0.5, 0.25, 1.0)
+    options = options_of(resize=64, size=size, random_horizontal_flip=True, **STRONG)
+    augmentation, draws = for_training(options, means, stds), rng.random((200, DRAWS))
+    for ours, numbers in zip(made_of(augmentation, image, draws, False), draws, strict=True):
+        torch.testing.assert_close(ours, by_torchvision(augmentation, image, numbers), atol=1e-4, rtol=0)
+    uncoloured = replace(augmentation, jitter=None)  # which would enlarge what a worker rounds
+    batch, worker = (made_of(uncoloured, image, draws, by_worker) for by_worker in (False, True))
+    rounded_twice = 1.01 / 255 / torch.tensor(stds)[:, None, None]  # Pillow resizes to 8 bits across, then down
+    assert ((batch - worker).abs() <= rounded_twice).all()
+
+
+def alike(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    """Two samples of one distribution, as far as they tell (a false alarm in ten thousand)."""
+    return bool(ks_2samp(ours, theirs, method="asymp").pvalue > 1e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 25), (30, 48), (10, 60), (60, 10)])
+def test_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
+    augmentation = for_training(options_of(scale=(0.2, 1.0)), *PLAIN)
+    ours = augmentation.boxes(height, width, np.random.default_rng(0).random((10_000, DRAWS)))
+    torch.manual_seed(0)
+    image = torch.zeros(3, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(10_000)])
+    for column in range(4):
+        assert alike(ours[:, column], theirs[:, column])
+    assert alike(ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3])
+    assert alike(ours[:, 3] / ours[:, 2], theirs[:, 3] / theirs[:, 2])
+    fallback = RandomResizedCrop.get_params(image, [50.0, 50.0], [3 / 4, 4 / 3])  # an area that never fits
+    assert augmentation._fallback(height, width) == fallback
+    shares = [(boxes == np.array(fallback)).all(axis=1).mean() for boxes in (ours, theirs)]
+    assert abs(shares[0] - shares[1]) < 0.03
+
+
+def test_jitter_is_distributed_as_torchvisions() -> None:
+    ours, order = jitter_of((0.4, 0.3, 1.5, 0.1), np.random.default_rng(1).random((10_000, DRAWS)))
+    torch.manual_seed(1)
+    ranges = ([0.6, 1.4], [0.7, 1.3], [0.0, 2.5], [-0.1, 0.1])
+    drawn = [ColorJitter.get_params(*ranges) for _ in range(10_000)]  # type: ignore[arg-type]
+    for kind in range(4):
+        assert alike(ours[:, kind], np.array([factors[kind + 1] for factors in drawn]))
+    counts = np.unique(order, axis=0, return_counts=True)[1]
+    assert len(counts) == 24 and chisquare(counts).pvalue > 1e-4
+
+
 # Values.
 
 
-@pytest.mark.parametrize("make", [training_transform, fixed_transform])
-def test_values_are_normalised_by_the_means_and_deviations(make: Any) -> None:
+@pytest.mark.parametrize("make", [for_training, for_testing])
+@pytest.mark.parametrize("by_worker", [False, True])
+def test_values_are_normalised_by_the_means_and_deviations(make: Any, by_worker: bool) -> None:
     means, stds = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-    output = make(options_of(), means, stds)(flat(255, 0, 102))
+    output = made_of(make(options_of(), means, stds), flat(255, 0, 102), np.zeros((1, DRAWS)), by_worker)[0]
     assert output.shape == (3, 16, 16)
     for channel, value in enumerate((1.0, 0.0, 0.4)):
         expected = (value - means[channel]) / stds[channel]
         np.testing.assert_allclose(output[channel].numpy(), expected, rtol=1e-5)
 
 
-def test_the_same_seed_draws_the_same_training_image() -> None:
-    options = {"scale": (0.2, 1.0), "colorjitter": (0.4, 0.4, 0.4, 0.4), "random_horizontal_flip": True}
-    first, second = (trained(coordinates(32, 32), 5, **options) for _ in range(2))
-    np.testing.assert_array_equal(first, second)
-
-
 # The test transform.
 
 
-def test_the_test_transform_is_always_the_same_and_draws_nothing() -> None:
+def test_testing_is_the_crop_in_the_middle_whatever_is_drawn() -> None:
     options = options_of(
         size=8, scale=(0.2, 0.5), colorjitter=(0.4, 0.4, 0.4, 0.4), random_grayscale=1, random_horizontal_flip=True
     )
-    transform = fixed_transform(options, *PLAIN)
-    before = torch.get_rng_state()
-    first = transform(coordinates(16, 16))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(transform(coordinates(16, 16)), first)
-    assert window(pixels(first)) == (4, 4)
+    for draws in (np.zeros((3, DRAWS)), np.full((3, DRAWS), 0.999)):
+        for by_worker in (False, True):
+            for output in made_of(for_testing(options, *PLAIN), coordinates(16, 16), draws, by_worker):
+                assert window(pixels(output)) == (4, 4)
 
 
 def striped() -> np.ndarray:
@@ -247,12 +337,12 @@ def striped() -> np.ndarray:
 
 
 def test_one_number_resizes_the_shorter_edge_and_keeps_the_shape() -> None:
-    output = pixels(fixed_transform(options_of(resize=8, size=8), *PLAIN)(striped()))
+    output = pixels(for_the_test(striped(), resize=8, size=8))
     assert output[:, 1:7].max() == 0  # the black half, and no more than a blur of the white
 
 
 def test_two_numbers_resize_to_height_and_width() -> None:
-    output = pixels(fixed_transform(options_of(resize=(8, 8), size=8), *PLAIN)(striped()))
+    output = pixels(for_the_test(striped(), resize=(8, 8), size=8))
     assert output[:, 0].min() == 255
     assert output[:, 7].min() == 255
     assert output[:, 3:5].max() == 0
@@ -260,7 +350,7 @@ def test_two_numbers_resize_to_height_and_width() -> None:
 
 def test_the_training_image_is_resized_as_the_test_image_is() -> None:
     output = trained(striped(), 1, resize=(8, 8), size=8)[0]
-    np.testing.assert_array_equal(output, pixels(fixed_transform(options_of(resize=(8, 8), size=8), *PLAIN)(striped())))
+    np.testing.assert_array_equal(output, pixels(for_the_test(striped(), resize=(8, 8), size=8)))
 
 
 def test_the_image_itself_stays_as_it_was() -> None:

@@ -94,7 +94,7 @@ def parts() -> list[Part]:
 
 
 def saved(path: Path, network: torch.nn.Module, given: list[Part], classes: tuple[str, ...] = ()) -> dict[str, Any]:
-    export.save_features(path, network, given, classes=classes, device=CPU)
+    export.save_features(path, network, given, classes=classes)
     with np.load(path, allow_pickle=False) as content:
         return dict(content)
 
@@ -302,7 +302,7 @@ def test_nothing_is_overwritten(
         export.check(asked(**{what: tmp_path / name}))
     with refused:  # it came while the network was trained
         if what == "features":
-            export.save_features(tmp_path / name, resnet, parts(), classes=(), device=CPU)
+            export.save_features(tmp_path / name, resnet, parts(), classes=())
         elif name.endswith(".onnx"):
             pytest.importorskip("onnxscript")
             small = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
@@ -369,9 +369,7 @@ def test_embeddings_that_cannot_be_finished_leave_nothing(
     tmp_path: Path, resnet: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     with pytest.raises(error):
-        export.save_features(
-            tmp_path / "a.npz", resnet, [Part("train", Shuffled(7, 1, error), None, None)], classes=(), device=CPU
-        )
+        export.save_features(tmp_path / "a.npz", resnet, [Part("train", Shuffled(7, 1, error), None, None)], classes=())
 
     def half(file: Any, **arrays: Any) -> None:
         file.write(b"half")
@@ -379,7 +377,7 @@ def test_embeddings_that_cannot_be_finished_leave_nothing(
 
     monkeypatch.setattr(np, "savez", half)
     with pytest.raises(UsageError if error is Full else error, match="No space left" if error is Full else None):
-        export.save_features(tmp_path / "b.npz", resnet, parts(), classes=(), device=CPU)
+        export.save_features(tmp_path / "b.npz", resnet, parts(), classes=())
     assert not list(tmp_path.iterdir())
 
 

@@ -51,7 +51,7 @@ def one_by_one(net: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("training", [True, False])
 def test_features_are_the_networks_outputs_in_sample_order(training: bool) -> None:
     net, batches = network().train(training), Shuffled()
-    features = extract(net, batches, CPU, "features")
+    features = extract(net, batches, "features")
     assert features.shape == (SAMPLES, 5)
     torch.testing.assert_close(features, one_by_one(net, batches.images), rtol=1e-5, atol=1e-6)
 
@@ -60,13 +60,13 @@ def test_features_are_the_networks_outputs_in_sample_order(training: bool) -> No
 def test_the_networks_mode_and_statistics_stay_as_they_were(training: bool) -> None:
     net = network().train(training)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    extract(net, Shuffled(), CPU, "features")
+    extract(net, Shuffled(), "features")
     assert [module.training for module in net.modules()] == [training] * 5
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_features_carry_no_gradient() -> None:
     net = network()
-    assert not extract(net, Shuffled(), CPU, "features").requires_grad
+    assert not extract(net, Shuffled(), "features").requires_grad
     assert all(parameter.grad is None for parameter in net.parameters())
     assert torch.is_grad_enabled()

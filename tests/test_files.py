@@ -18,6 +18,7 @@ from datasets import DataError, ImageSet, files
 from datasets.files import Classes, Reader, class_folders, joined, listed, open_root, renumber
 from datasets.images import ImageFiles, Request, read_rgb
 from datasets.inventory import Inventory, Names
+from lib.augment import Augmentation
 from lib.loader import Loader
 
 
@@ -183,8 +184,14 @@ def test_test_classes_take_the_numbers_of_the_training_classes() -> None:
     assert "d, e" in refusal(renumber, Classes(("e", "a", "d"), np.array([0])), ("a",), Path("root"))
 
 
-def first_pixel(image: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(image[0, 0].copy())
+class FirstPixel(Augmentation):
+    """In place of the crop."""
+
+    def cut(self, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        return image[:1, :1]
+
+    def finish(self, images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+        return images[:, 0, 0]
 
 
 @pytest.mark.parametrize("boxes", [None, np.array([[i, 2, i + 4, 9] for i in range(7)])])
@@ -193,9 +200,10 @@ def test_worker_processes_read_the_files(boxes: np.ndarray | None, root: Path, m
     large = reader(root).read("training", put(root, 7), boxes=boxes)
     assert isinstance(large.images, ImageFiles) and isinstance(large.names, Names)
     copy: ImageSet = pickle.loads(pickle.dumps(large))
+    pixel = FirstPixel((1, 1), (1, 1), (0, 0, 0), (1, 1, 1))
     for images in (large.images, copy.images):
-        loader = Loader(images, first_pixel, batch_size=3, workers=2, seed=0)
-        seen = {int(i): pixel.tolist() for batch, indices in loader.epoch() for i, pixel in zip(indices, batch)}  # noqa: B905
+        loader = Loader(images, pixel, batch_size=3, workers=2, seed=0, device=torch.device("cpu"))
+        seen = {int(i): rgb.tolist() for batch, indices in loader.epoch() for i, rgb in zip(indices, batch)}  # noqa: B905
         corner = [made.picture(i)[(0, 0) if boxes is None else (2, i)].tolist() for i in range(7)]
         assert seen == dict(enumerate(corner))
 

@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import datasets
+import made
 import models
 from lib import linear_probe
 from lib.console import UsageError
@@ -22,12 +23,9 @@ CPU = torch.device("cpu")
 LAYERS = ["conv1", "conv3", "conv5", "fc"]
 
 
-def to_tensor(image: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(image).permute(2, 0, 1).float() / 255
-
-
 def loader_of(images: Any, batch_size: int = 100) -> Loader:
-    return Loader(images, to_tensor, batch_size=batch_size, workers=0, seed=None)
+    augmentation = made.untouched(*np.shape(images[0])[:2])
+    return Loader(images, augmentation, batch_size=batch_size, workers=0, seed=None, device=CPU)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +42,7 @@ def stages(digits: datasets.Splits) -> list[dict[str, torch.Tensor]]:
     found = []
     for split in (digits.train, digits.test):
         rows = torch.from_numpy(np.asarray(split.images)[..., 0].reshape(len(split), -1)).float()
-        found.append({**extract_stages(network, loader_of(split.images), LAYERS, CPU, "x"), "pixels": rows})
+        found.append({**extract_stages(network, loader_of(split.images), LAYERS, "x"), "pixels": rows})
     return found
 
 
@@ -146,7 +144,7 @@ def test_several_stages_come_from_one_pass_in_the_order_of_the_samples(
     if not in_memory:
         monkeypatch.setattr(linear_probe, "IN_MEMORY", 25 * 40 * 4)
     network = Counting().train()
-    found = extract_stages(torch.nn.DataParallel(network), loader_of(IMAGES, 8), ["conv1", "fc"], CPU, "x")
+    found = extract_stages(torch.nn.DataParallel(network), loader_of(IMAGES, 8), ["conv1", "fc"], "x")
     assert network.passes == 4 - 1 * (25 % 8 == 1) and network.training
     pixels = torch.from_numpy(IMAGES).permute(0, 3, 1, 2).float() / 255
     assert found["conv1"].dtype == (torch.float32 if in_memory else torch.float16)
@@ -157,7 +155,7 @@ def test_several_stages_come_from_one_pass_in_the_order_of_the_samples(
 def test_a_stage_that_is_not_there_is_refused_with_those_that_are() -> None:
     network = Counting().train()
     with pytest.raises(UsageError, match=r"conv9.*conv1, fc"):
-        extract_stages(network, loader_of(IMAGES), ["fc", "conv9"], CPU, "x")
+        extract_stages(network, loader_of(IMAGES), ["fc", "conv9"], "x")
     assert network.training
 
 

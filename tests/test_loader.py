@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import made
+from lib.augment import Augmentation
 from lib.loader import Loader
 
+CPU = torch.device("cpu")
 many = settings(max_examples=50, deadline=None)
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
@@ -21,19 +25,17 @@ Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
 def images(samples: int) -> list[np.ndarray]:
     """One pixel each, which says which sample it is."""
-    return [np.array([[[i // 256, i % 256, 7]]], dtype=np.uint8) for i in range(samples)]
+    return [np.array([[[i // 128, i % 128, 7]]], dtype=np.uint8) for i in range(samples)]
 
 
-def plain(image: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(image).permute(2, 0, 1).float()
+PLAIN = made.untouched(1, 1, stds=(1 / 255,) * 3)
+NOISY = replace(PLAIN, jitter=(0.9, 0, 0, 0))
+"""Another brightness each time, which the third channel tells."""
 
 
-def noisy(image: np.ndarray) -> torch.Tensor:
-    return plain(image) + torch.rand(3, 1, 1)
-
-
-def loader_of(samples: int, transform: Callable[[np.ndarray], torch.Tensor] = noisy, **options: Any) -> Loader:
-    return Loader(images(samples), transform, **{"batch_size": 4, "workers": 0, "seed": 3, **options})
+def loader_of(samples: int, augmentation: Augmentation = NOISY, *, in_memory: bool = False, **options: Any) -> Loader:
+    given = np.stack(images(samples)) if in_memory else images(samples)
+    return Loader(given, augmentation, **{"batch_size": 4, "workers": 0, "seed": 3, "device": CPU, **options})
 
 
 def same(first: Batches, second: Batches) -> bool:
@@ -53,16 +55,18 @@ def generator_untouched() -> Iterator[None]:
 
 
 @many
-@given(st.integers(1, 70), st.integers(1, 20), st.sampled_from([None, 0, 5]), st.integers(0, 3))
-def test_an_epoch_has_every_sample_once(samples: int, batch_size: int, seed: int | None, epoch: int) -> None:
-    loader = loader_of(samples, plain, batch_size=batch_size, seed=seed)
+@given(st.integers(1, 70), st.integers(1, 20), st.sampled_from([None, 0, 5]), st.integers(0, 3), st.booleans())
+def test_an_epoch_has_every_sample_once(
+    samples: int, batch_size: int, seed: int | None, epoch: int, in_memory: bool
+) -> None:
+    loader = loader_of(samples, PLAIN, batch_size=batch_size, seed=seed, in_memory=in_memory)
     batches = list(loader.epoch(1, epoch))
     assert sorted(order(batches)) == list(range(samples))
     assert len(batches) == len(loader)
     for pixels, index in batches:
         assert pixels.shape == (len(index), 3, 1, 1)
         assert index.dtype == torch.int64
-        assert (pixels[:, 0, 0, 0] * 256 + pixels[:, 1, 0, 0]).tolist() == index.tolist()
+        assert (pixels[:, 0, 0, 0].round() * 128 + pixels[:, 1, 0, 0].round()).tolist() == index.tolist()
 
 
 @pytest.mark.parametrize(
@@ -88,7 +92,7 @@ def test_a_single_image_left_over_joins_the_batch_before(
 
 
 def test_without_a_seed_the_order_is_the_images() -> None:
-    loader = loader_of(11, plain, seed=None)
+    loader = loader_of(11, PLAIN, seed=None)
     for epoch in range(2):
         assert order(list(loader.epoch(0, epoch))) == list(range(11))
 
@@ -101,7 +105,7 @@ def test_with_a_seed_the_order_is_another_in_every_epoch_and_round() -> None:
 
 
 def test_the_random_order_favours_no_place() -> None:
-    loader = loader_of(6, plain, batch_size=6)
+    loader = loader_of(6, PLAIN, batch_size=6)
     places = np.array([order(list(loader.epoch(0, epoch))) for epoch in range(600)])
     for sample in range(6):
         np.testing.assert_allclose((places == sample).mean(axis=0), 1 / 6, atol=0.076)  # five deviations
@@ -112,11 +116,28 @@ def test_another_seed_gives_other_batches() -> None:
     assert order(first) != order(second)
 
 
-def test_a_samples_transform_is_another_in_every_epoch_and_for_every_sample() -> None:
-    loader = loader_of(30)
-    drawn = [pixels.frac() for epoch in range(2) for pixels, _ in loader.epoch(0, epoch)]
-    values = torch.cat(drawn).reshape(60, 3)
-    assert len({tuple(row) for row in values.tolist()}) == 60
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_samples_augmentation_is_another_in_every_epoch_and_for_every_sample(in_memory: bool) -> None:
+    loader = loader_of(30, in_memory=in_memory)
+    drawn = [pixels[:, 2] for epoch in range(2) for pixels, _ in loader.epoch(0, epoch)]
+    assert len(torch.cat(drawn).unique()) == 60
+
+
+def test_images_in_memory_give_the_batches_that_workers_give() -> None:
+    """But for the rounding of a crop to 8 bits, and there is none where nothing is resized."""
+    pairs = zip(loader_of(23).epoch(1, 2), loader_of(23, in_memory=True).epoch(1, 2), strict=True)
+    for (decoded, index), (resident, same_index) in pairs:
+        assert torch.equal(index, same_index)
+        torch.testing.assert_close(decoded, resident, atol=1e-4, rtol=0)
+
+
+def test_batches_are_channels_last() -> None:
+    augmentation = made.untouched(5, 6)
+    given = np.zeros((4, 5, 6, 3), np.uint8)
+    for images in (given, list(given)):
+        ((batch, _),) = Loader(images, augmentation, batch_size=4, workers=0, seed=None, device=CPU).epoch()
+        assert batch.shape == (4, 3, 5, 6)
+        assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_batches_do_not_depend_on_what_came_before() -> None:
@@ -139,7 +160,7 @@ def test_every_number_of_workers_gives_the_same_batches() -> None:
 
 
 def test_workers_keep_the_order_without_a_seed() -> None:
-    assert order(list(loader_of(23, plain, workers=2, seed=None).epoch())) == list(range(23))
+    assert order(list(loader_of(23, PLAIN, workers=2, seed=None).epoch())) == list(range(23))
 
 
 def test_preparing_batches_leaves_pytorchs_generator_alone() -> None:

@@ -149,7 +149,7 @@ class Augmentation:
         across = _weights(numbers[:, 4:8], width, self.size[1])  # (B, w, W)
         if mirrored.any():
             across = torch.where(numbers[:, 8, None, None] > 0, across.flip(1), across)
-        rows = torch.bmm(down, images.float().view(batch, height, width * 3))  # (B, h, W * 3)
+        rows = torch.bmm(down, images.float().reshape(batch, height, width * 3))  # (B, h, W * 3)
         rows = rows.view(batch, self.size[0], width, 3).permute(0, 3, 1, 2).reshape(batch, -1, width)  # (B, 3 * h, W)
         return torch.bmm(rows, across.transpose(1, 2)).view(batch, 3, *self.size)
 

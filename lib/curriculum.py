@@ -197,8 +197,9 @@ def train_epoch(state: TrainingState, plan: Plan, batches: Loader) -> float:
     bar = progress(batches.epoch(state.round, state.epoch), where, "batch", steps)
     for number, (images, index) in enumerate(bar):
         embeddings = state.network(images)  # (B, D)
-        logits = state.bank.logits(embeddings)  # (B, N)
-        loss = neighbourhood_loss(logits, state.neighbourhoods.of(index))
+        loss = neighbourhood_loss(
+            embeddings, state.bank.memory, state.neighbourhoods.of(index), temperature=state.bank.temperature
+        )
         group_start = number - number % plan.iter_size
         (loss / min(plan.iter_size, steps - group_start)).backward()
         state.bank.update(embeddings.detach(), index)

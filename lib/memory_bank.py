@@ -1,4 +1,4 @@
-"""The memory bank and the non-parametric classifier over it. Layer 2.
+"""The memory bank. Layer 2.
 
 Letters: B batch, N samples, D embedding.
 """
@@ -20,7 +20,7 @@ class MemoryBank:
     Args:
         samples: N.
         low_dim: D.
-        temperature: tau of the classifier.
+        temperature: tau of the non-parametric classifier over the rows.
         momentum: eta, the share of the old row that an update keeps.
         seed: of the uniform noise in (-s, s), s = 1 / sqrt(D / 3), that the rows start as.
         device: where the rows lie.
@@ -34,17 +34,6 @@ class MemoryBank:
         noise = torch.rand(samples, low_dim, generator=torch.Generator().manual_seed(seed))  # drawn on the CPU:
         bound = 1 / math.sqrt(low_dim / 3)  # the same rows whatever the device
         self.memory = noise.mul_(2 * bound).sub_(bound).to(device)  # (N, D)
-
-    def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """x_i . m_n / tau of each embedding with each row; the gradient goes to the embeddings alone.
-
-        Args:
-            embeddings: (B, D), unit length.
-
-        Returns:
-            (B, N); their softmax is p_in.
-        """
-        return embeddings @ self.memory.t() / self.temperature
 
     @torch.no_grad()
     def update(self, embeddings: torch.Tensor, index: torch.Tensor) -> None:

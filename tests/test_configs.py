@@ -57,7 +57,9 @@ def test_each_config_trains_a_step_by_its_own_command(
     losses: list[Any] = []
     loss_of = curriculum.neighbourhood_loss
     monkeypatch.setattr(curriculum, "report_epoch", lambda record, *others: records.append(record))
-    monkeypatch.setattr(curriculum, "neighbourhood_loss", lambda *words: losses.append(loss_of(*words)) or losses[-1])
+    monkeypatch.setattr(
+        curriculum, "neighbourhood_loss", lambda *words, **more: losses.append(loss_of(*words, **more)) or losses[-1]
+    )
     seen: list[main.Setting] = []
     train = main.train
     monkeypatch.setattr(main, "train", lambda setting: seen.append(setting) or train(setting))

@@ -130,7 +130,7 @@ def test_a_training_step_is_the_references(name: str, round: int) -> None:
     index = torch.from_numpy(z[f"r{round}_batch_index"])
     features = torch.from_numpy(z[f"r{round}_batch_features"]).requires_grad_()
 
-    loss = neighbourhood_loss(bank.logits(features), found.of(index))
+    loss = neighbourhood_loss(features, bank.memory, found.of(index), temperature=bank.temperature)
     loss.backward()
     bank.update(features.detach(), index)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lib.device import block_size
+from lib.blocks import block_size
 
 
 def neighbourhood_loss(

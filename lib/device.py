@@ -6,20 +6,6 @@ import torch
 
 from lib.console import UsageError
 
-CACHED = 2**20
-"""Numbers of a block on a CPU (4 MiB of float32): what is computed from it finds it in the cache."""
-SHARE = 16
-"""A block takes this part of the free memory of a GPU at most."""
-
-
-def block_size(device: torch.device) -> int:
-    """How many float32 numbers to work on at a time, where a matrix is too large to be held."""
-    if device.type != "cuda":
-        return CACHED
-    free, _ = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's, and not in use
-    return max(CACHED, min(2**28, (free + held) // (4 * SHARE)))
-
 
 def select(gpus: tuple[int, ...]) -> torch.device:
     """The device of the run: the first of ``gpus``, or the CPU where none is named.

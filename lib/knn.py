@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import torch
 
+from lib.blocks import block_rows
 from lib.console import progress
-
-BLOCK = 2**24
-"""Similarities held at a time (64 MiB of float32)."""
+from lib.top_k import top_k
 
 
 @torch.no_grad()
@@ -34,10 +33,10 @@ def weighted_knn(
         (Q, C), the greatest first choice.
     """
     scores = queries.new_zeros(len(queries), classes)
-    rows = max(1, BLOCK // len(bank))
+    rows = block_rows(len(bank), bank.device)
     for start in progress(range(0, len(queries), rows), "kNN", "block"):
         similarity = queries[start : start + rows] @ bank.t()  # (R, N)
-        nearest, index = similarity.topk(min(k, len(bank)), dim=1)  # (R, K)
+        nearest, index = top_k(similarity, min(k, len(bank)))  # (R, K)
         weights = ((nearest - nearest[:, :1]) / sigma).exp()
         scores[start : start + rows].scatter_add_(1, labels[index], weights)
     return scores

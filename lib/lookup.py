@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from lib.blocks import block_rows
 from lib.console import SUMMARY, UsageError, logger, progress, table
 from lib.files import check_ending, check_place, new_files, printable
-from lib.neighbourhoods import BLOCK, Neighbourhoods, discover
+from lib.neighbourhoods import Neighbourhoods, discover
+from lib.top_k import top_k
 
 NEVER = -1
 """In place of a round: the sample was not an anchor in any."""
@@ -132,7 +134,9 @@ def _lines(
     memory: torch.Tensor, entropy: torch.Tensor, nearest: torch.Tensor, rounds: torch.Tensor, gallery: Gallery
 ) -> Iterator[list[object]]:
     """The table's lines but the first, computed in blocks."""
-    for block in _blocks(len(memory), max(1, nearest.shape[1]) * memory.shape[1], "writing neighbourhoods"):
+    for block in _blocks(
+        len(memory), max(1, nearest.shape[1]) * memory.shape[1], memory.device, "writing neighbourhoods"
+    ):
         near = nearest[block]  # (R, K)
         similarity = (memory[near] @ memory[block, :, None]).squeeze(2)  # (R, K)
         figures = (part.tolist() for part in (entropy[block], rounds[block], near, similarity))
@@ -148,9 +152,9 @@ def _lines(
             yield line
 
 
-def _blocks(rows: int, width: int, what: str) -> Iterator[slice]:
-    """Slices of ``rows`` rows that hold at most ``BLOCK`` numbers of ``width`` each; a progress bar says what."""
-    step = max(1, BLOCK // width)
+def _blocks(rows: int, width: int, device: torch.device, what: str) -> Iterator[slice]:
+    """Slices of ``rows`` rows of ``width`` numbers to be worked on at a time; a progress bar says what."""
+    step = block_rows(width, device)
     for start in progress(range(0, rows, step), what, "block"):
         yield slice(start, min(start + step, rows))
 
@@ -173,10 +177,10 @@ def query(embeddings: torch.Tensor, memory: torch.Tensor, k: int) -> tuple[torch
         Indices and cosine similarities (Q, K) on the CPU, most similar first.
     """
     indices, similarities = [], []
-    for block in _blocks(len(embeddings), len(memory), "looking up"):
-        best = (embeddings[block] @ memory.t()).topk(min(k, len(memory)), dim=1)  # (R, K)
-        indices.append(best.indices.cpu())
-        similarities.append(best.values.cpu())
+    for block in _blocks(len(embeddings), len(memory), memory.device, "looking up"):
+        values, samples = top_k(embeddings[block] @ memory.t(), min(k, len(memory)))  # (R, K)
+        indices.append(samples.cpu())
+        similarities.append(values.cpu())
     return torch.cat(indices), torch.cat(similarities)
 
 

@@ -11,10 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
+from lib.blocks import block_rows, block_size
 from lib.console import progress
+from lib.top_k import top_k
 
-BLOCK = 2**24
-"""Similarities held at a time (64 MiB of float32); a block of rows of the (N, N) matrix is cut to this."""
+SPREAD = 60.0
+"""Logits may differ by this much from a common maximum: exp(-60) is still a float32."""
+ROUNDING = 1e-6
+"""A similarity may be off by this part: products and sums of squares are rounded apart."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +120,7 @@ def num_anchors(samples: int, select_rate: float, round: int) -> int:
 def discover(memory: torch.Tensor, *, temperature: float, anchors: int, size: int) -> Neighbourhoods:
     """Chooses the anchors and finds their neighbours from the memory bank.
 
-    Entropy H_i = -sum_j p_ij log p_ij with m_i in place of x_i, from shifted logits z and S = sum exp z as
-    log S - sum(z exp z) / S, which stays finite where p underflows (the reference's log of softmax does
-    not). Ties in entropy go to the lower index. O(N^2 D) time, O(N (D + K)) memory and one block.
+    Ties in entropy go to the lower index. O(N^2 D) time, O(N (D + K)) memory and one block.
 
     Args:
         memory: (N, D), rows of unit length.
@@ -130,22 +132,99 @@ def discover(memory: torch.Tensor, *, temperature: float, anchors: int, size: in
         Neighbourhoods without consistency.
     """
     samples = len(memory)
-    neighbours_each = min(size, samples - 1)
-    entropy = memory.new_empty(samples)
-    nearest = torch.empty(samples, neighbours_each, dtype=torch.long, device=memory.device)
-    everyone = torch.arange(samples, device=memory.device)
-    for block, similarity in similarities(memory, everyone, "discovery"):  # (R, N)
-        entropy[block] = row_entropy(similarity / temperature)
-        nearest[block] = nearest_others(similarity, everyone[block], neighbours_each)
+    entropy, nearest = survey(memory, temperature=temperature, size=min(size, samples - 1))
     order = torch.sort(entropy, stable=True).indices
     chosen = order[:anchors].clone()  # a view would take the whole order into every checkpoint
     position, instances = _positions(chosen, samples)
     return Neighbourhoods(chosen, instances, position, nearest[chosen], entropy)
 
 
+def survey(memory: torch.Tensor, *, temperature: float, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entropy and nearest others of every sample.
+
+    Entropy H_i = -sum_j p_ij log p_ij with m_i in place of x_i, from shifted logits z and S = sum exp z as
+    log S - sum(z exp z) / S, which stays finite where p underflows (the reference's log of softmax does not).
+
+    The similarities are symmetric, so half of them are computed, tile by tile, each serving its rows and its
+    columns. That takes one shift for all rows: the greatest squared length, 1 once all rows are of unit length,
+    which no similarity exceeds. Where the lengths differ so much that a row might underflow, each row is
+    shifted by its own maximum instead, and all similarities are computed.
+
+    Args:
+        memory: (N, D).
+        temperature: tau.
+        size: K, at most N - 1.
+
+    Returns:
+        (N,) entropies in nats; (N, K) the most similar others, most similar first.
+    """
+    lengths = memory.square().sum(dim=1)
+    bound, least = lengths.max().item(), lengths.min().item()  # waits for the device, once a discovery
+    if (bound * (1 + ROUNDING) - least) / temperature > SPREAD:
+        return _survey_by_rows(memory, temperature, size)
+    samples = len(memory)
+    sums = torch.zeros(2, samples, dtype=torch.float64, device=memory.device)  # of exp z and z exp z
+    best = _Best(samples, size, memory)
+    side = max(1, math.isqrt(block_size(memory.device) // 4))
+    starts = range(0, samples, side)
+    tiles = [(top, left) for top in starts for left in starts[top // side :]]
+    for top, left in progress(tiles, "discovery", "tile"):
+        tile = memory[top : top + side] @ memory[left : left + side].t()  # (R, R)
+        own = tile.diagonal().clone() if top == left else None
+        if own is not None:
+            tile.fill_diagonal_(-torch.inf)
+        best.offer(tile, top, left)
+        if own is not None:
+            tile.diagonal().copy_(own)
+        else:
+            best.offer(tile.t(), left, top)
+        logits = tile.sub_(bound).div_(temperature)
+        weights = logits.exp()
+        for kind, values in enumerate((weights, logits.mul_(weights))):
+            sums[kind, top : top + side] += values.sum(dim=1)
+            if own is None:
+                sums[kind, left : left + side] += values.sum(dim=0)
+    entropy = sums[0].log() - sums[1] / sums[0]
+    return entropy.to(memory.dtype), best.samples
+
+
+class _Best:
+    """The K most similar samples of each of N, among those offered so far."""
+
+    def __init__(self, samples: int, size: int, like: torch.Tensor) -> None:
+        self.similarities = like.new_full((samples, size), -torch.inf)  # (N, K), the greatest first
+        self.samples = torch.zeros(samples, size, dtype=torch.long, device=like.device)  # (N, K)
+
+    def offer(self, similarity: torch.Tensor, first_row: int, first_column: int) -> None:
+        """Similarities (R, S) of R samples in a row to S others in a row."""
+        size = self.samples.shape[1]
+        if not size:
+            return
+        worst = self.similarities[first_row : first_row + len(similarity), -1]
+        (better,) = (similarity.amax(dim=1) > worst).nonzero(as_tuple=True)  # few, once many have been offered
+        if not len(better):
+            return
+        values, columns = top_k(similarity[better], min(size, similarity.shape[1]))
+        rows = better + first_row
+        values = torch.cat([self.similarities[rows], values], dim=1)
+        samples = torch.cat([self.samples[rows], columns + first_column], dim=1)
+        self.similarities[rows], order = values.topk(size, dim=1)
+        self.samples[rows] = samples.gather(1, order)
+
+
+def _survey_by_rows(memory: torch.Tensor, temperature: float, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``survey``, every row with its own maximum."""
+    everyone = torch.arange(len(memory), device=memory.device)
+    entropy, nearest = memory.new_empty(len(memory)), everyone.new_empty(len(memory), size)
+    for block, similarity in similarities(memory, everyone, "discovery"):  # (R, N)
+        entropy[block] = row_entropy(similarity / temperature)
+        nearest[block] = nearest_others(similarity, everyone[block], size)
+    return entropy, nearest
+
+
 def similarities(memory: torch.Tensor, rows: torch.Tensor, what: str) -> Iterator[tuple[slice, torch.Tensor]]:
     """Blocks of ``rows`` and their similarities (R, N) to all rows of the bank; a progress bar says what for."""
-    step = max(1, BLOCK // len(memory))
+    step = block_rows(len(memory), memory.device)
     for start in progress(range(0, len(rows), step), what, "block"):
         block = slice(start, min(start + step, len(rows)))
         yield block, memory[rows[block]] @ memory.t()
@@ -153,7 +232,7 @@ def similarities(memory: torch.Tensor, rows: torch.Tensor, what: str) -> Iterato
 
 def nearest_others(similarity: torch.Tensor, itself: torch.Tensor, size: int) -> torch.Tensor:
     """The most similar (R, K) of each row (R, N) but the sample itself (R,), which is struck out in place."""
-    return similarity.scatter_(1, itself[:, None], -torch.inf).topk(size, dim=1).indices
+    return top_k(similarity.scatter_(1, itself[:, None], -torch.inf), size)[1]
 
 
 def row_entropy(logits: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import oracles
-from lib import device
+from lib import blocks
 from lib.criterion import neighbourhood_loss
 
 many = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -46,7 +46,7 @@ def padded(own: list[list[int]]) -> torch.Tensor:
 @pytest.fixture(params=[1, 4, 2**20], autouse=True)
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """One column at a time, some, or all."""
-    monkeypatch.setattr(device, "CACHED", request.param)
+    monkeypatch.setattr(blocks, "CACHED", request.param)
 
 
 def by_logits(logits: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

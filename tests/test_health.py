@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
-from lib import health, neighbourhoods
+from lib import blocks, health
 from lib.health import QUANTILES, READING, State, measure, measured
 
 many = settings(max_examples=40, deadline=None)
@@ -32,7 +32,7 @@ def figures_of(
 ) -> tuple[Figures, State]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in patched.items():
-            patch.setattr(neighbourhoods if name == "BLOCK" else health, name, value)
+            patch.setattr(blocks if name in ("CACHED", "LEAST") else health, name, value)
         return measure(torch.from_numpy(memory), previous, round=round, temperature=0.2, size=size)
 
 
@@ -77,7 +77,7 @@ def assert_equal(found: Figures, wanted: Figures) -> None:
 @many
 @given(memories(), st.integers(1, 20), st.integers(1, 60))
 def test_the_figures_of_all_samples_are_the_oracles(memory: np.ndarray, size: int, block: int) -> None:
-    found, _ = figures_of(memory, size=size, BLOCK=block)
+    found, _ = figures_of(memory, size=size, CACHED=block, LEAST=1)
     assert_equal(found, expected(memory, list(range(len(memory))), size))
     assert found["kept"] is None and found["drift"] is None
 
@@ -89,7 +89,7 @@ def test_the_figures_of_a_sample_are_the_oracles(memory: np.ndarray, size: int, 
         patch.setattr(health, "ROWS", rows)
         chosen = measured(len(memory)).tolist()
     assert len(chosen) == min(rows, len(memory))
-    found, _ = figures_of(memory, size=size, ROWS=rows, BLOCK=block)
+    found, _ = figures_of(memory, size=size, ROWS=rows, CACHED=block, LEAST=1)
     assert_equal(found, expected(memory, chosen, size))
 
 

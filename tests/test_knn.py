@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
-from lib import knn
 from lib.knn import nearest_neighbour, top_k_accuracy, weighted_knn
+from patches import blocks_of
 
 many = settings(max_examples=50, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -30,11 +30,10 @@ def cases(draw: st.DrawFn, kinds: tuple[str, ...] = ("random",)) -> Case:
     return queries, bank, np.random.default_rng(seed).integers(0, classes, samples), classes
 
 
-def scores_of(case: Case, *, block: int = knn.BLOCK, **constants: Any) -> np.ndarray:
+def scores_of(case: Case, *, block: int = 2**20, **constants: Any) -> np.ndarray:
     queries, bank, labels, classes = case
     tensors = [torch.from_numpy(array) for array in (queries, bank, labels)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(knn, "BLOCK", block)
+    with blocks_of(block):
         return weighted_knn(*tensors, classes=classes, **constants).numpy()
 
 
@@ -75,8 +74,7 @@ def test_scores_are_finite_however_narrow_the_weights(case: Case, k: int, sigma:
 def test_the_nearest_neighbours_class_is_the_oracles(case: Case, block: int) -> None:
     queries, bank, labels, classes = case
     tensors = [torch.from_numpy(array) for array in (queries, bank, labels)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(knn, "BLOCK", block)
+    with blocks_of(block):
         scores = nearest_neighbour(*tensors, classes=classes)
     expected = np.zeros((len(queries), classes))
     for row, query in enumerate(queries):

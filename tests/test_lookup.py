@@ -20,6 +20,7 @@ from lib import files, lookup
 from lib.console import UsageError
 from lib.lookup import NEVER, TILE, Gallery, Query, became_anchor, describe, draw, query, save_neighbourhoods
 from lib.neighbourhoods import Neighbourhoods, discover
+from patches import blocks_of
 
 many = settings(max_examples=40, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -41,11 +42,10 @@ def dummies(samples: int, **known: Any) -> Gallery:
 
 
 def written(
-    path: Path, memory: np.ndarray, size: int, rounds: list[int], gallery: Gallery, block: int = lookup.BLOCK
+    path: Path, memory: np.ndarray, size: int, rounds: list[int], gallery: Gallery, block: int = 2**20
 ) -> list[list[str]]:
     bank = torch.from_numpy(memory)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lookup, "BLOCK", block)
+    with blocks_of(block):
         save_neighbourhoods(path, memory=bank, temperature=0.2, size=size, rounds=torch.tensor(rounds), gallery=gallery)
     return list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8"), newline=""), strict=True))
 
@@ -234,8 +234,7 @@ def test_anchors_of_other_data_are_refused() -> None:
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(1, 15), seeds, st.integers(1, 60))
 def test_the_most_similar_are_the_oracles(queries: int, samples: int, k: int, seed: int, block: int) -> None:
     asked, memory = oracles.rows("random", queries, 4, seed), oracles.rows("random", samples, 4, seed + 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lookup, "BLOCK", block)
+    with blocks_of(block):
         indices, similarities = query(torch.from_numpy(asked), torch.from_numpy(memory), k)
     assert indices.shape == similarities.shape == (queries, min(k, samples))
     for row in range(queries):

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
-from lib import neighbourhoods
 from lib.neighbourhoods import Neighbourhoods, consistency, discover, num_anchors, row_entropy
+from patches import blocks_of
 
 many = settings(max_examples=50, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -26,11 +26,8 @@ def memories(draw: st.DrawFn, kinds: tuple[str, ...] = oracles.KINDS, samples: i
     return oracles.rows(draw(st.sampled_from(kinds)), *shape, seed=draw(seeds))
 
 
-def found_in(
-    memory: np.ndarray, *, temperature: float, anchors: int, size: int, block: int = neighbourhoods.BLOCK
-) -> Neighbourhoods:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbourhoods, "BLOCK", block)
+def found_in(memory: np.ndarray, *, temperature: float, anchors: int, size: int, block: int = 2**20) -> Neighbourhoods:
+    with blocks_of(block):
         return discover(torch.from_numpy(memory), temperature=temperature, anchors=anchors, size=size)
 
 

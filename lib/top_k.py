@@ -1,0 +1,45 @@
+"""The greatest values of long rows. Layer 0. Letters: R rows, N columns, K greatest, G members of a group."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+
+def top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``values.topk(k, dim=1)`` gives, exactly, and on a CPU several times faster.
+
+    The K greatest of a row lie in the K groups of columns whose maxima are the greatest. So the maxima are taken,
+    which is one fast pass, and only the members of those groups are compared: about 2 sqrt(N K) numbers in place
+    of N. Which of equal values come in is arbitrary, as in PyTorch.
+
+    Args:
+        values: (R, N).
+        k: K, at most N.
+
+    Returns:
+        (R, K) values, the greatest first, and their columns.
+    """
+    columns = values.shape[1]
+    size = round(math.sqrt(columns / max(k, 1)))  # G
+    if values.device.type != "cpu" or size < 4 or k == 0:
+        found = values.topk(k, dim=1)
+        return found.values, found.indices
+    groups = columns // size
+    maxima = values[:, : size * groups].unflatten(1, (size, groups)).amax(dim=1)  # a group: every groups-th column
+    chosen = _greatest(maxima, k)  # (R, K)
+    members = (chosen[:, :, None] + torch.arange(size) * groups).flatten(1)  # (R, K * G)
+    left_over = torch.arange(size * groups, columns).expand(len(values), -1)
+    members = torch.cat([members, left_over], dim=1)
+    theirs = values.gather(1, members)
+    best = _greatest(theirs, k)  # (R, K)
+    ordered, order = theirs.gather(1, best).sort(dim=1, descending=True)
+    return ordered, members.gather(1, best.gather(1, order))
+
+
+def _greatest(values: torch.Tensor, k: int) -> torch.Tensor:
+    """Columns (R, K) of the K greatest of each row, in any order."""
+    split = values.shape[1] - k
+    return torch.from_numpy(np.argpartition(values.numpy(), split, axis=1)[:, split:].copy())

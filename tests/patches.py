@@ -1,0 +1,19 @@
+"""What tests change in the code under test for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from lib import blocks
+
+
+@contextmanager
+def blocks_of(numbers: int) -> Iterator[None]:
+    """Matrices are worked on in blocks of so many numbers, of any shape."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "CACHED", numbers)
+        patch.setattr(blocks, "LEAST", 1)
+        yield

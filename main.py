@@ -140,6 +140,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, datasets.DataError) as error:
         print(f"error: {str(error).splitlines()[-1]}", file=sys.stderr)  # a worker's comes behind its traceback
         return 2
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        print(f"error: --compile: PyTorch cannot compile the network here ({reason}); leave it out", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; --resume with the session's folder goes on after its last whole epoch", file=sys.stderr)
         return 130
@@ -181,7 +185,8 @@ def prepare(options: Options) -> Setting:
     splits = load_data(options)
     colours = options.means or data_source.means, options.stds or data_source.stds
     augmentations = augment.for_training(options, *colours), augment.for_testing(options, *colours)
-    network = device.place(network, options.gpus, place)
+    device.allow_tf32(options.tf32)
+    network = device.place(network, options.gpus, place, compile=options.compile)
     return Setting(options, splits, colours, augmentations, place, network, source, loaded)
 
 
@@ -408,7 +413,9 @@ def build_state(setting: Setting) -> TrainingState:
         device=setting.device,
     )
     optimizer = schedule.build_optimizer(options, setting.network.parameters())
-    return TrainingState(setting.network, optimizer, bank, Neighbourhoods.none(samples, setting.device), options.seed)
+    scaler = torch.amp.GradScaler(setting.device.type, enabled=options.amp == "fp16")
+    nobody = Neighbourhoods.none(samples, setting.device)
+    return TrainingState(setting.network, optimizer, bank, nobody, options.seed, scaler)
 
 
 def open_session(setting: Setting, start: tuple[int, int]) -> Session:

@@ -3,8 +3,9 @@
 A checkpoint has the reference's form: ``net``, ``optimizer``, ``ANs_discovery``, ``npc``, ``acc`` (share of
 right answers of this state), ``epoch`` (next to run), ``round``, ``session``; and beside it what going on
 exactly takes: ``best_acc`` of the round so far, ``seed``, ``history`` (the figures of each round), ``health``
-(what the next ones compare with) and ``network`` (the backbone's name). It holds tensors and plain containers
-only and is read as such. Of a file that lacks parts, such as somebody's weights alone, what is there is taken.
+(what the next ones compare with), ``scaler`` (of the loss, for fp16) and ``network`` (the backbone's name). It
+holds tensors and plain containers only and is read as such. Of a file that lacks parts, such as somebody's weights
+alone, what is there is taken.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class TrainingState:
         bank: N rows.
         neighbourhoods: of the current round.
         seed: of the whole run.
+        scaler: of the loss, for fp16; does nothing otherwise.
         round, epoch: next to run; epoch == the epochs of a round: the round is done.
         acc: accuracy after the last epoch, None without labels.
         best_acc: best of the round so far.
@@ -48,6 +50,7 @@ class TrainingState:
     bank: MemoryBank
     neighbourhoods: Neighbourhoods
     seed: int
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
     round: int = 0
     epoch: int = 0
     acc: float | None = None
@@ -58,7 +61,7 @@ class TrainingState:
     def checkpoint(self, network_name: str, session: str) -> Checkpoint:
         """Everything, as tensors and plain containers."""
         return {
-            "net": self.network.state_dict(),
+            "net": {name: value.contiguous() for name, value in self.network.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "ANs_discovery": self.neighbourhoods.state_dict(),
             "npc": self.bank.state_dict(),
@@ -69,6 +72,7 @@ class TrainingState:
             "best_acc": self.best_acc,
             "seed": self.seed,
             "history": self.history,
+            "scaler": self.scaler.state_dict(),
             "health": None if self.health is None else self.health.state_dict(),
             "network": network_name,
         }
@@ -96,6 +100,8 @@ class TrainingState:
                 load_optimizer(self.optimizer, loaded["optimizer"], where)
             else:
                 logger().info("%s: holds no optimiser: its momentum starts at zero", where)
+            if loaded.get("scaler") and self.scaler.is_enabled():
+                self.scaler.load_state_dict(loaded["scaler"])
             self.round, self.epoch = int(loaded.get("round", 0)), int(loaded.get("epoch", 0))
             if self.round < 0 or self.epoch < 0:
                 raise ValueError("the round or the epoch is negative")

@@ -21,6 +21,7 @@ from lib import checkpoint, health, schedule
 from lib.checkpoint import TrainingState
 from lib.console import SUMMARY, UsageError, logger, progress, table
 from lib.criterion import neighbourhood_loss
+from lib.device import PRECISIONS
 from lib.loader import Loader
 from lib.neighbourhoods import Neighbourhoods, consistency, discover, num_anchors
 from lib.options import Options
@@ -41,6 +42,7 @@ class Plan:
         iter_size: batches to an optimiser step.
         learning_rate: epoch within the round -> rate.
         display_freq: steps between updates of the loss beside the bar.
+        autocast: precision of the steps' mixed precision; None: float32.
     """
 
     rounds: int
@@ -50,6 +52,7 @@ class Plan:
     iter_size: int
     learning_rate: schedule.Schedule
     display_freq: int
+    autocast: torch.dtype | None = None
 
 
 def build_plan(options: Options, learning_rate: schedule.Schedule, *, samples: int) -> Plan:
@@ -76,6 +79,7 @@ def build_plan(options: Options, learning_rate: schedule.Schedule, *, samples: i
         iter_size=options.iter_size,
         learning_rate=learning_rate,
         display_freq=options.display_freq,
+        autocast=PRECISIONS[options.amp] if options.amp else None,
     )
 
 
@@ -191,25 +195,28 @@ def train_epoch(state: TrainingState, plan: Plan, batches: Loader) -> float:
     torch.manual_seed(seed_for(state.seed, Stream.STEPS, state.round, state.epoch))  # dropout, where a network has it
     state.network.train()
     state.optimizer.zero_grad(set_to_none=True)
-    total, seen = torch.zeros((), device=device), 0
+    total, seen, shown = torch.zeros((), device=device), 0, 0.0
     steps = len(batches)
     where = f"round {state.round}/{plan.rounds - 1} epoch {state.epoch + 1}/{plan.epochs}"
     bar = progress(batches.epoch(state.round, state.epoch), where, "batch", steps)
     for number, (images, index) in enumerate(bar):
-        embeddings = state.network(images)  # (B, D)
+        with torch.autocast(device.type, plan.autocast, enabled=plan.autocast is not None):
+            embeddings = state.network(images)  # (B, D), float32
         loss = neighbourhood_loss(
             embeddings, state.bank.memory, state.neighbourhoods.of(index), temperature=state.bank.temperature
         )
         group_start = number - number % plan.iter_size
-        (loss / min(plan.iter_size, steps - group_start)).backward()
+        state.scaler.scale(loss / min(plan.iter_size, steps - group_start)).backward()
         state.bank.update(embeddings.detach(), index)
         if (number + 1) % plan.iter_size == 0 or number + 1 == steps:
-            state.optimizer.step()
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
             state.optimizer.zero_grad(set_to_none=True)
         total += loss.detach() * len(index)
         seen += len(index)
-        if not bar.disable and number % plan.display_freq == 0:
+        if not bar.disable and number % plan.display_freq == 0 and time.monotonic() - shown > bar.mininterval:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)  # waits for the device
+            shown = time.monotonic()
     return total.item() / seen
 
 

@@ -26,11 +26,30 @@ def select(gpus: tuple[int, ...]) -> torch.device:
     return torch.device("cuda", gpus[0])
 
 
-def place(network: torch.nn.Module, gpus: tuple[int, ...], device: torch.device) -> torch.nn.Module:
-    """The network on its device; over GPUs each batch is split, as in the reference.
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What ``--amp`` names."""
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether GPUs may round the factors of products and convolutions to TF32; PyTorch's default is half of that."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def place(
+    network: torch.nn.Module, gpus: tuple[int, ...], device: torch.device, *, compile: bool = False
+) -> torch.nn.Module:
+    """The network on its device, channels-last; over GPUs each batch is split, as in the reference.
 
     One GPU is wrapped, too, at no cost: a checkpoint's names then carry the ``module.`` that the reference
     gives, and expects of, a network trained on GPUs.
+
+    Raises:
+        UsageError: a network over several GPUs is to be compiled, which PyTorch cannot do.
     """
-    network = network.to(device)
+    if compile and len(gpus) > 1:
+        raise UsageError("--compile: works on one device only; name one GPU in --gpus, or leave it out")
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compile:
+        network.compile()
     return torch.nn.DataParallel(network, device_ids=list(gpus)) if gpus else network

@@ -74,6 +74,11 @@ def _gpus(value: Any) -> Any:
     return numbers
 
 
+def _amp(value: Any) -> Any:
+    """true and false are no precisions; YAML reads off as false."""
+    return None if value is False else _lower(_unset(value))
+
+
 def _lower(value: Any) -> Any:
     return value.strip().lower() if isinstance(value, str) else value
 
@@ -188,6 +193,17 @@ class Options(BaseModel):
         1, "training", "steps between updates of the loss beside the bar; reading it waits for the device", ge=1
     )
     gpus: Gpus = _option((), "training", "GPUs to use, such as 0 or 0,1; empty: the CPU")
+    amp: Annotated[Literal["bf16", "fp16"] | None, BeforeValidator(_amp)] = _option(
+        None,
+        "training",
+        "mixed precision of the training steps: bf16, or fp16 with loss scaling; not set: float32",
+    )
+    tf32: Switch = _option(
+        False, "training", "TF32 in place of float32 in products and convolutions, on GPUs that have it"
+    )
+    compile: Switch = _option(
+        False, "training", "compile the network by torch.compile: slow to start, and then faster on most GPUs"
+    )
     seed: Seed = _option(
         None, "training", "seed of everything random; not set: the time, which is logged and kept in config.yaml"
     )

@@ -12,4 +12,4 @@ class Normalize(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, D) -> (B, D)."""
-        return F.normalize(x, dim=1)
+        return F.normalize(x.float(), dim=1)  # also where mixed precision computed what comes before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -63,3 +65,34 @@ def test_over_gpus_batches_are_split_and_names_prefixed_as_in_the_reference(
     placed = device.place(network, gpus, torch.device("cpu"))
     assert asked == [list(gpus)]
     assert set(placed.state_dict()) == {"module.weight", "module.bias"}
+
+
+def test_a_network_is_placed_channels_last() -> None:
+    placed = device.place(torch.nn.Conv2d(3, 4, 3), (), torch.device("cpu"))
+    assert placed.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not placed.weight.is_contiguous()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="PyTorch compiles for CPUs by g++")
+def test_a_compiled_network_keeps_its_names_and_its_answers() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
+    expected, images = network(torch.ones(2, 3)), torch.ones(2, 3)
+    placed = device.place(network, (), torch.device("cpu"), compile=True)
+    assert list(placed.state_dict()) == ["0.weight", "0.bias"]
+    assert placed._compiled_call_impl is not None
+    torch.testing.assert_close(placed(images), expected)
+
+
+def test_a_network_over_several_gpus_is_not_compiled() -> None:
+    with pytest.raises(UsageError, match=r"--compile.*one device"):
+        device.place(torch.nn.Linear(2, 3), (0, 1), torch.device("cpu"), compile=True)
+
+
+def test_tf32_is_off_unless_asked_for() -> None:
+    try:
+        for allowed in (True, False):
+            device.allow_tf32(allowed)
+            assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is allowed
+    finally:
+        device.allow_tf32(False)

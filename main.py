@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from lib import (
     features,
     gallery,
     lookup,
+    memory_plan,
     review,
     schedule,
     seeding,
@@ -39,6 +40,7 @@ from lib import (
 from lib.checkpoint import Checkpoint, TrainingState
 from lib.console import SUMMARY, UsageError, logger, progress, start_logging
 from lib.evaluation import Subject
+from lib.free_memory import free
 from lib.loader import Loader
 from lib.material import Tested
 from lib.memory_bank import MemoryBank
@@ -66,17 +68,26 @@ class Setting:
     network: torch.nn.Module
     source: Path | None  # of the checkpoint
     loaded: Checkpoint  # empty without --resume
+    resident: dict[int, torch.Tensor] = field(default_factory=dict)  # images on the device, by their array's id
 
     def loader(self, split: datasets.ImageSet, *, train: bool) -> Loader:
         """Batches of a split: shuffled and augmented, or in order and as they are."""
         return Loader(
-            split.images,
+            self.placed(split.images),
             self.augmentations[0 if train else 1],
             batch_size=self.options.batch_size,
             workers=self.options.workers_num,
             seed=self.options.seed if train else None,
             device=self.device,
         )
+
+    def placed(self, images: Sequence[np.ndarray] | np.ndarray) -> Sequence[np.ndarray] | torch.Tensor:
+        """One array of images as a tensor on the device, which all loaders share; others as they are."""
+        if not isinstance(images, np.ndarray):
+            return images
+        if id(images) not in self.resident:
+            self.resident[id(images)] = torch.from_numpy(images).to(self.device)
+        return self.resident[id(images)]
 
     def evaluator(self, queries: datasets.ImageSet | None, protocol: str | None = None) -> Evaluator | None:
         """A protocol, by default the training's, over test images or those held out; None where labels are missing."""
@@ -224,6 +235,7 @@ def train(setting: Setting) -> None:
     options, splits = setting.options, setting.splits
     images, labels = splits.train.images, splits.train.labels
     plan = curriculum.build_plan(options, schedule.build_schedule(options), samples=len(images))
+    memory = plan_memory(setting)
     state = build_state(setting)
     if setting.source:
         batches = setting.loader(splits.train, train=False)
@@ -246,7 +258,7 @@ def train(setting: Setting) -> None:
         network_name=options.network,
     )
     try:
-        describe(setting, session)
+        describe(setting, session, memory)
         curriculum.run(state, plan, helpers)
         show_embeddings(setting, state.bank.memory, session)
         logger().info("\n%s", curriculum.summary(state.history, helpers), extra=SUMMARY)
@@ -430,7 +442,23 @@ def open_session(setting: Setting, start: tuple[int, int]) -> Session:
     )
 
 
-def describe(setting: Setting, session: Session) -> None:
+def plan_memory(setting: Setting) -> str:
+    """What training will hold in memory, in words; UsageError where it does not fit."""
+    splits, device = setting.splits, setting.device
+    held = [split.held for split in (splits.train, splits.test, splits.val) if split]
+    planned = memory_plan.of_options(
+        setting.options,
+        setting.network,
+        device,
+        samples=len(splits.train),
+        images=sum(held),
+        resident=sum(held) if device.type == "cuda" else 0,
+    )
+    planned.check(free(torch.device("cpu")), free(device) if device.type == "cuda" else 0)
+    return planned.text().replace("\n", "; ")
+
+
+def describe(setting: Setting, session: Session, memory: str) -> None:
     """The head of the log: what runs, on what, with what."""
     options, splits = setting.options, setting.splits
     tests = f", {len(splits.test)} test images" if splits.test else ""
@@ -443,6 +471,7 @@ def describe(setting: Setting, session: Session) -> None:
         "device": environment.hardware(setting.device),
         "data": f"{options.dataset}, {len(splits.train)} training images{tests}{classes}",
         "network": f"{options.network}, {parameters / 1e6:.2f} M parameters, embedding {options.low_dim}",
+        "memory": f"expected at most: {memory}",
         "seed": options.seed,
         "going on from": setting.source,
     }

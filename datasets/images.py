@@ -40,6 +40,13 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def held(self) -> int:
+        """Bytes of the decoded images that lie in memory."""
+        if isinstance(self.images, np.ndarray):
+            return self.images.nbytes
+        return sum(image.nbytes for image in self.images) if isinstance(self.images, list) else 0
+
     def take(self, index: np.ndarray) -> ImageSet:
         """The images of the indices (n,), in that order."""
         return ImageSet(

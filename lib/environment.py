@@ -22,6 +22,7 @@ PACKAGES = (
     "PyYAML",
     "tensorboardX",
     "tqdm",
+    "psutil",
     "safetensors",
     "pillow",
 )

@@ -53,7 +53,7 @@ class Loader:
     same whatever the number of workers.
 
     Args:
-        images: N arrays (H, W, 3) of uint8; one array (N, H, W, 3) is moved to the device and needs no workers.
+        images: N arrays (H, W, 3) of uint8, or a tensor (N, H, W, 3) of them on the device, which needs no workers.
         augmentation: of the images.
         batch_size: B.
         workers: processes that decode and crop; 0: this one does.
@@ -63,7 +63,7 @@ class Loader:
 
     def __init__(
         self,
-        images: Sequence[np.ndarray] | np.ndarray,
+        images: Sequence[np.ndarray] | torch.Tensor,
         augmentation: Augmentation,
         *,
         batch_size: int,
@@ -77,8 +77,8 @@ class Loader:
         self.device = device
         self.augmentation = augmentation
         self._plans = _Plans()
-        if isinstance(images, np.ndarray):
-            self._images: torch.Tensor | DataLoader[torch.Tensor] = torch.from_numpy(images).to(device)
+        if isinstance(images, torch.Tensor):
+            self._images: torch.Tensor | DataLoader[torch.Tensor] = images
         else:
             self._images = DataLoader(
                 _Cropped(images, augmentation),

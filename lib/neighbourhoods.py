@@ -158,7 +158,7 @@ def survey(memory: torch.Tensor, *, temperature: float, size: int) -> tuple[torc
     Returns:
         (N,) entropies in nats; (N, K) the most similar others, most similar first.
     """
-    lengths = memory.square().sum(dim=1)
+    lengths = torch.linalg.vector_norm(memory, dim=1).square()
     bound, least = lengths.max().item(), lengths.min().item()  # waits for the device, once a discovery
     if (bound * (1 + ROUNDING) - least) / temperature > SPREAD:
         return _survey_by_rows(memory, temperature, size)
@@ -167,8 +167,8 @@ def survey(memory: torch.Tensor, *, temperature: float, size: int) -> tuple[torc
     best = _Best(samples, size, memory)
     side = max(1, math.isqrt(block_size(memory.device) // 4))
     starts = range(0, samples, side)
-    tiles = [(top, left) for top in starts for left in starts[top // side :]]
-    for top, left in progress(tiles, "discovery", "tile"):
+    tiles = ((top, left) for top in starts for left in starts[top // side :])
+    for top, left in progress(tiles, "discovery", "tile", len(starts) * (len(starts) + 1) // 2):
         tile = memory[top : top + side] @ memory[left : left + side].t()  # (R, R)
         own = tile.diagonal().clone() if top == left else None
         if own is not None:

@@ -34,7 +34,7 @@ NOISY = replace(PLAIN, jitter=(0.9, 0, 0, 0))
 
 
 def loader_of(samples: int, augmentation: Augmentation = NOISY, *, in_memory: bool = False, **options: Any) -> Loader:
-    given = np.stack(images(samples)) if in_memory else images(samples)
+    given = torch.from_numpy(np.stack(images(samples))) if in_memory else images(samples)
     return Loader(given, augmentation, **{"batch_size": 4, "workers": 0, "seed": 3, "device": CPU, **options})
 
 
@@ -133,8 +133,8 @@ def test_images_in_memory_give_the_batches_that_workers_give() -> None:
 
 def test_batches_are_channels_last() -> None:
     augmentation = made.untouched(5, 6)
-    given = np.zeros((4, 5, 6, 3), np.uint8)
-    for images in (given, list(given)):
+    given = np.zeros((4, 3, 5, 6), np.uint8).transpose(0, 2, 3, 1)  # as CIFAR's files have them
+    for images in (torch.from_numpy(given), list(given)):
         ((batch, _),) = Loader(images, augmentation, batch_size=4, workers=0, seed=None, device=CPU).epoch()
         assert batch.shape == (4, 3, 5, 6)
         assert batch.is_contiguous(memory_format=torch.channels_last)

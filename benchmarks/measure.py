@@ -1,0 +1,99 @@
+"""Timing, memory and tables."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from lib import environment
+
+Way = Callable[[], object]
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def once(way: Way, device: torch.device) -> float:
+    """Seconds that one call takes."""
+    wait(device)
+    start = time.perf_counter()
+    way()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def interleaved(ways: Mapping[str, Way], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each way, run in turn ``repeats`` times after once for warming up."""
+    for way in ways.values():
+        once(way, device)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            seconds[name].append(once(way, device))
+    return seconds
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """Median over the repeats of slow / fast, each pair measured one after the other."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def spread(values: Sequence[float], form: str = ".3g") -> str:
+    """Median, and the least and the greatest."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """As Markdown."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines)
+
+
+def peak_memory(way: Way, device: torch.device) -> int:
+    """Bytes that a call takes beyond what was taken before, at its peak; on the host this needs Linux."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        way()
+        return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would hide what is taken
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again from what is taken now
+    before = _status("VmRSS")
+    way()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def machine(device: torch.device, repeats: int) -> str:
+    """What was measured on, and when."""
+    versions = environment.versions()
+    shown = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "torchvision", "numpy"))
+    day = datetime.now(timezone.utc).date().isoformat()
+    commit = environment.commit()[:10] or "unknown"
+    return (
+        f"{environment.hardware(device)}; {platform.system()}; {shown}; commit {commit}; {repeats} repeats, "
+        f"interleaved, median (least to greatest); {day}."
+    )
+
+
+def unit_rows(samples: int, low_dim: int, device: torch.device, seed: int = 0) -> torch.Tensor:
+    """Rows (N, D) of unit length in fifty groups, as embeddings have them."""
+    draw = torch.Generator().manual_seed(seed)
+    centres = torch.randn(50, low_dim, generator=draw)
+    rows = centres[torch.randint(50, (samples,), generator=draw)] + torch.randn(samples, low_dim, generator=draw)
+    return torch.nn.functional.normalize(rows, dim=1).to(device)

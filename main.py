@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -26,102 +25,25 @@ from lib import (
     curriculum,
     device,
     environment,
-    evaluation,
     export,
     features,
     gallery,
     lookup,
     memory_plan,
-    review,
+    results,
     schedule,
     seeding,
     weights,
 )
-from lib.checkpoint import Checkpoint, TrainingState
+from lib.checkpoint import TrainingState
 from lib.console import SUMMARY, UsageError, logger, progress, start_logging
-from lib.evaluation import Subject
 from lib.free_memory import free
-from lib.loader import Loader
-from lib.material import Tested
 from lib.memory_bank import MemoryBank
 from lib.neighbourhoods import Neighbourhoods
 from lib.options import Options
-from lib.protocols import Evaluator
 from lib.seeding import Stream
 from lib.session import LATEST, Session, create_folder, folder_of
-
-SIMILAR = 10
-"""Training images that a query shows."""
-PROJECTED = 1000
-"""Samples that TensorBoard's projector shows at most."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What both a training and a test run start from."""
-
-    options: Options  # with a seed
-    splits: datasets.Splits
-    colours: tuple[datasets.Colour, datasets.Colour]  # means and deviations
-    augmentations: tuple[augment.Augmentation, augment.Augmentation]  # for training, for testing
-    device: torch.device
-    network: torch.nn.Module
-    source: Path | None  # of the checkpoint
-    loaded: Checkpoint  # empty without --resume
-    resident: dict[int, torch.Tensor] = field(default_factory=dict)  # images on the device, by their array's id
-
-    def loader(self, split: datasets.ImageSet, *, train: bool) -> Loader:
-        """Batches of a split: shuffled and augmented, or in order and as they are."""
-        return Loader(
-            self.placed(split.images),
-            self.augmentations[0 if train else 1],
-            batch_size=self.options.batch_size,
-            workers=self.options.workers_num,
-            seed=self.options.seed if train else None,
-            device=self.device,
-        )
-
-    def placed(self, images: Sequence[np.ndarray] | np.ndarray) -> Sequence[np.ndarray] | torch.Tensor:
-        """One array of images as a tensor on the device, which all loaders share; others as they are."""
-        if not isinstance(images, np.ndarray):
-            return images
-        if id(images) not in self.resident:
-            self.resident[id(images)] = torch.from_numpy(images).to(self.device)
-        return self.resident[id(images)]
-
-    def evaluator(self, queries: datasets.ImageSet | None, protocol: str | None = None) -> Evaluator | None:
-        """A protocol, by default the training's, over test images or those held out; None where labels are missing."""
-        options, train = self.options, self.splits.train
-        if queries is None or queries.labels is None or train.labels is None:
-            return None
-        return Evaluator(
-            protocol or options.training_protocol,
-            test=self.loader(queries, train=False),
-            test_labels=queries.labels,
-            train_labels=train.labels,
-            classes=len(train.classes),
-            k=options.knn_k,
-            sigma=options.knn_sigma or options.npc_temperature,
-            device=self.device,
-        )
-
-    def subject(self) -> Subject:
-        """What a test run judges."""
-        train, test = self.splits.train, self.splits.test
-        evaluators = [self.evaluator(test, name) for name in self.options.protocol if name in ("knn", "nn")]
-        assert self.options.seed is not None
-        return Subject(
-            network=self.network,
-            train=self.loader(train, train=False),
-            test=None if test is None else self.loader(test, train=False),
-            train_labels=train.labels,
-            test_labels=None if test is None else test.labels,
-            classes=len(train.classes),
-            memory=self.loaded.get("npc", {}).get("memory"),
-            evaluators=[evaluator for evaluator in evaluators if evaluator],
-            seed=self.options.seed,
-            device=self.device,
-        )
+from lib.setting import Setting
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,14 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         setting = prepare(options)
         if isinstance(options.report, Path):
             load_network(setting)
-            write_report(setting, options.report, setting.loaded)
+            results.write_report(setting, options.report, setting.loaded)
         elif options.query:
             load_network(setting)
-            show_similar(setting)
+            results.show_similar(setting)
         elif options.test_only:
             load_network(setting)
-            test(setting)
-            export_results(setting, setting.loaded, folder_of(setting.source) if setting.source else None)
+            results.test(setting)
+            results.export_results(setting, setting.loaded, folder_of(setting.source) if setting.source else None)
         else:
             train(setting)
     except (UsageError, datasets.DataError) as error:
@@ -260,71 +182,15 @@ def train(setting: Setting) -> None:
     try:
         describe(setting, session, memory)
         curriculum.run(state, plan, helpers)
-        show_embeddings(setting, state.bank.memory, session)
+        results.show_embeddings(setting, state.bank.memory, session)
         logger().info("\n%s", curriculum.summary(state.history, helpers), extra=SUMMARY)
         logger().info("session: %s", session.folder or "none", extra=SUMMARY)
         final = state.checkpoint(options.network, session.name)
         if options.report and session.folder:
-            write_report(setting, session.folder, final)
-        export_results(setting, final, session.folder)
+            results.write_report(setting, session.folder, final)
+        results.export_results(setting, final, session.folder)
     finally:
         session.close()
-
-
-def show_embeddings(setting: Setting, memory: torch.Tensor, session: Session) -> None:
-    """Some rows of the memory bank, evenly spaced, for TensorBoard's projector."""
-    train = setting.splits.train
-    index = np.linspace(0, len(train) - 1, min(len(train), PROJECTED)).round().astype(int).tolist()
-    labels = None if train.labels is None else [train.classes[label] for label in train.labels[index]]
-    if setting.options.log_tfb and session.folder:
-        session.write_projector(memory[index].cpu().numpy(), labels, gallery.thumbnails(train.images, index))
-
-
-def test(setting: Setting) -> None:
-    """Prints the table of a test run, and keeps the figures with the session."""
-    options, source = setting.options, setting.source
-    subject = setting.subject()
-    unlabelled = subject.train_labels is None or subject.test_labels is None
-    if unlabelled and "cluster" not in options.protocol and _exports(options):
-        return
-    rows = evaluation.evaluate(subject, options)
-    logger().info("%s", evaluation.text(rows), extra=SUMMARY)
-    if source and not options.debug:
-        session = folder_of(source)
-        facts = {"checkpoint": str(source), "dataset": options.dataset, "network": options.network}
-        reached = {name: setting.loaded.get(name) for name in ("round", "epoch")}
-        path = session / "evaluation.json" if session else source.with_suffix(".evaluation.json")
-        evaluation.save(rows, path, {**facts, **reached, "seed": options.seed})
-
-
-def write_report(setting: Setting, folder: Path, loaded: Checkpoint) -> None:
-    """Writes the report of a session, whose network is the setting's."""
-    from lib import report  # draws with matplotlib and scikit-learn, which take seconds to import
-
-    options, train, test = setting.options, setting.splits.train, setting.splits.test
-    evaluator = setting.evaluator(test)
-    tested = None
-    if evaluator and test and test.labels is not None:
-        embeddings = features.extract(setting.network, setting.loader(test, train=False), "test features")
-        tested = Tested(
-            images=test.images,
-            labels=test.labels,
-            features=embeddings.cpu().numpy(),
-            protocol=f"{evaluator.name} against the memory bank",
-            k=options.knn_k,
-            sigma=options.knn_sigma or options.npc_temperature,
-        )
-    material = review.material(
-        folder,
-        options,
-        loaded,
-        images=train.images,
-        labels=train.labels,
-        classes=train.classes,
-        protocol=f"{evaluator.name} against the memory bank" if evaluator else "",
-        tested=tested,
-    )
-    logger().info("report: %s", report.write(material, folder), extra=SUMMARY)
 
 
 def show_comparison(options: Options) -> None:
@@ -335,81 +201,12 @@ def show_comparison(options: Options) -> None:
         logger().info("written: %s", path, extra=SUMMARY)
 
 
-def _exports(options: Options) -> bool:
-    return bool(options.export_features or options.export_model or options.export_neighbourhoods)
-
-
 def load_network(setting: Setting) -> None:
     """The network of the checkpoint, where nothing is trained."""
     if setting.source:
         checkpoint.load_network(setting.network, setting.loaded, setting.source)
     elif not setting.options.pretrained:
         logger().warning("no --resume: the network has random weights")
-
-
-def memory_of(setting: Setting, loaded: Checkpoint) -> torch.Tensor:
-    """The rows of the checkpoint's memory bank, or the training images' embeddings where it has none of theirs."""
-    memory = loaded.get("npc", {}).get("memory")
-    train = setting.splits.train
-    if isinstance(memory, torch.Tensor) and memory.shape == (len(train), setting.options.low_dim):
-        return memory.to(setting.device)
-    return features.extract(setting.network, setting.loader(train, train=False), "training features")
-
-
-def known(setting: Setting) -> lookup.Gallery:
-    """The training images by name and class."""
-    train = setting.splits.train
-    return lookup.Gallery(train.images, train.names, train.labels, train.classes)
-
-
-def show_similar(setting: Setting) -> None:
-    """Prints the training images most similar to each picture of ``--query``, and draws them."""
-    options = setting.options
-    queries = [lookup.Query(str(path), datasets.read_picture(path)) for path in options.query]
-    pictures = setting.loader(datasets.ImageSet([query.image for query in queries]), train=False)
-    embeddings = features.extract(setting.network, pictures, "pictures")
-    logger().info(
-        "similar: by cosine with the memory bank, or where there is none with the training images' embeddings"
-    )
-    indices, similarities = lookup.query(embeddings, memory_of(setting, setting.loaded), SIMILAR)
-    gallery = known(setting)
-    for row, query in enumerate(queries):
-        logger().info("%s\n", lookup.describe(query.name, indices[row], similarities[row], gallery), extra=SUMMARY)
-    session = folder_of(setting.source) if setting.source else None
-    folder = create_folder((session or options.sess_dir) / "queries", None)
-    lookup.save_picture(folder / "query.png", lookup.draw(queries, indices, similarities, gallery))
-
-
-def export_results(setting: Setting, loaded: Checkpoint, folder: Path | None) -> None:
-    """Writes what the user asks for.
-
-    Args:
-        setting: with the network as it is now.
-        loaded: the checkpoint of now.
-        folder: the session's, or None.
-    """
-    options, splits = setting.options, setting.splits
-    if options.export_features:
-        parts = [
-            export.Part(name, setting.loader(split, train=False), split.labels, split.names)
-            for name, split in (("train", splits.train), ("test", splits.test))
-            if split
-        ]
-        classes = splits.train.classes
-        export.save_features(options.export_features, setting.network, parts, classes=classes)
-    if options.export_model:
-        means, stds = setting.colours
-        export.save_model(options.export_model, setting.network, options, means=means, stds=stds)
-    if options.export_neighbourhoods:
-        found = checkpoint.discoveries(folder, loaded, len(splits.train))
-        lookup.save_neighbourhoods(
-            options.export_neighbourhoods,
-            memory=memory_of(setting, loaded),
-            temperature=options.npc_temperature,
-            size=options.ANs_size,
-            rounds=lookup.became_anchor(found, len(splits.train)),
-            gallery=known(setting),
-        )
 
 
 def build_state(setting: Setting) -> TrainingState:

@@ -34,9 +34,13 @@ def run(repeats: int, device: torch.device) -> tuple[str, Figure]:
         rows.append((part, letter, "; ".join(shown), f"{exponent:.2f}", far))
     for letter, axes in panels.items():
         axes.set(xlabel=letter, ylabel="seconds")
+        ticks = sorted({int(x) for line in axes.lines for x in np.asarray(line.get_xdata())})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(top=axes.get_ylim()[1] * 8)  # room for the legend
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc="upper left")
     text = measure.table(["part", "against", "size: seconds", "exponent", f"N = {LARGE:,}, extrapolated"], rows)
     note = (
         "The exponent is that of the line through the logarithms of the upper three sizes. Where it is not the letter "

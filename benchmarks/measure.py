@@ -69,12 +69,13 @@ def peak_memory(way: Way, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would hide what is taken
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again from what is taken now
-    before = _status("VmRSS")
+    before = status("VmRSS")
     way()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
+    """Bytes that Linux tells of this process."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 

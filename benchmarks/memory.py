@@ -28,9 +28,10 @@ CASES = [
 ]
 SAMPLES, LOW_DIM, TILES = 1_281_167, 128, 2_000
 TRAINED = """
-import json, resource, sys
+import json, sys
 import numpy as np, torch
 import main
+from benchmarks import measure
 from lib import config, curriculum, memory_plan, schedule, seeding
 import datasets
 
@@ -47,7 +48,7 @@ planned = memory_plan.of_options(setting.options, setting.network, setting.devic
 state = main.build_state(setting)
 plan = curriculum.build_plan(setting.options, schedule.build_schedule(setting.options), samples=len(images))
 curriculum.train_epoch(state, plan, setting.loader(setting.splits.train, train=True))
-peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = torch.cuda.max_memory_allocated() if on_gpu else measure.status("VmHWM")
 place = planned.device if on_gpu else planned.host
 print(json.dumps([place.peak, peak, place.text()]))
 """

@@ -12,4 +12,5 @@ class Normalize(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, D) -> (B, D)."""
-        return F.normalize(x.float(), dim=1)  # also where mixed precision computed what comes before
+        half = x.dtype in (torch.float16, torch.bfloat16)  # of mixed precision
+        return F.normalize(x.float() if half else x, dim=1)

@@ -12,6 +12,7 @@ import pytest
 import made
 import main
 from lib import curriculum
+from lib.setting import Setting
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PARTS = {"cifar10", "cifar100", "svhn", "imagenet", "cub200", "dogs", "folder", "digits"}
@@ -60,7 +61,7 @@ def test_each_config_trains_a_step_by_its_own_command(
     monkeypatch.setattr(
         curriculum, "neighbourhood_loss", lambda *words, **more: losses.append(loss_of(*words, **more)) or losses[-1]
     )
-    seen: list[main.Setting] = []
+    seen: list[Setting] = []
     train = main.train
     monkeypatch.setattr(main, "train", lambda setting: seen.append(setting) or train(setting))
     samples = {"imagenet": 12, "folder": 12, "cub200": 8, "dogs": 8, "digits": 1437}.get(name, 20)

@@ -8,7 +8,7 @@ Letters: B batch, N samples, H, W of an image, h, w that the network sees.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,13 +24,44 @@ Plan = tuple[np.ndarray, np.ndarray]
 
 
 class _Plans(Sampler[Plan]):
-    """The plans of an epoch's batches; workers that live on are given those of the next epoch by the same object."""
+    """What each batch of an epoch is made of.
 
-    def __init__(self) -> None:
-        self.of_epoch: Callable[[], Iterator[Plan]] = lambda: iter(())
+    Knows nothing of the loader: in a cycle of references the workers' queues would go before the workers do.
+
+    Args:
+        samples: N.
+        batch_size: B.
+        seed: shuffles and augments; None: in order.
+    """
+
+    def __init__(self, samples: int, batch_size: int, seed: int | None) -> None:
+        self.samples = samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.where = 0, 0  # round and epoch that come next; workers that live on are told by this alone
 
     def __iter__(self) -> Iterator[Plan]:
-        return self.of_epoch()
+        return self.of(*self.where)
+
+    def of(self, round: int, epoch: int) -> Iterator[Plan]:
+        """The plans of an epoch's batches."""
+        order = np.arange(self.samples)
+        if self.seed is not None:
+            order = np.random.default_rng(seed_for(self.seed, Stream.ORDER, round, epoch)).permutation(self.samples)
+        for number, (start, stop) in enumerate(self.bounds()):
+            draws = np.zeros((stop - start, DRAWS))
+            if self.seed is not None:
+                seed = seed_for(self.seed, Stream.AUGMENTATION, round, epoch, number)
+                np.random.default_rng(seed).random(out=draws)
+            yield order[start:stop], draws
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """First and last of each batch. A single image left over joins the batch before it: batch
+        normalisation over one image of one pixel is undefined."""
+        starts = list(range(0, self.samples, self.batch_size))
+        if len(starts) > 1 and self.samples - starts[-1] == 1:
+            starts.pop()
+        return list(zip(starts, [*starts[1:], self.samples], strict=True))
 
 
 class _Cropped(Dataset[torch.Tensor]):
@@ -72,11 +103,9 @@ class Loader:
         device: torch.device,
     ) -> None:
         self.samples = len(images)
-        self.batch_size = batch_size
-        self.seed = seed
         self.device = device
         self.augmentation = augmentation
-        self._plans = _Plans()
+        self._plans = _Plans(len(images), batch_size, seed)
         if isinstance(images, torch.Tensor):
             self._images: torch.Tensor | DataLoader[torch.Tensor] = images
         else:
@@ -92,7 +121,7 @@ class Loader:
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return len(self._bounds())
+        return len(self._plans.bounds())
 
     def epoch(self, round: int = 0, epoch: int = 0) -> Iterator[Batch]:
         """Every sample once; the same seed, round and epoch give the same batches."""
@@ -100,34 +129,14 @@ class Loader:
         return _ahead(batches, self.device) if self.device.type == "cuda" else batches
 
     def _batches(self, round: int, epoch: int) -> Iterator[Batch]:
-        self._plans.of_epoch = lambda: self._plan(round, epoch)
+        self._plans.where = round, epoch
         cropped = iter(()) if isinstance(self._images, torch.Tensor) else iter(self._images)
-        for samples, draws in self._plan(round, epoch):
+        for samples, draws in self._plans.of(round, epoch):
             index = torch.from_numpy(samples).to(self.device, non_blocking=True)
             if isinstance(self._images, torch.Tensor):
                 yield self.augmentation(self._images[index], draws), index
             else:
                 yield self.augmentation.finish(next(cropped).to(self.device, non_blocking=True), draws), index
-
-    def _plan(self, round: int, epoch: int) -> Iterator[Plan]:
-        """What each batch of an epoch is made of."""
-        order = np.arange(self.samples)
-        if self.seed is not None:
-            order = np.random.default_rng(seed_for(self.seed, Stream.ORDER, round, epoch)).permutation(self.samples)
-        for number, (start, stop) in enumerate(self._bounds()):
-            draws = np.zeros((stop - start, DRAWS))
-            if self.seed is not None:
-                seed = seed_for(self.seed, Stream.AUGMENTATION, round, epoch, number)
-                np.random.default_rng(seed).random(out=draws)
-            yield order[start:stop], draws
-
-    def _bounds(self) -> list[tuple[int, int]]:
-        """First and last of each batch. A single image left over joins the batch before it: batch
-        normalisation over one image of one pixel is undefined."""
-        starts = list(range(0, self.samples, self.batch_size))
-        if len(starts) > 1 and self.samples - starts[-1] == 1:
-            starts.pop()
-        return list(zip(starts, [*starts[1:], self.samples], strict=True))
 
 
 def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -812,3 +812,25 @@ def test_a_checkpoint_is_written_in_the_form_that_the_reference_s_pytorch_reads(
             assert codes[0][0].name == "PROTO" and codes[0][1] == 2
             assert {value for code, value, _ in codes if code.name == "GLOBAL"} <= known
             assert not any(code.name == "STACK_GLOBAL" for code, *_ in codes)
+
+
+def test_the_scale_of_the_loss_goes_on_where_it_was(tmp_path: Path) -> None:
+    saved, restored = state_of(), state_of()
+    saved.scaler, restored.scaler = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (256.0, 2.0))
+    checkpoint.save(saved.checkpoint("small", ""), tmp_path / "a.ckpt")
+    restored.restore(checkpoint.load(tmp_path / "a.ckpt"), tmp_path / "a.ckpt", embed=lambda: torch.zeros(0))
+    assert restored.scaler.get_scale() == 256
+
+
+def test_without_mixed_precision_a_saved_scale_is_of_no_use(tmp_path: Path) -> None:
+    saved, restored = state_of(), state_of()
+    saved.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    checkpoint.save(saved.checkpoint("small", ""), tmp_path / "a.ckpt")
+    restored.restore(checkpoint.load(tmp_path / "a.ckpt"), tmp_path / "a.ckpt", embed=lambda: torch.zeros(0))
+    assert not restored.scaler.is_enabled()
+
+
+def test_weights_are_saved_contiguous_whatever_their_layout() -> None:
+    state = state_of()
+    state.network.to(memory_format=torch.channels_last)
+    assert all(value.is_contiguous() for value in state.checkpoint("small", "")["net"].values())

@@ -31,7 +31,7 @@ class Net(torch.nn.Module):
         self.linear = torch.nn.Linear(PIXELS, LOW_DIM)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self.linear(x), dim=1)
+        return F.normalize(self.linear(x).float(), dim=1)
 
 
 class Batches:
@@ -247,6 +247,31 @@ def test_training_lowers_the_loss() -> None:
     state = state_of(lr=0.5)
     losses = [curriculum.train_epoch(state, plan_of(), Batches()) for _ in range(20)]
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_trains_nearly_as_float32_does(dtype: torch.dtype) -> None:
+    seen: list[torch.dtype] = []
+    exact, mixed = state_of(), state_of()
+    mixed.network.linear.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+    mixed.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=dtype == torch.float16)
+    losses = [
+        curriculum.train_epoch(exact, plan_of(), Batches()),
+        curriculum.train_epoch(mixed, plan_of(autocast=dtype), Batches()),
+    ]
+    assert set(seen) == {dtype}
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert mixed.network.linear.weight.dtype == mixed.bank.memory.dtype == torch.float32
+    torch.testing.assert_close(mixed.network.linear.weight, exact.network.linear.weight, atol=0.02, rtol=0.1)
+
+
+def test_a_step_whose_scaled_gradient_overflows_is_left_out_and_the_scale_falls() -> None:
+    state = state_of()
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    before = state.network.linear.weight.detach().clone()
+    curriculum.train_epoch(state, plan_of(autocast=torch.float16), Batches(SAMPLES))
+    assert torch.equal(state.network.linear.weight, before)
+    assert state.scaler.get_scale() == pytest.approx(5e37)
 
 
 @pytest.mark.parametrize("stop", range(1, 6))

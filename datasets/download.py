@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datasets.images import DataError, Request
@@ -166,6 +166,18 @@ def _is_published(path: Path, archive: Archive, request: Request) -> bool:
     return digest.hexdigest() == digits
 
 
+def _extract(archive: tarfile.TarFile, folder: Path) -> None:
+    """Refuses members that lead out of the folder."""
+    if hasattr(tarfile, "data_filter"):
+        archive.extractall(folder, filter="data")
+        return
+    for member in archive.getmembers():  # Python before 3.10.12 and 3.11.4, Debian 12's among them, has no filters
+        member.name = member.name.lstrip("/")
+        if not (member.isfile() or member.isdir()) or ".." in PurePosixPath(member.name).parts:
+            raise tarfile.TarError(f"{member.name!r} is no plain file or folder inside it")
+    archive.extractall(folder)
+
+
 def _unpack(path: Path, target: Path) -> None:
     """Unpacks beside the target and renames, so that a broken-off unpacking is never taken for the data."""
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -173,7 +185,7 @@ def _unpack(path: Path, target: Path) -> None:
     try:
         content.mkdir()
         with tarfile.open(path) as file:
-            file.extractall(content, filter="data")  # refuses members that lead out of the folder
+            _extract(file, content)
         inside = content / target.name  # some archives hold the folder, some only what should be in it
         (inside if inside.is_dir() else content).rename(target)
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, LookupError, ValueError) as error:

@@ -38,6 +38,7 @@ from lib import (
 from lib.checkpoint import TrainingState
 from lib.console import SUMMARY, UsageError, logger, progress, start_logging
 from lib.free_memory import free
+from lib.interrupt import STATUS, Interrupts, Stopped
 from lib.memory_bank import MemoryBank
 from lib.neighbourhoods import Neighbourhoods
 from lib.options import Options
@@ -47,7 +48,9 @@ from lib.setting import Setting
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 input that cannot be used, 130 interrupted."""
+    """Exit status: 0 done, or stopped by SIGUSR1; 1 the loss is not finite; 2 input that cannot be used; 3 the last
+    checkpoint could not be saved; 130 and 143 stopped by Ctrl-C and SIGTERM.
+    """
     try:
         options = resolve(sys.argv[1:] if argv is None else argv)
         if options.print_args:
@@ -69,10 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.test(setting)
             results.export_results(setting, setting.loaded, folder_of(setting.source) if setting.source else None)
         else:
-            train(setting)
+            return train(setting)
     except (UsageError, datasets.DataError) as error:
         print(f"error: {str(error).splitlines()[-1]}", file=sys.stderr)  # a worker's comes behind its traceback
         return 2
+    except curriculum.NonFiniteLossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         print(f"error: --compile: PyTorch cannot compile the network here ({reason}); leave it out", file=sys.stderr)
@@ -107,8 +113,7 @@ def prepare(options: Options) -> Setting:
     export.check(options)
     if options.export_neighbourhoods:
         lookup.check(options.export_neighbourhoods)
-    source = checkpoint.locate(options.resume) if options.resume else None
-    loaded = checkpoint.load(source) if source else {}
+    source, loaded = checkpoint.load_resumed(options.resume) if options.resume else (None, {})
     seed = seeding.choose(options.seed, loaded.get("seed"))
     options = options.model_copy(update={"seed": seed})
     torch.manual_seed(seeding.seed_for(seed, Stream.WEIGHTS))  # the network's first weights
@@ -152,8 +157,8 @@ def load_data(options: Options) -> datasets.Splits:
     return splits
 
 
-def train(setting: Setting) -> None:
-    """Trains in a new session, or goes on in the checkpoint's."""
+def train(setting: Setting) -> int:
+    """Trains in a new session, or goes on in the checkpoint's; the exit status."""
     options, splits = setting.options, setting.splits
     images, labels = splits.train.images, splits.train.labels
     plan = curriculum.build_plan(options, schedule.build_schedule(options), samples=len(images))
@@ -170,6 +175,7 @@ def train(setting: Setting) -> None:
         if path and (picture := gallery.save(path, images, labels, found)):
             session.write_picture("ANs/Neighbours", np.asarray(picture), round)
 
+    interrupts = Interrupts()
     helpers = curriculum.Helpers(
         batches=setting.loader(splits.train, train=True),
         evaluate=setting.evaluator(splits.test),
@@ -178,10 +184,12 @@ def train(setting: Setting) -> None:
         session=session,
         on_discovery=show,
         network_name=options.network,
+        interrupts=interrupts,
     )
     try:
-        describe(setting, session, memory)
-        curriculum.run(state, plan, helpers)
+        with interrupts:
+            describe(setting, session, memory)
+            curriculum.run(state, plan, helpers)
         results.show_embeddings(setting, state.bank.memory, session)
         logger().info("\n%s", curriculum.summary(state.history, helpers), extra=SUMMARY)
         logger().info("session: %s", session.folder or "none", extra=SUMMARY)
@@ -189,8 +197,17 @@ def train(setting: Setting) -> None:
         if options.report and session.folder:
             results.write_report(setting, session.folder, final)
         results.export_results(setting, final, session.folder)
+    except Stopped as stop:
+        again = f"go on with: python main.py --resume {session.folder}" if session.folder else "nothing is stored"
+        step = f"round {state.round}, epoch {state.epoch + 1}, step {state.step}"
+        logger().info("stopped by %s after %s; %s", stop.signal.name, step, again, extra=SUMMARY)
+        return STATUS[stop.signal]
     finally:
         session.close()
+    if state.unsaved:
+        print(f"error: {state.unsaved}; make room and go on with --resume", file=sys.stderr)
+        return 3
+    return 0
 
 
 def show_comparison(options: Options) -> None:

@@ -47,7 +47,9 @@ planned = memory_plan.of_options(setting.options, setting.network, setting.devic
     images=images.nbytes, resident=images.nbytes if on_gpu else 0)
 state = main.build_state(setting)
 plan = curriculum.build_plan(setting.options, schedule.build_schedule(setting.options), samples=len(images))
-curriculum.train_epoch(state, plan, setting.loader(setting.splits.train, train=True))
+helpers = curriculum.Helpers(setting.loader(setting.splits.train, train=True), None, None, None, main.Session(None),
+    lambda *found: None, "")
+curriculum.train_epoch(state, plan, helpers)
 peak = torch.cuda.max_memory_allocated() if on_gpu else measure.status("VmHWM")
 place = planned.device if on_gpu else planned.host
 print(json.dumps([place.peak, peak, place.text()]))

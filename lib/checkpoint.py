@@ -2,7 +2,8 @@
 
 A checkpoint has the reference's form: ``net``, ``optimizer``, ``ANs_discovery``, ``npc``, ``acc`` (share of
 right answers of this state), ``epoch`` (next to run), ``round``, ``session``; and beside it what going on
-exactly takes: ``best_acc`` of the round so far, ``seed``, ``history`` (the figures of each round), ``health``
+exactly takes: ``step`` (next to run in the epoch), ``total`` and ``seen`` (sum of the losses so far, and of how
+many images), ``best_acc`` of the round so far, ``seed``, ``history`` (the figures of each round), ``health``
 (what the next ones compare with), ``scaler`` (of the loss, for fp16) and ``network`` (the backbone's name). It
 holds tensors and plain containers only and is read as such. Of a file that lacks parts, such as somebody's weights
 alone, what is there is taken.
@@ -19,10 +20,10 @@ import torch
 
 from lib import health, weights
 from lib.console import UsageError, logger
-from lib.files import write_whole
+from lib.files import keep, write_whole
 from lib.memory_bank import MemoryBank
 from lib.neighbourhoods import Neighbourhoods
-from lib.session import LATEST
+from lib.session import LATEST, PREVIOUS
 
 Checkpoint = dict[str, Any]
 
@@ -39,6 +40,10 @@ class TrainingState:
         seed: of the whole run.
         scaler: of the loss, for fp16; does nothing otherwise.
         round, epoch: next to run; epoch == the epochs of a round: the round is done.
+        step: next to run in the epoch; the number of steps: the epoch is trained, and not yet judged.
+        total, seen: sum of the losses of the epoch so far, a scalar on the device, and of how many images.
+        skipped: batches of the epoch that were left out, as their loss was not finite.
+        unsaved: why the last checkpoint could not be written; None: it could.
         acc: accuracy after the last epoch, None without labels.
         best_acc: best of the round so far.
         history: the figures of each round's last epoch so far.
@@ -53,10 +58,15 @@ class TrainingState:
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
     round: int = 0
     epoch: int = 0
+    step: int = 0
+    total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    seen: int = 0
+    skipped: int = 0
     acc: float | None = None
     best_acc: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     health: health.State | None = None
+    unsaved: str | None = None
 
     def checkpoint(self, network_name: str, session: str) -> Checkpoint:
         """Everything, as tensors and plain containers."""
@@ -69,6 +79,10 @@ class TrainingState:
             "epoch": self.epoch,
             "round": self.round,
             "session": session,
+            "step": self.step,
+            "total": self.total,
+            "seen": self.seen,
+            "skipped": self.skipped,
             "best_acc": self.best_acc,
             "seed": self.seed,
             "history": self.history,
@@ -103,8 +117,11 @@ class TrainingState:
             if loaded.get("scaler") and self.scaler.is_enabled():
                 self.scaler.load_state_dict(loaded["scaler"])
             self.round, self.epoch = int(loaded.get("round", 0)), int(loaded.get("epoch", 0))
-            if self.round < 0 or self.epoch < 0:
-                raise ValueError("the round or the epoch is negative")
+            self.step, self.seen = int(loaded.get("step", 0)), int(loaded.get("seen", 0))
+            self.skipped = int(loaded.get("skipped", 0))
+            self.total = torch.as_tensor(loaded.get("total", 0.0), dtype=torch.float32).to(self.bank.memory.device)
+            if min(self.round, self.epoch, self.step, self.seen) < 0 or self.total.dim():
+                raise ValueError("the round, the epoch or the step is negative, or the loss is no number")
             self._restore_neighbourhoods(loaded, where)
             self.acc, best = (None if loaded.get(key) is None else float(loaded[key]) for key in ("acc", "best_acc"))
             self.best_acc = self.acc if best is None else best
@@ -123,21 +140,46 @@ class TrainingState:
             self.neighbourhoods = found
         elif self.round and self.epoch:
             logger().info("%s: holds no neighbourhoods: round %d starts again with a discovery", where, self.round)
-            self.epoch = 0
+            self.epoch = self.step = 0
 
 
 def save(content: Checkpoint, path: Path) -> None:
-    """Writes a checkpoint, whole or not at all."""
+    """Writes a checkpoint, whole or not at all, with its checksum behind it; the latest becomes the previous one."""
+    if path.name == LATEST and path.exists():
+        keep(path, path.with_name(PREVIOUS))
     with write_whole(path) as file:
         torch.save(content, file, _use_new_zipfile_serialization=False)  # PyTorch 1.0, the reference's, reads no other
+        weights.seal(file)
 
 
 def locate(resume: Path) -> Path:
     """The checkpoint file that ``--resume`` means: itself, or the latest of a session's folder."""
-    path = resume / "checkpoint" / LATEST if resume.is_dir() else resume
+    if not resume.is_dir():
+        path = resume
+    else:
+        folder = resume / "checkpoint"
+        path = next((folder / name for name in (LATEST, PREVIOUS) if (folder / name).is_file()), folder / LATEST)
     if not path.is_file():
         raise UsageError(f"{path}: no such checkpoint; pass --resume a .ckpt file or a session's folder")
     return path
+
+
+def load_resumed(resume: Path) -> tuple[Path, Checkpoint]:
+    """What ``--resume`` means, and its content; where a session's latest is damaged, the one before it.
+
+    Raises:
+        UsageError: there is none, or none that can be used.
+    """
+    path = locate(resume)
+    previous = path.with_name(PREVIOUS)
+    if not resume.is_dir() or path == previous or not previous.is_file():
+        return path, load(path)
+    try:
+        return path, load(path)
+    except UsageError as error:
+        logger().warning("%s", error)
+        logger().warning("going on from the one before it: %s", previous)
+        return previous, load(previous)
 
 
 def load(path: Path) -> Checkpoint:
@@ -169,7 +211,8 @@ def discoveries(folder: Path | None, current: Checkpoint, samples: int) -> list[
             here = Neighbourhoods.from_state_dict(content["ANs_discovery"])
             if len(here.position) != samples:
                 raise UsageError(f"{where}: is of {len(here.position)} samples, not {samples}; choose its data")
-            begun = int(content["epoch"]) > 0  # before its first epoch a round has those of the round before
+            # before its first step a round has those of the round before
+            begun = int(content["epoch"]) > 0 or int(content.get("step", 0)) > 0
             if here.num_anchors:
                 found[int(content["round"]) - (not begun)] = here
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:

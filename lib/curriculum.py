@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from lib.checkpoint import TrainingState
 from lib.console import SUMMARY, UsageError, logger, progress, table
 from lib.criterion import neighbourhood_loss
 from lib.device import PRECISIONS
+from lib.files import reason
+from lib.interrupt import Interrupts, Stopped
 from lib.loader import Loader
 from lib.neighbourhoods import Neighbourhoods, consistency, discover, num_anchors
 from lib.options import Options
@@ -43,6 +45,8 @@ class Plan:
         learning_rate: epoch within the round -> rate.
         display_freq: steps between updates of the loss beside the bar.
         autocast: precision of the steps' mixed precision; None: float32.
+        ckpt_every: optimiser steps between checkpoints within an epoch; 0: none there.
+        skip_nonfinite: a batch whose loss is not finite is left out, in place of stopping the run.
     """
 
     rounds: int
@@ -53,6 +57,8 @@ class Plan:
     learning_rate: schedule.Schedule
     display_freq: int
     autocast: torch.dtype | None = None
+    ckpt_every: int = 0
+    skip_nonfinite: bool = False
 
 
 def build_plan(options: Options, learning_rate: schedule.Schedule, *, samples: int) -> Plan:
@@ -80,6 +86,8 @@ def build_plan(options: Options, learning_rate: schedule.Schedule, *, samples: i
         learning_rate=learning_rate,
         display_freq=options.display_freq,
         autocast=PRECISIONS[options.amp] if options.amp else None,
+        ckpt_every=options.ckpt_every,
+        skip_nonfinite=options.on_nonfinite == "skip",
     )
 
 
@@ -96,6 +104,7 @@ class Helpers:
         session: where results go.
         on_discovery: told the round and what was found.
         network_name: for the checkpoints.
+        interrupts: whoever asks the run to stop.
     """
 
     batches: Loader
@@ -105,22 +114,47 @@ class Helpers:
     session: Session
     on_discovery: Callable[[int, Neighbourhoods], None]
     network_name: str
+    interrupts: Interrupts = field(default_factory=Interrupts)
+
+
+CHECKED = 100
+"""Steps on a GPU after which it is asked whether all losses were finite."""
+
+
+class NonFiniteLossError(Exception):
+    """A loss that is no number; the message is a sentence with the step, the learning rate and the samples."""
 
 
 def run(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
-    """Trains from where ``state`` is to the end of the last round."""
+    """Trains from where ``state`` is to the end of the last round.
+
+    Raises:
+        Stopped: from outside; the state is saved, as it is between two steps.
+        NonFiniteLossError: the last checkpoint is from before that.
+    """
+    try:
+        run_rounds(state, plan, helpers)
+    except Stopped:
+        helpers.interrupts.settle()
+        save(state, helpers, is_best=False)
+        raise
+
+
+def run_rounds(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
+    """The rounds that are left."""
     if state.round == plan.rounds - 1 and state.epoch >= plan.epochs:
         logger().info("all rounds are done; raise --max-round or --max-epoch to go on")
     while state.round < plan.rounds:
-        if state.epoch == 0:
+        if state.epoch == state.step == 0:
             start_round(state, plan, helpers)
         found = state.neighbourhoods
         scalars = {"ANs/Number": found.num_anchors, "ANs/Consistency": found.consistency}
         helpers.session.write_scalars(scalars, state.round)
         while state.epoch < plan.epochs:
             run_epoch(state, plan, helpers)
-        finish_round(state, helpers)
-        state.round, state.epoch = state.round + 1, 0
+        with helpers.interrupts.shield():
+            finish_round(state, helpers)
+            state.round, state.epoch = state.round + 1, 0
 
 
 def start_round(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
@@ -147,15 +181,36 @@ def start_round(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
 
 def run_epoch(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
     """One pass over the training images, then the accuracy, the records and the checkpoint."""
-    rate, started = plan.learning_rate(state.epoch), time.perf_counter()
+    rate, started, seen = plan.learning_rate(state.epoch), time.perf_counter(), state.seen if state.step else 0
     schedule.set_learning_rate(state.optimizer, rate)
-    loss = train_epoch(state, plan, helpers.batches)
+    loss = train_epoch(state, plan, helpers)
     trained = time.perf_counter()
-    figures, state.health = health.measure(
+    figures, measured = health.measure(
         state.bank.memory, state.health, round=state.round, temperature=state.bank.temperature, size=plan.size
     )
     accuracy = helpers.evaluate(state.network, state.bank.memory) if helpers.evaluate else None
     held_out = helpers.validate(state.network, state.bank.memory) if helpers.validate else None
+    times = {
+        "images_per_s": (state.seen - seen) / (trained - started),
+        "train_s": trained - started,
+        "evaluate_s": time.perf_counter() - trained,
+    }
+    with helpers.interrupts.shield():  # from here to the checkpoint, for all of it belongs together
+        state.health = measured
+        trained_by = {"loss": loss, "learning_rate": rate}
+        record, is_best = finish_epoch(state, accuracy, held_out, trained_by, {**figures, **times})
+        report_epoch(record, accuracy, plan, helpers)
+        save(state, helpers, is_best)
+
+
+def finish_epoch(
+    state: TrainingState,
+    accuracy: Accuracy | None,
+    held_out: Accuracy | None,
+    trained: dict[str, float],
+    figures: dict[str, float | None],
+) -> tuple[dict[str, Any], bool]:
+    """Moves the state on to the next epoch; the record of this one, and whether it is the round's best so far."""
     chooser = held_out or accuracy
     state.acc = chooser.top1 if chooser else None
     is_best = state.acc is None or state.best_acc is None or state.acc > state.best_acc
@@ -168,56 +223,97 @@ def run_epoch(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
         "epoch": state.epoch,
         "anchors": state.neighbourhoods.num_anchors,
         "consistency": state.neighbourhoods.consistency,
-        "loss": loss,
-        "learning_rate": rate,
+        **trained,
         "top1": top1,
         "top5": accuracy.top5 if accuracy else None,
         "best_top1": best_top1,
         "val_top1": held_out.top1 if held_out else None,
+        "skipped": state.skipped,
         **figures,
-        "images_per_s": len(state.bank.memory) / (trained - started),
-        "train_s": trained - started,
-        "evaluate_s": time.perf_counter() - trained,
     }
-    state.epoch += 1
+    state.epoch, state.step = state.epoch + 1, 0
     state.history = [row for row in state.history if row["round"] < state.round] + [record]
-    report_epoch(record, accuracy, plan, helpers)
-    save(state, helpers, is_best)
+    return record, is_best
 
 
-def train_epoch(state: TrainingState, plan: Plan, batches: Loader) -> float:
-    """Mean loss over the training images while the network learns from them.
+def train_epoch(state: TrainingState, plan: Plan, helpers: Helpers) -> float:
+    """Mean loss over the training images while the network learns from them, from the state's step on.
 
     ``iter_size`` batches make one optimiser step on the mean of their losses; so does what is left over at
     the end. The memory bank is updated after each batch's backward pass, which needs it as it was.
+
+    Raises:
+        Stopped: from outside; the state is as it is after a step of the optimiser.
+        NonFiniteLossError: unless such batches are left out.
     """
-    device = state.bank.memory.device
-    torch.manual_seed(seed_for(state.seed, Stream.STEPS, state.round, state.epoch))  # dropout, where a network has it
+    batches, device, shown = helpers.batches, state.bank.memory.device, 0.0
+    first, steps = state.step, len(batches)
+    if first == 0:
+        state.total, state.seen, state.skipped = torch.zeros((), device=device), 0, 0
     state.network.train()
     state.optimizer.zero_grad(set_to_none=True)
-    total, seen, shown = torch.zeros((), device=device), 0, 0.0
-    steps = len(batches)
+    spoilt = torch.full((), -1, device=device)  # the first step whose loss was not finite
     where = f"round {state.round}/{plan.rounds - 1} epoch {state.epoch + 1}/{plan.epochs}"
-    bar = progress(batches.epoch(state.round, state.epoch), where, "batch", steps)
-    for number, (images, index) in enumerate(bar):
-        with torch.autocast(device.type, plan.autocast, enabled=plan.autocast is not None):
-            embeddings = state.network(images)  # (B, D), float32
-        loss = neighbourhood_loss(
-            embeddings, state.bank.memory, state.neighbourhoods.of(index), temperature=state.bank.temperature
-        )
+    with helpers.interrupts.shield():
+        bar = progress(batches.epoch(state.round, state.epoch, first), where, "batch", steps - first)
+        for number, (images, index) in enumerate(bar, start=first):
+            loss = train_step(state, plan, images, index, number, steps)
+            done, saves = number + 1, False
+            if done % plan.iter_size == 0 or done == steps:
+                state.step = done
+                saves = plan.ckpt_every > 0 and done < steps and done // plan.iter_size % plan.ckpt_every == 0
+            if not plan.skip_nonfinite:
+                spoilt = torch.where((spoilt < 0) & ~loss.isfinite(), number, spoilt)
+                if device.type == "cpu" or done % CHECKED == 0 or done == steps or saves or helpers.interrupts.asked:
+                    refuse_nonfinite(state, helpers, int(spoilt))  # waits for the device
+            if saves:
+                save(state, helpers, is_best=False)
+            if helpers.interrupts.asked and state.step == done:
+                break
+            if not bar.disable and number % plan.display_freq == 0 and time.monotonic() - shown > bar.mininterval:
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)  # waits for the device
+                shown = time.monotonic()
+    return state.total.item() / max(1, state.seen)
+
+
+def train_step(
+    state: TrainingState, plan: Plan, images: torch.Tensor, index: torch.Tensor, number: int, steps: int
+) -> torch.Tensor:
+    """One batch, and where it is the last of its group a step of the optimiser; the loss."""
+    device = images.device
+    torch.manual_seed(seed_for(state.seed, Stream.STEPS, state.round, state.epoch, number))  # for dropout
+    with torch.autocast(device.type, plan.autocast, enabled=plan.autocast is not None):
+        embeddings = state.network(images)  # (B, D), float32
+    loss = neighbourhood_loss(
+        embeddings, state.bank.memory, state.neighbourhoods.of(index), temperature=state.bank.temperature
+    )
+    if plan.skip_nonfinite and not loss.isfinite():  # waits for the device
+        state.skipped += 1
+    else:
         group_start = number - number % plan.iter_size
         state.scaler.scale(loss / min(plan.iter_size, steps - group_start)).backward()
         state.bank.update(embeddings.detach(), index)
-        if (number + 1) % plan.iter_size == 0 or number + 1 == steps:
+        state.total += loss.detach() * len(index)
+        state.seen += len(index)
+    if (number + 1) % plan.iter_size == 0 or number + 1 == steps:
+        if any(parameter.grad is not None for parameter in state.network.parameters()):  # all of it may be left out
             state.scaler.step(state.optimizer)
             state.scaler.update()
-            state.optimizer.zero_grad(set_to_none=True)
-        total += loss.detach() * len(index)
-        seen += len(index)
-        if not bar.disable and number % plan.display_freq == 0 and time.monotonic() - shown > bar.mininterval:
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)  # waits for the device
-            shown = time.monotonic()
-    return total.item() / seen
+        state.optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def refuse_nonfinite(state: TrainingState, helpers: Helpers, step: int) -> None:
+    """NonFiniteLossError where ``step`` is one, and not -1."""
+    if step < 0:
+        return
+    samples = ", ".join(map(str, helpers.batches.indices(state.round, state.epoch, step)))
+    rate = state.optimizer.param_groups[0]["lr"]
+    raise NonFiniteLossError(
+        f"the loss is not a finite number in round {state.round}, epoch {state.epoch + 1}, step {step + 1}, at a "
+        f"learning rate of {rate:g}, for the training images {samples}; lower --base-lr, look at these images, or "
+        "leave such batches out with --on-nonfinite skip; the last checkpoint is from before"
+    )
 
 
 def report_epoch(record: dict[str, Any], accuracy: Accuracy | None, plan: Plan, helpers: Helpers) -> None:
@@ -246,12 +342,21 @@ def report_epoch(record: dict[str, Any], accuracy: Accuracy | None, plan: Plan, 
 
 
 def save(state: TrainingState, helpers: Helpers, is_best: bool) -> None:
-    """The latest checkpoint, and the round's best where this is it (without labels: the last)."""
+    """The latest checkpoint, and the round's best where this is it (without labels: the last).
+
+    Where they cannot be written the log says so, the last good ones stay, and the next epoch tries again.
+    """
     session = helpers.session
     best = session.of_round("checkpoint", state.round, state.neighbourhoods.num_anchors, "ckpt") if is_best else None
+    state.unsaved = None
     for path in (session.latest(), best):
         if path:
-            checkpoint.save(state.checkpoint(helpers.network_name, session.name), path)
+            try:
+                with helpers.interrupts.shield():
+                    checkpoint.save(state.checkpoint(helpers.network_name, session.name), path)
+            except OSError as error:
+                state.unsaved = f"{path}: could not be saved: {reason(error)}"
+                logger().warning("%s; the last good one stays, and the next epoch tries again", state.unsaved)
 
 
 def finish_round(state: TrainingState, helpers: Helpers) -> None:

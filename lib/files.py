@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -33,6 +34,15 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def keep(path: Path, name: Path) -> None:
+    """Gives a file a second name, which outlives a new file of the first one; replaces what had that name."""
+    name.unlink(missing_ok=True)
+    try:
+        os.link(path, name)
+    except OSError:  # file systems without links
+        shutil.copyfile(path, name)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ Letters: B batch, N samples, H, W of an image, h, w that the network sees.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -38,17 +39,17 @@ class _Plans(Sampler[Plan]):
         self.samples = samples
         self.batch_size = batch_size
         self.seed = seed
-        self.where = 0, 0  # round and epoch that come next; workers that live on are told by this alone
+        self.where = 0, 0, 0  # round, epoch and batch that come next; workers that live on are told by this alone
 
     def __iter__(self) -> Iterator[Plan]:
         return self.of(*self.where)
 
-    def of(self, round: int, epoch: int) -> Iterator[Plan]:
-        """The plans of an epoch's batches."""
+    def of(self, round: int, epoch: int, first: int) -> Iterator[Plan]:
+        """The plans of an epoch's batches, from the ``first`` on."""
         order = np.arange(self.samples)
         if self.seed is not None:
             order = np.random.default_rng(seed_for(self.seed, Stream.ORDER, round, epoch)).permutation(self.samples)
-        for number, (start, stop) in enumerate(self.bounds()):
+        for number, (start, stop) in list(enumerate(self.bounds()))[first:]:
             draws = np.zeros((stop - start, DRAWS))
             if self.seed is not None:
                 seed = seed_for(self.seed, Stream.AUGMENTATION, round, epoch, number)
@@ -116,6 +117,7 @@ class Loader:
                 num_workers=workers,
                 persistent_workers=workers > 0,
                 pin_memory=device.type == "cuda",
+                worker_init_fn=_leave_signals_to_the_run if workers else None,
                 generator=torch.Generator(),  # its own: it draws a seed for its workers, which nothing here uses
             )
 
@@ -123,20 +125,39 @@ class Loader:
         """Batches in an epoch."""
         return len(self._plans.bounds())
 
-    def epoch(self, round: int = 0, epoch: int = 0) -> Iterator[Batch]:
-        """Every sample once; the same seed, round and epoch give the same batches."""
-        batches = self._batches(round, epoch)
+    def epoch(self, round: int = 0, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
+        """Every sample once; the same seed, round and epoch give the same batches.
+
+        Args:
+            round, epoch: which.
+            first: batch to begin with, for an epoch that goes on.
+        """
+        batches = self._batches(round, epoch, first)
         return _ahead(batches, self.device) if self.device.type == "cuda" else batches
 
-    def _batches(self, round: int, epoch: int) -> Iterator[Batch]:
-        self._plans.where = round, epoch
+    def indices(self, round: int, epoch: int, batch: int) -> list[int]:
+        """The samples of a batch."""
+        samples, _ = next(self._plans.of(round, epoch, batch))
+        return [int(sample) for sample in samples]
+
+    def _batches(self, round: int, epoch: int, first: int) -> Iterator[Batch]:
+        self._plans.where = round, epoch, first
         cropped = iter(()) if isinstance(self._images, torch.Tensor) else iter(self._images)
-        for samples, draws in self._plans.of(round, epoch):
+        for samples, draws in self._plans.of(round, epoch, first):
             index = torch.from_numpy(samples).to(self.device, non_blocking=True)
             if isinstance(self._images, torch.Tensor):
                 yield self.augmentation(self._images[index], draws), index
             else:
                 yield self.augmentation.finish(next(cropped).to(self.device, non_blocking=True), draws), index
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Terminals and schedulers signal every process of a run; the workers end when the run does, which may have to
+    finish a step first.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -192,6 +192,14 @@ class Options(BaseModel):
     display_freq: Integer = _option(
         1, "training", "steps between updates of the loss beside the bar; reading it waits for the device", ge=1
     )
+    ckpt_every: Integer = _option(
+        0, "training", "optimiser steps between checkpoints within an epoch; 0: one at the end of each epoch", ge=0
+    )
+    on_nonfinite: Annotated[Literal["stop", "skip"], BeforeValidator(_lower)] = _option(
+        "stop",
+        "training",
+        "a loss that is not finite: stop the run, or skip its batch (which waits for the GPU)",
+    )
     gpus: Gpus = _option((), "training", "GPUs to use, such as 0 or 0,1; empty: the CPU")
     amp: Annotated[Literal["bf16", "fp16"] | None, BeforeValidator(_amp)] = _option(
         None,

@@ -5,7 +5,8 @@ sessions/NAME/
     log.txt              what the screen showed, with times
     metrics.jsonl        a JSON line for each epoch
     starts.jsonl         a JSON line for each start: versions, commit, hardware, seed, data, network
-    checkpoint/          {round:04d}-{anchors:05d}.ckpt, the best of each round; latest.ckpt, every epoch
+    checkpoint/          {round:04d}-{anchors:05d}.ckpt, the best of each round; latest.ckpt, every epoch, and
+                         previous.ckpt, the one before it
     neighbours/          {round:04d}-{anchors:05d}.png, anchors beside their neighbours
     tfboard/             TensorBoard events: global/, and a folder for each round
 """
@@ -26,7 +27,7 @@ from tensorboardX import SummaryWriter
 
 from lib.console import UsageError, log_to_file, logger
 
-LATEST = "latest.ckpt"
+LATEST, PREVIOUS = "latest.ckpt", "previous.ckpt"
 STARTS = "starts.jsonl"
 PROJECTOR = "projector_config.pbtxt"
 
@@ -54,6 +55,8 @@ class Session:
             return
         for name in ("checkpoint", "neighbours"):
             (folder / name).mkdir(exist_ok=True)
+        for part in (*folder.glob("*.part"), *folder.glob("checkpoint/*.part"), *folder.glob("neighbours/*.part")):
+            part.unlink()  # what a killed run had half written
         self._keep_metrics_before(start)
         if log_file:
             self._log = log_to_file(folder / "log.txt")

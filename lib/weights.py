@@ -5,6 +5,7 @@ Files hold tensors and plain containers, or are refused: nothing in them can run
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 import pickletools
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -23,6 +24,8 @@ from lib.console import UsageError, logger
 OLD_FORMAT = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 """What a file that is no zip, as PyTorch before 1.6 wrote it, starts with."""
 
+SEAL = b"\nSHA-256 "
+"""Stands before the checksum at the end of this program's checkpoints."""
 SHOWN = 20
 """Names that a message lists before it counts the others."""
 
@@ -72,6 +75,26 @@ def read(path: Path) -> dict[str, Any]:
     )
 
 
+def seal(file: BinaryIO) -> None:
+    """Adds the checksum of all that was written to a file of PyTorch's old format, whose readers stop before it."""
+    file.flush()
+    digest = hashlib.sha256()
+    with Path(file.name).open("rb") as written:
+        while part := written.read(2**24):
+            digest.update(part)
+    file.write(SEAL + digest.hexdigest().encode("ascii"))
+
+
+def _unsealed(content: bytes) -> bytes:
+    """Without the checksum; ValueError where it does not fit. Files of others have none."""
+    start = len(content) - len(SEAL) - 64
+    if content[start : start + len(SEAL)] != SEAL:
+        return content
+    if hashlib.sha256(memoryview(content)[:start]).hexdigest().encode("ascii") != content[-64:]:
+        raise ValueError("the checksum does not fit")
+    return content[:start]
+
+
 def _open(path: Path) -> Any:
     try:
         with path.open("rb") as file, warnings.catch_warnings():
@@ -80,7 +103,7 @@ def _open(path: Path) -> Any:
             if start[8:9] == b"{":  # safetensors: eight bytes with the size of a JSON header, then the header
                 return safetensors.torch.load_file(path)
             file.seek(0)
-            source = _python_3(file.read()) if start == OLD_FORMAT else file
+            source = _python_3(_unsealed(file.read())) if start == OLD_FORMAT else file
             return torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; name one that exists") from None

@@ -46,9 +46,12 @@ class Batches:
     def __len__(self) -> int:
         return len(self.parts)
 
-    def epoch(self, round: int = 0, epoch: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(self, round: int = 0, epoch: int = 0, first: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self.asked.append((round, epoch))
-        return iter([(self.images[part], part) for part in self.parts])
+        return iter([(self.images[part], part) for part in self.parts[first:]])
+
+    def indices(self, round: int, epoch: int, batch: int) -> list[int]:
+        return self.parts[batch].tolist()
 
 
 def state_of(seed: int = 1, lr: float = 0.1) -> TrainingState:
@@ -85,6 +88,13 @@ def helpers_of(batches: Any = None, **changes: Any) -> Helpers:
     return replace(helpers, **changes)
 
 
+def train(state: TrainingState, plan: Plan, batches: Batches) -> float:
+    """One epoch; the mean loss."""
+    loss = curriculum.train_epoch(state, plan, helpers_of(batches))
+    state.step = 0  # as at the end of an epoch
+    return loss
+
+
 def plain_epoch(state: TrainingState, batches: Batches, rate: float) -> float:
     """An epoch as METHOD tells it: softmax over all rows, sum over the neighbourhood, then the update."""
     found = state.neighbourhoods
@@ -117,7 +127,7 @@ def test_an_epoch_is_the_plain_loop_with_and_without_anchors() -> None:
         if epoch == 1:
             found = discover(ours.bank.memory, temperature=0.1, anchors=11, size=2)
             ours.neighbourhoods = plain.neighbourhoods = found
-        loss = curriculum.train_epoch(ours, plan, batches)
+        loss = train(ours, plan, batches)
         assert loss == pytest.approx(plain_epoch(plain, batches, 0.1), rel=1e-5)
     torch.testing.assert_close(ours.network.linear.weight, plain.network.linear.weight, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(ours.bank.memory, plain.bank.memory, rtol=1e-4, atol=1e-6)
@@ -214,7 +224,7 @@ def test_two_batches_a_step_are_one_step_on_the_mean_of_both() -> None:
     for state in (ours, plain):
         state.bank.memory = F.normalize(state.bank.memory, dim=1)
     small, large = Batches(4), Batches(8)
-    curriculum.train_epoch(ours, plan_of(iter_size=2), small)
+    train(ours, plan_of(iter_size=2), small)
     # the last group is (4, 2): the mean of two batch means, not of six images, so it is left to the next test
     for images, part in list(large.epoch())[:2]:
         plain.optimizer.zero_grad()
@@ -239,13 +249,13 @@ def test_a_group_left_over_at_the_end_still_steps() -> None:
         return original(*args)
 
     state.optimizer.step = counted  # type: ignore[method-assign]
-    curriculum.train_epoch(state, plan_of(iter_size=4), Batches())
+    train(state, plan_of(iter_size=4), Batches())
     assert steps == 2  # six batches: four and two
 
 
 def test_training_lowers_the_loss() -> None:
     state = state_of(lr=0.5)
-    losses = [curriculum.train_epoch(state, plan_of(), Batches()) for _ in range(20)]
+    losses = [train(state, plan_of(), Batches()) for _ in range(20)]
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -256,8 +266,8 @@ def test_mixed_precision_trains_nearly_as_float32_does(dtype: torch.dtype) -> No
     mixed.network.linear.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
     mixed.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=dtype == torch.float16)
     losses = [
-        curriculum.train_epoch(exact, plan_of(), Batches()),
-        curriculum.train_epoch(mixed, plan_of(autocast=dtype), Batches()),
+        train(exact, plan_of(), Batches()),
+        train(mixed, plan_of(autocast=dtype), Batches()),
     ]
     assert set(seen) == {dtype}
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
@@ -269,7 +279,7 @@ def test_a_step_whose_scaled_gradient_overflows_is_left_out_and_the_scale_falls(
     state = state_of()
     state.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
     before = state.network.linear.weight.detach().clone()
-    curriculum.train_epoch(state, plan_of(autocast=torch.float16), Batches(SAMPLES))
+    train(state, plan_of(autocast=torch.float16), Batches(SAMPLES))
     assert torch.equal(state.network.linear.weight, before)
     assert state.scaler.get_scale() == pytest.approx(5e37)
 

@@ -108,6 +108,7 @@ def test_a_run_leaves_what_the_readme_says(
         "metrics.jsonl",
         "starts.jsonl",
         "checkpoint/latest.ckpt",
+        "checkpoint/previous.ckpt",
         "checkpoint/0000-00000.ckpt",
         "checkpoint/0001-00012.ckpt",
         "checkpoint/0002-00024.ckpt",
@@ -363,7 +364,7 @@ def test_images_without_class_folders_train_without_anything_that_needs_labels(
     assert all(row["top1"] is None and row["consistency"] is None for row in metrics_of(session))
     screen = capsys.readouterr().out
     assert screen.count("no labels") == 1 and "top-1" not in screen
-    assert len(list((session / "checkpoint").iterdir())) == 4
+    assert len(list((session / "checkpoint").iterdir())) == 5
     assert main.main(["--resume", str(session), "--test-only"]) == 2
 
 

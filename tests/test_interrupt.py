@@ -1,0 +1,197 @@
+"""Runs that are killed or stopped anywhere end, when they go on, as the run that never was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import made
+from lib.interrupt import Interrupts, Stopped
+
+ROOT = Path(__file__).parent.parent
+RUN = """
+--dataset folder --network resnet10 --resize 8 --size 8 --scale 0.3 1 --low-dim 16 --colorjitter 0.4 0.4 0.4 0.1
+--batch-size 8 --workers-num 2 --max-round 2 --max-epoch 4 --ANs-select-rate 0.5 --base-lr 0.01 --seed 3 --brief
+--ckpt-every 5"""
+New = Callable[[str], list[str]]
+TIMES = {"images_per_s", "train_s", "evaluate_s"}
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there")
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    """The program in a group of its own, as a shell starts it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "main.py", *words],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finished(*words: str) -> str:
+    process = start(*words)
+    shown, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, shown
+    return shown
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of many sizes, so that worker processes crop them."""
+    folder = tmp_path_factory.mktemp("photos")
+    for split, count in (("train", 100), ("test", 20)):
+        for number in range(count):
+            path = folder / split / str(number % 3) / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(made.picture(number % 64)).save(path)
+    return folder
+
+
+@pytest.fixture
+def new(photos: Path, tmp_path: Path) -> Callable[[str], list[str]]:
+    """The words of a new run of this name."""
+    return lambda name: words_of(photos, tmp_path, name)
+
+
+def words_of(photos: Path, folder: Path, name: str) -> list[str]:
+    return [*RUN.split(), "--data-root", str(photos), "--sess-dir", str(folder), "--session", name]
+
+
+@pytest.fixture(scope="module")
+def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    finished(*words_of(photos, folder, "whole"))
+    return folder / "whole"
+
+
+def content(session: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(session / "checkpoint" / "latest.ckpt", weights_only=True)
+    return loaded
+
+
+def metrics(session: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (session / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def equal(one: Any, other: Any) -> bool:
+    """To the last bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        keys = one.keys() - TIMES - {"session"}
+        return keys == other.keys() - TIMES - {"session"} and all(equal(one[key], other[key]) for key in keys)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other or (one != one and other != other))
+
+
+def assert_alike(session: Path, whole: Path) -> None:
+    ours, theirs = content(session), content(whole)
+    for name in theirs.keys() - {"session"}:
+        assert equal(ours[name], theirs[name]), name
+    assert metrics(session) == metrics(whole)
+    assert not list(session.rglob("*.part"))
+
+
+def written(session: Path) -> int:
+    """When the latest checkpoint was, 0 without one."""
+    latest = session / "checkpoint" / "latest.ckpt"
+    return latest.stat().st_mtime_ns if latest.exists() else 0
+
+
+def until(condition: Any, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_run_killed_again_and_again_ends_as_the_one_that_was_not(whole: Path, tmp_path: Path, new: New) -> None:
+    """SIGKILL after random times from the first checkpoint on, four times; more often in the project's notes."""
+    session, draw = tmp_path / "killed", np.random.default_rng(0)
+    words = new("killed")
+    for _ in range(4):
+        process = start(*words)
+        before = written(session)
+        until(lambda before=before: written(session) > before, process)
+        time.sleep(draw.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        words = ["--resume", str(session), "--brief"]
+        if process.returncode == 0:  # it was done already
+            break
+    finished(*words)
+    assert_alike(session, whole)
+
+
+@pytest.mark.parametrize(("which", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 0)])
+def test_a_signal_saves_and_says_how_to_go_on(which: str, status: int, whole: Path, tmp_path: Path, new: New) -> None:
+    process, session = start(*new("stopped")), tmp_path / "stopped"
+    until(lambda: written(session) > 0, process)
+    time.sleep(0.1)
+    asked = time.monotonic()
+    os.killpg(process.pid, getattr(signal, which))  # workers get it, too, as from a terminal
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == status and time.monotonic() - asked < 10, shown
+    assert f"stopped by {which}" in shown and f"--resume {session}" in shown and "Traceback" not in shown
+    finished("--resume", str(session), "--brief")
+    assert_alike(session, whole)
+
+
+def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(whole: Path, tmp_path: Path, new: New) -> None:
+    session = tmp_path / "damaged"
+    finished(*new("damaged"), "--max-round", "1")
+    latest = session / "checkpoint" / "latest.ckpt"
+    bytes_ = bytearray(latest.read_bytes())
+    bytes_[len(bytes_) // 2] ^= 1
+    latest.write_bytes(bytes_)
+    shown = finished("--resume", str(session), "--max-round", "2", "--brief")
+    assert "latest.ckpt: is damaged" in shown and "previous.ckpt" in shown
+    assert_alike(session, whole)
+
+
+def test_within_a_shield_things_are_finished_first() -> None:
+    done: list[int] = []
+    with pytest.raises(Stopped) as stopped, Interrupts() as interrupts:
+        with interrupts.shield():
+            with interrupts.shield():
+                os.kill(os.getpid(), signal.SIGTERM)
+                done.append(1)
+            assert interrupts.asked
+            done.append(2)
+        done.append(3)
+    assert done == [1, 2] and stopped.value.signal == signal.SIGTERM
+
+
+def test_outside_a_shield_it_stops_at_once_and_the_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped), Interrupts():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_ctrl_c_waits_for_nothing() -> None:
+    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts, interrupts.shield():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupts.asked
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)

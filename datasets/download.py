@@ -18,9 +18,13 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import filelock
+
 from datasets.images import DataError, Request
 
 CHUNK = 2**20
+LOCK = ".download.lock"
+"""In the data root, for as long as a process downloads to it."""
 TRIES = 3
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as lost."""
@@ -65,10 +69,16 @@ def provide(request: Request, archives: Sequence[Archive]) -> None:
     try:
         request.root.mkdir(parents=True, exist_ok=True)
         for archive in archives:
-            if archive.unpacks_to is None or not (request.root / archive.unpacks_to).exists():
-                path = _fetch(archive, request.root, request)
-                if archive.unpacks_to is not None:
-                    _unpack(path, request.root / archive.unpacks_to)
+            target = request.root / (archive.unpacks_to or archive.name)
+            if not target.exists():
+                with filelock.FileLock(request.root / LOCK, timeout=0):
+                    path = _fetch(archive, request.root, request)
+                    if archive.unpacks_to is not None:
+                        _unpack(path, target)
+            elif archive.unpacks_to is None:
+                _fetch(archive, request.root, request)
+    except filelock.Timeout:
+        raise DataError(f"{request.root}: another process is downloading to it; wait for that one to end") from None
     except OSError as error:
         raise DataError(
             f"{error.filename or request.root}: cannot be read or written: {error.strerror or error}; mend that, or "

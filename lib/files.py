@@ -13,8 +13,8 @@ from lib.console import UsageError
 
 
 def beside(path: Path) -> Path:
-    """Where a file is written before it takes its name."""
-    return path.with_name(path.name + ".part")
+    """Where a file is written before it takes its name; another place in every process."""
+    return path.with_name(f"{path.name}.{os.getpid()}.part")
 
 
 @contextmanager

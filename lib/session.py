@@ -22,12 +22,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 from tensorboardX import SummaryWriter
 
 from lib.console import UsageError, log_to_file, logger
 
 LATEST, PREVIOUS = "latest.ckpt", "previous.ckpt"
+LOCK = ".lock"
 STARTS = "starts.jsonl"
 PROJECTOR = "projector_config.pbtxt"
 
@@ -53,6 +55,14 @@ class Session:
         self._log: logging.Handler | None = None
         if folder is None:
             return
+        self._lock = filelock.FileLock(folder / LOCK, timeout=0)  # goes with the process, however it ends
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise UsageError(
+                f"{folder}: another process trains in this session; wait for it, stop it, or add --restart to go on "
+                "in a new one"
+            ) from None
         for name in ("checkpoint", "neighbours"):
             (folder / name).mkdir(exist_ok=True)
         for part in (*folder.glob("*.part"), *folder.glob("checkpoint/*.part"), *folder.glob("neighbours/*.part")):
@@ -172,6 +182,8 @@ class Session:
         if self._log:
             logger().removeHandler(self._log)
             self._log.close()
+        if self.folder:
+            self._lock.release()
 
     def _keep_metrics_before(self, start: tuple[int, int]) -> None:
         assert self.folder is not None

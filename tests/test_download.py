@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 
@@ -167,8 +168,8 @@ def refusal(root: Path | None, *archives: Archive) -> str:
 
 
 def listing(root: Path) -> dict[str, bytes]:
-    """Every file below the root, hidden ones included; folders end in a slash."""
-    entries = {p.relative_to(root).as_posix(): p for p in root.rglob("*")}
+    """Every file below the root, hidden ones included, but for the lock; folders end in a slash."""
+    entries = {p.relative_to(root).as_posix(): p for p in root.rglob("*") if p.name != download.LOCK}
     return {n + "/" * p.is_dir(): b"" if p.is_dir() else p.read_bytes() for n, p in sorted(entries.items())}
 
 
@@ -636,3 +637,11 @@ def test_bars_show_every_mebibyte_that_is_fetched_and_verified(source: Source, t
 def test_a_chunk_is_a_mebibyte(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert download.CHUNK == 2**20
+
+
+def test_of_two_processes_the_second_is_told(birds: Source, tmp_path: Path) -> None:
+    with filelock.FileLock(tmp_path / download.LOCK):
+        assert "another process is downloading to it" in refusal(tmp_path, birds.archive(unpacks_to="birds"))
+        assert not (tmp_path / "birds").exists()
+    fetch(tmp_path, birds.archive(unpacks_to="birds"))
+    assert (tmp_path / "birds").is_dir()

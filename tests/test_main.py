@@ -107,6 +107,7 @@ def test_a_run_leaves_what_the_readme_says(
         "log.txt",
         "metrics.jsonl",
         "starts.jsonl",
+        ".lock",
         "checkpoint/latest.ckpt",
         "checkpoint/previous.ckpt",
         "checkpoint/0000-00000.ckpt",

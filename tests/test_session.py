@@ -8,6 +8,8 @@ import logging
 import os
 import re
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -383,3 +385,36 @@ def test_nothing_is_shown_where_nothing_is_stored_or_tensorboard_is_off(folder: 
         run.write_projector(np.zeros((1, 2)), None, np.zeros((1, 3, 4, 4), np.float32))
         run.close()
     assert not (folder / "tfboard").exists()
+
+
+def test_a_second_process_is_told_and_changes_nothing(tmp_path: Path) -> None:
+    """The lock is the operating system's, so a process that was killed holds none."""
+    hold = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from pathlib import Path
+from lib.session import Session
+session = Session(Path({str(tmp_path)!r}), log_tfb=False)
+session.write_metrics({{"round": 0, "epoch": 0}})
+print("held", flush=True)
+time.sleep(60)
+"""
+    first = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout and first.stdout.readline() == "held\n"
+        before = (tmp_path / "metrics.jsonl").read_bytes()
+        with pytest.raises(UsageError, match="another process trains in this session"):
+            Session(tmp_path, start=(0, 0))
+        assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    finally:
+        first.kill()
+        first.communicate()
+    Session(tmp_path, log_tfb=False).close()
+    Session(tmp_path, log_tfb=False).close()  # a closed one holds none either
+
+
+def test_what_a_killed_run_had_half_written_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "latest.ckpt.77.part").write_bytes(b"half")
+    Session(tmp_path, log_tfb=False).close()
+    assert not list(tmp_path.rglob("*.part"))

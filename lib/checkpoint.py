@@ -144,11 +144,19 @@ class TrainingState:
 
 
 def save(content: Checkpoint, path: Path) -> None:
-    """Writes a checkpoint, whole or not at all, with its checksum behind it; the latest becomes the previous one."""
+    """Writes a checkpoint, whole or not at all, with its checksum behind it; the latest becomes the previous one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     if path.name == LATEST and path.exists():
         keep(path, path.with_name(PREVIOUS))
     with write_whole(path) as file:
-        torch.save(content, file, _use_new_zipfile_serialization=False)  # PyTorch 1.0, the reference's, reads no other
+        try:
+            # PyTorch 1.0, the reference's, reads no other form
+            torch.save(content, file, _use_new_zipfile_serialization=False)
+        except RuntimeError as error:  # PyTorch's word for a full disk
+            raise OSError(0, str(error)) from None
         weights.seal(file)
 
 

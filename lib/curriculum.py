@@ -282,6 +282,7 @@ def train_step(
     """One batch, and where it is the last of its group a step of the optimiser; the loss."""
     device = images.device
     torch.manual_seed(seed_for(state.seed, Stream.STEPS, state.round, state.epoch, number))  # for dropout
+    statistics = [buffer.clone() for buffer in state.network.buffers()] if plan.skip_nonfinite else []
     with torch.autocast(device.type, plan.autocast, enabled=plan.autocast is not None):
         embeddings = state.network(images)  # (B, D), float32
     loss = neighbourhood_loss(
@@ -289,6 +290,8 @@ def train_step(
     )
     if plan.skip_nonfinite and not loss.isfinite():  # waits for the device
         state.skipped += 1
+        for buffer, before in zip(state.network.buffers(), statistics, strict=True):
+            buffer.copy_(before)  # batch normalisation has taken note of the batch already
     else:
         group_start = number - number % plan.iter_size
         state.scaler.scale(loss / min(plan.iter_size, steps - group_start)).backward()

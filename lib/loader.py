@@ -24,6 +24,10 @@ Plan = tuple[np.ndarray, np.ndarray]
 """Sample indices (B,) of a batch, and the uniform numbers (B, ``DRAWS``) that its augmentation is made of."""
 
 
+GRACE = 10
+"""Seconds that a worker goes on after SIGTERM."""
+
+
 class _Plans(Sampler[Plan]):
     """What each batch of an epoch is made of.
 
@@ -153,11 +157,13 @@ class Loader:
 
 def _leave_signals_to_the_run(worker: int) -> None:
     """Terminals and schedulers signal every process of a run; the workers end when the run does, which may have to
-    finish a step first.
+    finish a step first. One that fails ends its workers by SIGTERM: so that is obeyed, a while later.
     """
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):  # Windows has no SIGUSR1
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
 
 
 def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -118,9 +118,13 @@ class Session:
 
     def write_metrics(self, record: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl; numbers that are not finite become null."""
-        if self.folder:
+        if not self.folder:
+            return
+        try:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
+        except OSError as error:  # a full disk is no reason to lose the run; checkpoints tell how it ended
+            logger().warning("%s: its metrics could not be written: %s", self.folder, error.strerror)
 
     def write_scalars(
         self, values: dict[str, float | None], step: int, round_folder: tuple[int, int] | None = None

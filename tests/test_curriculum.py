@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import curriculum, schedule
+from lib import checkpoint, curriculum, schedule
 from lib.checkpoint import TrainingState
 from lib.console import UsageError
 from lib.curriculum import Helpers, Plan
@@ -282,6 +283,70 @@ def test_a_step_whose_scaled_gradient_overflows_is_left_out_and_the_scale_falls(
     train(state, plan_of(autocast=torch.float16), Batches(SAMPLES))
     assert torch.equal(state.network.linear.weight, before)
     assert state.scaler.get_scale() == pytest.approx(5e37)
+
+
+def spoilt(batches: Batches, step: int) -> Batches:
+    """With one image of a batch that is no numbers."""
+    batches.images[batches.parts[step][1]] = torch.nan
+    return batches
+
+
+def test_a_loss_that_is_no_number_stops_with_step_rate_and_images() -> None:
+    state, batches = state_of(), spoilt(Batches(), 2)
+    state.round, state.epoch = 1, 4
+    with pytest.raises(curriculum.NonFiniteLossError) as error:
+        train(state, plan_of(epochs=9), batches)
+    images = ", ".join(map(str, batches.parts[2].tolist()))
+    told = f"round 1, epoch 5, step 3, at a learning rate of 0.1, for the training images {images};"
+    assert told in str(error.value) and state.step == 3
+
+
+def test_a_run_that_stops_so_leaves_the_checkpoint_of_before(tmp_path: Path) -> None:
+    session = Session(tmp_path, log_tfb=False)
+    batches = Batches()
+    helpers = helpers_of(batches, session=session)
+    curriculum.run(state_of(), plan_of(rounds=1, epochs=1), helpers)
+    before = (tmp_path / "checkpoint" / "latest.ckpt").read_bytes()
+    with pytest.raises(curriculum.NonFiniteLossError):
+        curriculum.run(state_of(), plan_of(rounds=1, epochs=1), replace(helpers, batches=spoilt(batches, 5)))
+    assert (tmp_path / "checkpoint" / "latest.ckpt").read_bytes() == before
+    session.close()
+
+
+@pytest.mark.parametrize("iter_size", [1, 2, 6])
+def test_such_batches_are_left_out_on_request_and_counted(iter_size: int) -> None:
+    class Normed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(PIXELS)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(self.norm(x))
+
+    state = state_of()
+    state.network = Normed()
+    state.optimizer = torch.optim.SGD(state.network.parameters(), lr=0.1, momentum=0.9)
+    loss = train(state, plan_of(skip_nonfinite=True, iter_size=iter_size), spoilt(Batches(), 2))
+    assert state.skipped == 1 and state.seen == SAMPLES - 4
+    assert torch.tensor(loss).isfinite() and state.bank.memory.isfinite().all()
+    assert all(value.isfinite().all() for value in state.network.state_dict().values())
+
+
+def test_a_checkpoint_that_cannot_be_saved_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, saved, state = Session(tmp_path, log_tfb=False), checkpoint.save, state_of()
+    calls: list[int] = []
+
+    def now_and_then(content: Any, path: Path) -> None:
+        calls.append(len(calls))
+        if len(calls) in (3, 4, 12):  # both of the second epoch, and the last of all
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved(content, path)
+
+    monkeypatch.setattr(checkpoint, "save", now_and_then)
+    curriculum.run(state, plan_of(), helpers_of(session=session))
+    assert len(calls) == 12 and state.unsaved and "No space left on device" in state.unsaved
+    assert checkpoint.load(tmp_path / "checkpoint" / "latest.ckpt")["epoch"] == 2
+    session.close()
 
 
 @pytest.mark.parametrize("stop", range(1, 6))

@@ -30,8 +30,8 @@ TIMES = {"images_per_s", "train_s", "evaluate_s"}
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there")
 
 
-def start(*words: str) -> subprocess.Popen[str]:
-    """The program in a group of its own, as a shell starts it."""
+def start(*words: str, limit: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+    """The program in a group of its own, as a shell starts it, under a limit of the system's."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "main.py", *words],
@@ -41,6 +41,7 @@ def start(*words: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=limit,
     )
 
 
@@ -166,6 +167,19 @@ def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(whole: Path, tm
     shown = finished("--resume", str(session), "--max-round", "2", "--brief")
     assert "latest.ckpt: is damaged" in shown and "previous.ckpt" in shown
     assert_alike(session, whole)
+
+
+def test_a_run_that_can_never_save_says_so_and_ends_with_status_3(new: New, tmp_path: Path) -> None:
+    """A limit on the size of files stands for a quota: metrics fit, checkpoints do not."""
+    resource = pytest.importorskip("resource")
+    process = start(
+        *new("full"), "--max-round", "1", limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20,) * 2)
+    )
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 3, shown
+    assert "latest.ckpt: could not be saved: " in shown and "File too large" in shown and "Traceback" not in shown
+    assert len(metrics(tmp_path / "full")) == 4
+    assert not list((tmp_path / "full" / "checkpoint").iterdir())
 
 
 def test_within_a_shield_things_are_finished_first() -> None:

@@ -155,8 +155,10 @@ def save(content: Checkpoint, path: Path) -> None:
         try:
             # PyTorch 1.0, the reference's, reads no other form
             torch.save(content, file, _use_new_zipfile_serialization=False)
-        except RuntimeError as error:  # PyTorch's word for a full disk
-            raise OSError(0, str(error)) from None
+        except RuntimeError as error:
+            if "write()" not in str(error):
+                raise
+            raise OSError(0, str(error)) from None  # PyTorch's word for a full disk
         weights.seal(file)
 
 

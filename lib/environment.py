@@ -22,6 +22,7 @@ PACKAGES = (
     "PyYAML",
     "tensorboardX",
     "tqdm",
+    "filelock",
     "psutil",
     "safetensors",
     "pillow",

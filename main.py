@@ -43,7 +43,7 @@ from lib.memory_bank import MemoryBank
 from lib.neighbourhoods import Neighbourhoods
 from lib.options import Options
 from lib.seeding import Stream
-from lib.session import LATEST, Session, create_folder, folder_of
+from lib.session import Session, create_folder, folder_of
 from lib.setting import Setting
 
 
@@ -96,7 +96,7 @@ def resolve(argv: Sequence[str]) -> Options:
         folder = options.report
         if not (folder / "config.yaml").is_file():
             raise UsageError(f"{folder}: is no session's folder; pass --report one that holds config.yaml")
-        if not (folder / "checkpoint" / LATEST).is_file():
+        if not checkpoint.latest(folder).is_file():
             raise UsageError(f"{folder}: has no checkpoint; a report can be made when the run's first epoch is done")
         return config.read_options([*argv, "--resume", str(folder)], base=folder / "config.yaml")
     if options.resume is None or options.cfgs:
@@ -249,11 +249,14 @@ def open_session(setting: Setting, start: tuple[int, int]) -> Session:
     options = setting.options
     if options.debug:
         return Session(None)
-    folder = folder_of(setting.source) if setting.source and not options.restart else None
-    folder = folder or create_folder(options.sess_dir, options.session)
-    return Session.open(
+    own = folder_of(setting.source) if setting.source and not options.restart else None
+    folder = own or create_folder(options.sess_dir, options.session)
+    session = Session.open(
         folder, config.to_yaml(options), start=start, log_file=options.log_file, log_tfb=options.log_tfb
     )
+    if own and setting.source:
+        checkpoint.make_latest(setting.source)
+    return session
 
 
 def plan_memory(setting: Setting) -> str:

@@ -20,14 +20,4 @@ def run(repeats: int, device: torch.device) -> str:
         "this project, k = 20": lambda: discover(memory, temperature=TAU, anchors=SAMPLES // 4, size=20),
     }
     seconds = measure.interleaved(ways, repeats, device)
-    product, plain = seconds["M M^T alone"], seconds["plain, k = 1"]
-    rows = [
-        (
-            name,
-            measure.spread(values),
-            f"{measure.ratio(values, product):.2f}",
-            f"{measure.ratio(plain, values):.2f}",
-        )
-        for name, values in seconds.items()
-    ]
-    return measure.table(["way", "seconds", "times the product", "times faster than plain"], rows)
+    return measure.against(seconds, "M M^T alone", "plain, k = 1")

@@ -21,13 +21,4 @@ def run(repeats: int, device: torch.device) -> str:
         "this project": lambda: weighted_knn(queries, bank, labels, **constants),  # type: ignore[arg-type]
     }
     seconds = measure.interleaved(ways, repeats, device)
-    rows = [
-        (
-            name,
-            measure.spread(values),
-            f"{measure.ratio(values, seconds['the product alone']):.2f}",
-            f"{measure.ratio(seconds['plain'], values):.2f}",
-        )
-        for name, values in seconds.items()
-    ]
-    return measure.table(["way", "seconds", "times the product", "times faster than plain"], rows)
+    return measure.against(seconds, "the product alone", "plain")

@@ -59,6 +59,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
+def against(seconds: Mapping[str, Sequence[float]], product: str, plain: str) -> str:
+    """A table of the seconds of each way, compared with two of them: a bare product, and the plain way."""
+    rows = [
+        (name, spread(values), f"{ratio(values, seconds[product]):.2f}", f"{ratio(seconds[plain], values):.2f}")
+        for name, values in seconds.items()
+    ]
+    return table(["way", "seconds", "times the product", "times faster than plain"], rows)
+
+
 def peak_memory(way: Way, device: torch.device) -> int:
     """Bytes that a call takes beyond what was taken before, at its peak; on the host this needs Linux."""
     if device.type == "cuda":

@@ -99,7 +99,7 @@ def activations(
         hollow = tensor.detach().to("meta")
         is_parameter = isinstance(tensor, torch.nn.Parameter)
         memo[id(tensor)] = torch.nn.Parameter(hollow, tensor.requires_grad) if is_parameter else hollow
-    hollow_network = copy.deepcopy(_unwrapped(network), memo).train()
+    hollow_network = copy.deepcopy(network, memo).train()
     batch = torch.empty(shape, device="meta").contiguous(memory_format=layout)
     with _Live() as live:
         if autocast:
@@ -110,12 +110,3 @@ def activations(
         embeddings.sum().backward()
     peak: int = live.peak
     return peak
-
-
-def _unwrapped(network: torch.nn.Module) -> torch.nn.Module:
-    """The network without what splits its batches among GPUs, or compiles it."""
-    for name in ("module", "_orig_mod"):
-        inner = getattr(network, name, None)
-        if isinstance(inner, torch.nn.Module):
-            return _unwrapped(inner)
-    return network

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from lib.options import Options
+from lib.options import Options, height_and_width
 
 Colour = tuple[float, float, float]
 
@@ -302,7 +302,7 @@ def for_training(options: Options, means: Colour, stds: Colour) -> Augmentation:
     """What the options say of the training images."""
     return Augmentation(
         resize=options.resize,
-        size=_pair(options.size),
+        size=height_and_width(options.size),
         means=means,
         stds=stds,
         scale=options.scale,
@@ -315,8 +315,4 @@ def for_training(options: Options, means: Colour, stds: Colour) -> Augmentation:
 
 def for_testing(options: Options, means: Colour, stds: Colour) -> Augmentation:
     """Resize, then the centre crop."""
-    return Augmentation(options.resize, _pair(options.size), means, stds, centred=True)
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
+    return Augmentation(options.resize, height_and_width(options.size), means, stds, centred=True)

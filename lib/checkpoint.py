@@ -20,7 +20,8 @@ import torch
 
 from lib import health, weights
 from lib.console import UsageError, logger
-from lib.files import keep, write_whole
+from lib.device import unwrapped
+from lib.files import keep, reason, write_whole
 from lib.memory_bank import MemoryBank
 from lib.neighbourhoods import Neighbourhoods
 from lib.session import LATEST, PREVIOUS
@@ -129,7 +130,7 @@ class TrainingState:
             self.health = None if earlier is None else health.State.from_state_dict(earlier, self.bank.memory.device)
             self.history = [{**row, "round": int(row["round"])} for row in loaded.get("history", [])]
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError, OverflowError) as error:
-            raise UsageError(f"{where}: its parts do not fit together: {_first_line(error)}") from None
+            raise UsageError(f"{where}: its parts do not fit together: {reason(error)}") from None
 
     def _restore_neighbourhoods(self, loaded: Checkpoint, where: Path) -> None:
         """Those of the checkpoint; where it has none, or the reference's empty ones, the round starts again."""
@@ -162,13 +163,27 @@ def save(content: Checkpoint, path: Path) -> None:
         weights.seal(file)
 
 
+def latest(session: Path) -> Path:
+    """The latest checkpoint of a session's folder; where there is none, its name."""
+    folder = session / "checkpoint"
+    return next((folder / name for name in (LATEST, PREVIOUS) if (folder / name).is_file()), folder / LATEST)
+
+
+def make_latest(path: Path) -> None:
+    """Makes a checkpoint of a session its latest one: what comes after it is of another run, or damaged.
+
+    Otherwise the next save would keep that as the previous one, in place of the one that is gone on from.
+
+    Raises:
+        OSError: the file system does not allow it.
+    """
+    if path.name != LATEST:
+        keep(path, path.with_name(LATEST))
+
+
 def locate(resume: Path) -> Path:
     """The checkpoint file that ``--resume`` means: itself, or the latest of a session's folder."""
-    if not resume.is_dir():
-        path = resume
-    else:
-        folder = resume / "checkpoint"
-        path = next((folder / name for name in (LATEST, PREVIOUS) if (folder / name).is_file()), folder / LATEST)
+    path = latest(resume) if resume.is_dir() else resume
     if not path.is_file():
         raise UsageError(f"{path}: no such checkpoint; pass --resume a .ckpt file or a session's folder")
     return path
@@ -226,7 +241,7 @@ def discoveries(folder: Path | None, current: Checkpoint, samples: int) -> list[
             if here.num_anchors:
                 found[int(content["round"]) - (not begun)] = here
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise UsageError(f"{where}: its neighbourhoods cannot be read: {_first_line(error)}") from None
+            raise UsageError(f"{where}: its neighbourhoods cannot be read: {reason(error)}") from None
     return sorted(found.items())
 
 
@@ -242,7 +257,7 @@ def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> N
     if "net" not in loaded:
         weights.load(network, loaded["weights"], where)
         return
-    inner = weights.unwrapped(network)
+    inner = unwrapped(network)
     if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded["net"].items()):
         raise UsageError(f"{where}: its 'net' holds more than tensors by name; choose another checkpoint")
     state = {weights.bare(name): value for name, value in loaded["net"].items()}
@@ -301,8 +316,3 @@ def load_bank(bank: MemoryBank, state: dict[str, torch.Tensor], where: Path) -> 
             f"{where}: its memory bank has embedding size {memory.shape[1]}, not {low_dim}; set --low-dim to it"
         )
     bank.load_state_dict(state)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:200] if text else type(error).__name__

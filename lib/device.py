@@ -53,3 +53,8 @@ def place(
     if compile:
         network.compile()
     return torch.nn.DataParallel(network, device_ids=list(gpus)) if gpus else network
+
+
+def unwrapped(network: torch.nn.Module) -> torch.nn.Module:
+    """The network inside what splits its batches over GPUs."""
+    return network.module if isinstance(network, torch.nn.DataParallel) else network

@@ -23,9 +23,10 @@ import torch
 import yaml
 
 from lib.console import SUMMARY, UsageError, logger
+from lib.device import unwrapped
 from lib.features import Batches, extract
 from lib.files import check_ending, check_place, new_files, reason
-from lib.options import Options
+from lib.options import Options, height_and_width
 
 Colour = tuple[float, float, float]
 USE = ("network", "low_dim", "resize", "size", "means", "stds", "npc_temperature")
@@ -125,7 +126,7 @@ def save_model(path: Path, network: torch.nn.Module, options: Options, *, means:
     Raises:
         UsageError: a file exists or cannot be written, or PyTorch's exporter to ONNX fails.
     """
-    inner = network.module if isinstance(network, torch.nn.DataParallel) else network
+    inner = unwrapped(network)
     content = _onnx(inner, options) if path.suffix.lower() == ".onnx" else _safetensors(inner, options)
     written = options.model_copy(update={"means": means, "stds": stds})
     text = _header(path) + yaml.safe_dump(
@@ -146,7 +147,7 @@ def _safetensors(network: torch.nn.Module, options: Options) -> bytes:
 
 def _onnx(network: torch.nn.Module, options: Options) -> bytes:
     """The network as an ONNX file; UsageError where the exporter fails."""
-    height, width = (options.size, options.size) if isinstance(options.size, int) else options.size
+    height, width = height_and_width(options.size)
     network = copy.deepcopy(network).cpu().eval()
     try:
         with _quiet_exporter():

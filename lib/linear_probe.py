@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from lib.console import UsageError, logger, progress
+from lib.device import unwrapped
 from lib.features import Batches
-from lib.weights import unwrapped
 
 POOLED = 9000
 """Numbers that a map is pooled to at most, where one position does not take more."""

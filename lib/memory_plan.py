@@ -1,4 +1,4 @@
-"""What a training run will hold in memory, counted before its first step. Layer 2.
+"""What a training run will hold in memory, counted before its first step. Layer 3.
 
     process       what this process holds already, and the convolutions' machine code, which comes with the first step
     network       parameters, buffers, optimiser state, and the greater of two moments: forward and backward pass of
@@ -25,11 +25,12 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
+from lib import health
 from lib.activations import activations
 from lib.blocks import block_rows, block_size
 from lib.console import UsageError
-from lib.device import PRECISIONS
-from lib.options import Options
+from lib.device import PRECISIONS, unwrapped
+from lib.options import Options, height_and_width
 
 FLOAT, INDEX = 4, 8
 """Bytes of a float32 and of an index."""
@@ -43,8 +44,6 @@ each array is mapped alone (``MALLOC_MMAP_THRESHOLD_``), there are none."""
 WORKER, SPAWNED = 16 * 2**20, 300 * 2**20
 """Bytes that a worker process has to itself beside its batches: forked (measured as above) it shares nearly everything
 with this process, and otherwise it imports PyTorch anew (what that alone takes)."""
-HEALTH_ROWS = 8192
-"""Rows of the bank that are kept from an epoch to the next, and compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +188,7 @@ def of_options(
             network=network,
             device=device,
             batch_size=batch,
-            size=(options.size, options.size) if isinstance(options.size, int) else options.size,
+            size=height_and_width(options.size),
             samples=samples,
             low_dim=options.low_dim,
             neighbours=options.ANs_size,
@@ -215,7 +214,7 @@ def plan(training: Training) -> MemoryPlan:
 
 def _passes(training: Training) -> int:
     shape = (training.batch_size, 3, *training.size)
-    return activations(training.network, shape, autocast=training.autocast, layout=training.layout)
+    return activations(unwrapped(training.network), shape, autocast=training.autocast, layout=training.layout)
 
 
 def _places(training: Training, passes: int, host_taken: int, device_taken: int) -> tuple[Place, Place | None]:
@@ -247,9 +246,9 @@ def _computing(training: Training, passes: int, weights: int, bank: int) -> dict
     held = sum(sizes) if training.iter_size > 1 else 0
     network, moment = weights + moments * sum(sizes), max(held + passes, sum(sizes) + temporaries)
     neighbourhoods = training.samples * (2 * INDEX + FLOAT + training.neighbours * INDEX)
-    health = 2 * min(training.samples, HEALTH_ROWS) * training.low_dim * FLOAT
+    compared = 2 * min(training.samples, health.ROWS) * training.low_dim * FLOAT
     logits = 3 * FLOAT * training.batch_size * min(training.block, training.samples)
-    parts = {"network": network, "memory bank": bank + neighbourhoods + health}
+    parts = {"network": network, "memory bank": bank + neighbourhoods + compared}
     if training.scratch > moment + logits:
         return {**parts, "discovery": training.scratch}
     return {**parts, "network": network + moment, "logits": logits}

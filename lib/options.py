@@ -125,6 +125,11 @@ Name = Annotated[str, BeforeValidator(_lower)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_unset)]
 
 
+def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a size; one number: a square."""
+    return (size, size) if isinstance(size, int) else size
+
+
 def _option(default: Any, group: str, meaning: str, *, this_run: bool = False, **limits: Any) -> Any:
     """One option. ``this_run``: it says what to do now and is not part of what a session repeats."""
     return Field(default, description=meaning, json_schema_extra={"group": group, "this_run": this_run}, **limits)
@@ -313,7 +318,10 @@ class Options(BaseModel):
                 raise ValueError(f"{name}: the smaller number should come first (got {pair})")
         if self.scale is not None and self.scale[1] > 1:
             raise ValueError(f"scale: a crop cannot be larger than the image (got {self.scale})")
-        if any(large < small for large, small in zip(_pair(self.resize), _pair(self.size), strict=True)):
+        if any(
+            large < small
+            for large, small in zip(height_and_width(self.resize), height_and_width(self.size), strict=True)
+        ):
             raise ValueError(
                 f"resize: {self.resize} is smaller than size: {self.size}, so no crop of that size fits; "
                 "set both, for instance --resize 32 --size 32"
@@ -332,7 +340,3 @@ class Options(BaseModel):
     def training_protocol(self) -> str:
         """Which of 'knn' and 'nn' judges each epoch: the one named first, kNN where neither is."""
         return next((name for name in self.protocol if name in ("knn", "nn")), "knn")
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size

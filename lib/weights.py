@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 
 from lib.console import UsageError, logger
+from lib.device import unwrapped
 
 OLD_FORMAT = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 """What a file that is no zip, as PyTorch before 1.6 wrote it, starts with."""
@@ -226,11 +227,6 @@ def load_pretrained(network: torch.nn.Module, path: Path) -> Match:
     """``load`` of a file that holds weights in any form; UsageError where it holds none, or too few that fit."""
     content = read(path)
     return load(network, content["net"] if "net" in content else content["weights"], path)
-
-
-def unwrapped(network: torch.nn.Module) -> torch.nn.Module:
-    """The network inside DataParallel."""
-    return network.module if isinstance(network, torch.nn.DataParallel) else network
 
 
 def head(network: torch.nn.Module) -> str:

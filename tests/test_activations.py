@@ -51,8 +51,3 @@ def test_counting_leaves_the_network_as_it_was() -> None:
     assert not network.training and not network[1].training
     assert all(parameter.grad is None and parameter.device == CPU for parameter in network.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
-
-
-def test_a_wrapped_network_is_counted_as_the_one_inside() -> None:
-    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 8))
-    assert activations(nn.DataParallel(network), (4, 3, 4, 4)) == activations(network, (4, 3, 4, 4))

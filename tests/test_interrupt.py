@@ -45,6 +45,13 @@ def start(*words: str, limit: Callable[[], None] | None = None) -> subprocess.Po
     )
 
 
+def nothing_is_saved() -> None:
+    """A limit on the size of files stands for a quota: metrics fit, checkpoints do not."""
+    import resource  # Windows has none
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20,) * 2)
+
+
 def finished(*words: str) -> str:
     process = start(*words)
     shown, _ = process.communicate(timeout=300)
@@ -164,17 +171,16 @@ def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(whole: Path, tm
     bytes_ = bytearray(latest.read_bytes())
     bytes_[len(bytes_) // 2] ^= 1
     latest.write_bytes(bytes_)
-    shown = finished("--resume", str(session), "--max-round", "2", "--brief")
-    assert "latest.ckpt: is damaged" in shown and "previous.ckpt" in shown
+    words = ["--resume", str(session), "--max-round", "2", "--brief"]
+    process = start(*words, limit=nothing_is_saved)  # the good one must outlive saves that fail
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 3 and "latest.ckpt: is damaged" in shown and "previous.ckpt" in shown
+    finished(*words)
     assert_alike(session, whole)
 
 
 def test_a_run_that_can_never_save_says_so_and_ends_with_status_3(new: New, tmp_path: Path) -> None:
-    """A limit on the size of files stands for a quota: metrics fit, checkpoints do not."""
-    resource = pytest.importorskip("resource")
-    process = start(
-        *new("full"), "--max-round", "1", limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20,) * 2)
-    )
+    process = start(*new("full"), "--max-round", "1", limit=nothing_is_saved)
     shown, _ = process.communicate(timeout=120)
     assert process.returncode == 3, shown
     assert "latest.ckpt: could not be saved: " in shown and "File too large" in shown and "Traceback" not in shown

@@ -36,7 +36,7 @@ from lib import (
     weights,
 )
 from lib.checkpoint import TrainingState
-from lib.console import SUMMARY, UsageError, logger, progress, start_logging
+from lib.console import SUMMARY, UsageError, logger, progress, start_logging, visible
 from lib.free_memory import free
 from lib.interrupt import STATUS, Interrupts, Stopped
 from lib.memory_bank import MemoryBank
@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             return train(setting)
     except (UsageError, datasets.DataError) as error:
-        print(f"error: {str(error).splitlines()[-1]}", file=sys.stderr)  # a worker's comes behind its traceback
+        print(
+            f"error: {visible(str(error).splitlines()[-1])}", file=sys.stderr
+        )  # a worker's comes behind its traceback
         return 2
     except curriculum.NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -172,8 +174,9 @@ def train(setting: Setting) -> int:
 
     def show(round: int, found: Neighbourhoods) -> None:
         path = session.of_round("neighbours", round, found.num_anchors, "png")
-        if path and (picture := gallery.save(path, images, labels, found)):
-            session.write_picture("ANs/Neighbours", np.asarray(picture), round)
+        with session.spare("the picture of anchors and neighbours"):
+            if path and (picture := gallery.save(path, images, labels, found)):
+                session.write_picture("ANs/Neighbours", np.asarray(picture), round)
 
     interrupts = Interrupts()
     helpers = curriculum.Helpers(
@@ -194,9 +197,14 @@ def train(setting: Setting) -> int:
         logger().info("\n%s", curriculum.summary(state.history, helpers), extra=SUMMARY)
         logger().info("session: %s", session.folder or "none", extra=SUMMARY)
         final = state.checkpoint(options.network, session.name)
-        if options.report and session.folder:
-            results.write_report(setting, session.folder, final)
-        results.export_results(setting, final, session.folder)
+        try:
+            if options.report and session.folder:
+                results.write_report(setting, session.folder, final)
+            results.export_results(setting, final, session.folder)
+        except UsageError as error:
+            if not state.unsaved:
+                raise
+            logger().error("%s", error)
     except Stopped as stop:
         again = f"go on with: python main.py --resume {session.folder}" if session.folder else "nothing is stored"
         step = f"round {state.round}, epoch {state.epoch + 1}, step {state.step}"

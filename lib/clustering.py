@@ -5,12 +5,13 @@ Letters: N samples, D embedding, C classes, G clusters.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from lib.console import UsageError
+from lib.console import UsageError, logger
 
 STARTS = 10
 """Starts of k-means, of which the one with the smallest sum of squares counts."""
@@ -51,6 +52,7 @@ def cluster(embeddings: np.ndarray, labels: np.ndarray | None, *, clusters: int,
         UsageError: there are fewer samples than clusters.
     """
     from sklearn.cluster import KMeans, MiniBatchKMeans  # takes a second to import, which others need not wait for
+    from sklearn.exceptions import ConvergenceWarning
 
     if clusters > len(embeddings):
         raise UsageError(
@@ -59,7 +61,13 @@ def cluster(embeddings: np.ndarray, labels: np.ndarray | None, *, clusters: int,
         )
     whole = len(embeddings) <= WHOLE
     method = KMeans if whole else partial(MiniBatchKMeans, batch_size=BATCH)
-    found: np.ndarray = method(clusters, n_init=STARTS, random_state=seed % 2**32).fit_predict(embeddings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # said below
+        found: np.ndarray = method(clusters, n_init=STARTS, random_state=seed % 2**32).fit_predict(embeddings)
+    if empty := clusters - len(np.unique(found)):
+        logger().warning(
+            "%d of %d clusters are empty: fewer embeddings differ than there are clusters", empty, clusters
+        )
     kind = "k-means" if whole else "k-means by batches"
     name = f"{kind} ({clusters} clusters, best of {STARTS} starts)"
     return Clustering(name, found, _unsupervised(embeddings, found, seed) if labels is None else against(labels, found))

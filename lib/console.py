@@ -7,6 +7,7 @@ only for work that takes longer than a second, so a redirected run leaves nothin
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,33 @@ T = TypeVar("T")
 
 class UsageError(Exception):
     """Input that cannot be used; the message is one sentence for the user. ``main.py`` exits with 2."""
+
+
+CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069]")
+"""Characters that a terminal obeys, and does not show."""
+
+
+def visible(text: str) -> str:
+    """Text for a terminal, whatever names are in it: what it would obey stands there in words."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+class _Formatter(logging.Formatter):
+    """Lines that are shown and not obeyed."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+class _LogFile(logging.FileHandler):
+    """A log that lines are missing from where the disk is full; the run goes on."""
+
+    said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the name of logging
+        if not self.said:
+            print(f"warning: {self.baseFilename}: cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
+        self.said = True
 
 
 class _BarAwareHandler(logging.Handler):
@@ -53,7 +81,7 @@ def start_logging(brief: bool = False) -> logging.Logger:
         log.removeHandler(handler)
         handler.close()
     screen = _BarAwareHandler()
-    screen.setFormatter(logging.Formatter("%(message)s"))
+    screen.setFormatter(_Formatter("%(message)s"))
     if brief:
         screen.addFilter(lambda r: r.levelno > logging.INFO or getattr(r, "summary", False))
     log.addHandler(screen)
@@ -63,8 +91,8 @@ def start_logging(brief: bool = False) -> logging.Logger:
 
 def log_to_file(path: Path) -> logging.Handler:
     """Adds a file to the log, with all that was logged since ``start_logging``; the handler is the caller's."""
-    file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+    formatter = _Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
     file.setFormatter(formatter)
     for handler in list(logger().handlers):

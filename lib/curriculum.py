@@ -102,7 +102,7 @@ class Helpers:
             as in the reference.
         labels: (N,) on the bank's device, for the consistency alone; None where there are none.
         session: where results go.
-        on_discovery: told the round and what was found.
+        on_discovery: told the round and its neighbourhoods, when it starts or goes on.
         network_name: for the checkpoints.
         interrupts: whoever asks the run to stop.
     """
@@ -148,6 +148,8 @@ def run_rounds(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
         if state.epoch == state.step == 0:
             start_round(state, plan, helpers)
         found = state.neighbourhoods
+        if state.round:
+            helpers.on_discovery(state.round, found)  # also where it goes on: TensorBoard hides what it said before
         scalars = {"ANs/Number": found.num_anchors, "ANs/Consistency": found.consistency}
         helpers.session.write_scalars(scalars, state.round)
         while state.epoch < plan.epochs:
@@ -168,7 +170,6 @@ def start_round(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
     if helpers.labels is not None:
         found = replace(found, consistency=consistency(found.anchors, found.neighbours, helpers.labels))
     state.neighbourhoods = found
-    helpers.on_discovery(state.round, found)
     logger().info(
         "round %d: %d anchors of %d samples%s (discovery took %.1f s)",
         state.round,
@@ -266,6 +267,8 @@ def train_epoch(state: TrainingState, plan: Plan, helpers: Helpers) -> float:
                 spoilt = torch.where((spoilt < 0) & ~loss.isfinite(), number, spoilt)
                 if device.type == "cpu" or done % CHECKED == 0 or done == steps or saves or helpers.interrupts.asked:
                     refuse_nonfinite(state, helpers, int(spoilt))  # waits for the device
+            if done == steps or saves or helpers.interrupts.asked:
+                refuse_nonfinite_weights(state, number)
             if saves:
                 save(state, helpers, is_best=False)
             if helpers.interrupts.asked and state.step == done:
@@ -317,6 +320,16 @@ def refuse_nonfinite(state: TrainingState, helpers: Helpers, step: int) -> None:
         f"learning rate of {rate:g}, for the training images {samples}; lower --base-lr, look at these images, or "
         "leave such batches out with --on-nonfinite skip; the last checkpoint is from before"
     )
+
+
+def refuse_nonfinite_weights(state: TrainingState, step: int) -> None:
+    """NonFiniteLossError where a gradient has spoilt the network though all losses were finite; before it is saved."""
+    if not torch.stack([parameter.isfinite().all() for parameter in state.network.parameters()]).all():
+        raise NonFiniteLossError(
+            f"the network's weights are not finite numbers after round {state.round}, epoch {state.epoch + 1}, step "
+            f"{step + 1}, at a learning rate of {state.optimizer.param_groups[0]['lr']:g}; lower --base-lr; the last "
+            "checkpoint is from before"
+        )
 
 
 def report_epoch(record: dict[str, Any], accuracy: Accuracy | None, plan: Plan, helpers: Helpers) -> None:

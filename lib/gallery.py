@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from lib.files import write_whole
 from lib.neighbourhoods import Neighbourhoods
 
 TILE = 48
@@ -58,11 +59,16 @@ def _tile(image: np.ndarray, frame: str) -> Image.Image:
 def save(
     path: Path, images: Sequence[np.ndarray], labels: np.ndarray | None, found: Neighbourhoods
 ) -> Image.Image | None:
-    """Writes the picture as PNG and returns it; None and nothing written where there is no anchor or no neighbour."""
+    """Writes the picture as PNG and returns it; None and nothing written where there is no anchor or no neighbour.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     if not found.neighbours.numel():
         return None
     picture = draw(images, labels, found)
-    picture.save(path)
+    with write_whole(path) as file:
+        picture.save(file, "PNG")
     return picture
 
 

@@ -10,8 +10,9 @@ import torch
 import datasets
 from lib import checkpoint, evaluation, export, features, gallery, lookup, review
 from lib.checkpoint import Checkpoint
-from lib.console import SUMMARY, logger
+from lib.console import SUMMARY, UsageError, logger
 from lib.evaluation import Subject
+from lib.files import reason
 from lib.material import Tested
 from lib.options import Options
 from lib.session import Session, create_folder, folder_of
@@ -99,7 +100,10 @@ def write_report(setting: Setting, folder: Path, loaded: Checkpoint) -> None:
         protocol=f"{evaluator.name} against the memory bank" if evaluator else "",
         tested=tested,
     )
-    logger().info("report: %s", report.write(material, folder), extra=SUMMARY)
+    try:
+        logger().info("report: %s", report.write(material, folder), extra=SUMMARY)
+    except OSError as error:
+        raise UsageError(f"{folder}: the report cannot be written: {reason(error)}; make room there") from None
 
 
 def show_similar(setting: Setting) -> None:

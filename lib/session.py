@@ -16,8 +16,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,22 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from lib.console import UsageError, log_to_file, logger
+from lib.events import EventFile
+from lib.files import reason
+from lib.metrics import METRICS
 
 LATEST, PREVIOUS = "latest.ckpt", "previous.ckpt"
 LOCK = ".lock"
 STARTS = "starts.jsonl"
 PROJECTOR = "projector_config.pbtxt"
+TENSORBOARD = "what TensorBoard shows"
 
 
 class Session:
     """Where a run writes. With ``folder`` None (``--debug``) every call does nothing.
+
+    What cannot be written is warned of and left out: a full disk is no reason to lose a run, and the checkpoints, which
+    others write, tell how it ended.
 
     Args:
         folder: an existing folder, or None.
@@ -51,7 +58,7 @@ class Session:
         self.folder = folder
         self._start = start
         self._tensorboard = log_tfb and folder is not None
-        self._writers: dict[str, SummaryWriter] = {}
+        self._events: dict[str, EventFile] = {}
         self._log: logging.Handler | None = None
         if folder is None:
             return
@@ -63,7 +70,7 @@ class Session:
                 f"{folder}: another process trains in this session; wait for it, stop it, or add --restart to go on "
                 "in a new one"
             ) from None
-        for name in ("checkpoint", "neighbours"):
+        for name in ("checkpoint", "neighbours", *(["tfboard"] if self._tensorboard else [])):
             (folder / name).mkdir(exist_ok=True)
         for part in (*folder.glob("*.part"), *folder.glob("checkpoint/*.part"), *folder.glob("neighbours/*.part")):
             part.unlink()  # what a killed run had half written
@@ -110,21 +117,26 @@ class Session:
             logger().info("the options differ from the session's: the former config.yaml is now %s", before.name)
         path.write_text(text, encoding="utf-8")
 
+    @contextmanager
+    def spare(self, what: str) -> Iterator[None]:
+        """Around the writing of what a run can do without, in words; where that fails the log says so."""
+        try:
+            yield
+        except OSError as error:
+            logger().warning("%s: %s could not be written: %s", self.folder, what, reason(error))
+
     def write_start(self, facts: dict[str, Any]) -> None:
         """Adds a line to starts.jsonl: with what a run, or one that went on, started."""
-        if self.folder:
-            with (self.folder / STARTS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({name: str(value) for name, value in facts.items()}) + "\n")
+        self._add_line(STARTS, {name: str(value) for name, value in facts.items()})
 
     def write_metrics(self, record: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl; numbers that are not finite become null."""
-        if not self.folder:
-            return
-        try:
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
-        except OSError as error:  # a full disk is no reason to lose the run; checkpoints tell how it ended
-            logger().warning("%s: its metrics could not be written: %s", self.folder, error.strerror)
+        self._add_line(METRICS, {name: _finite(value) for name, value in record.items()})
+
+    def _add_line(self, name: str, record: dict[str, Any]) -> None:
+        if self.folder:
+            with self.spare(f"a line of {name}"), (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
     def write_scalars(
         self, values: dict[str, float | None], step: int, round_folder: tuple[int, int] | None = None
@@ -138,17 +150,15 @@ class Session:
         """
         if not self._tensorboard:
             return
-        writer = self._writer(round_folder)
-        for tag, value in values.items():
-            if value is not None:
-                writer.add_scalar(tag, value, step)
-        writer.flush()
+        with self.spare(TENSORBOARD):
+            known = {tag: value for tag, value in values.items() if value is not None}
+            self._event_file(round_folder).write_scalars(known, step)
 
     def write_picture(self, tag: str, picture: np.ndarray, step: int) -> None:
         """A TensorBoard image (H, W, 3) of uint8, of a round (``step``)."""
         if self._tensorboard:
-            self._writer(None).add_image(tag, picture, step, dataformats="HWC")
-            self._writer(None).flush()
+            with self.spare(TENSORBOARD):
+                self._event_file(None).write_picture(tag, picture, step)
 
     def write_projector(self, rows: np.ndarray, labels: Sequence[str] | None, thumbnails: np.ndarray) -> None:
         """Rows for TensorBoard's embedding projector; once a session.
@@ -158,40 +168,44 @@ class Session:
             labels: n, or None where nobody said.
             thumbnails: (n, 3, S, S) in [0, 1].
         """
-        if not self._tensorboard or (self.folder and (self.folder / "tfboard" / "global" / PROJECTOR).exists()):
+        if not self._tensorboard or self.folder is None:
+            return
+        folder = self.folder / "tfboard" / "global"
+        if (folder / PROJECTOR).exists():
             return
         words = None if labels is None else [" ".join(label.split()) for label in labels]  # a line each
-        with np.errstate(all="ignore"):  # tensorboardX computes with what it leaves unset beyond the last thumbnail
-            self._writer(None).add_embedding(rows, metadata=words, label_img=thumbnails, tag="memory bank")
+        # tensorboardX computes with what it leaves unset beyond the last thumbnail
+        with self.spare(TENSORBOARD), np.errstate(all="ignore"):
+            folder.mkdir(exist_ok=True)  # tensorboardX would make those above, too
+            writer = SummaryWriter(str(folder), write_to_disk=False)  # no events: an embedding has files of its own
+            writer.add_embedding(rows, metadata=words, label_img=thumbnails, tag="memory bank")
 
-    def _writer(self, round_folder: tuple[int, int] | None) -> SummaryWriter:
+    def _event_file(self, round_folder: tuple[int, int] | None) -> EventFile:
         """Of the folder ``global``, or of a (round, anchors)."""
         assert self.folder is not None
         name = "global" if round_folder is None else _round_name(*round_folder)
-        if name not in self._writers:
+        if name not in self._events:
             round, epoch = self._start
             here = round if round_folder is None else epoch if round_folder[0] == round else 0
             folder = self.folder / "tfboard" / name
-            purge_step = here if folder.exists() else None
-            unique = f".{time.time_ns()}"  # two writers of one second would share a file, the second emptying it
-            self._writers[name] = SummaryWriter(
-                str(folder), purge_step=purge_step, filename_suffix=unique, flush_secs=1
-            )
-        return self._writers[name]
+            self._events[name] = EventFile(folder, here if folder.exists() else None)
+        return self._events[name]
 
     def close(self) -> None:
         """Closes what is open; the files stay."""
-        for writer in self._writers.values():
-            writer.close()
+        for file in self._events.values():
+            with self.spare(TENSORBOARD):
+                file.close()
         if self._log:
             logger().removeHandler(self._log)
-            self._log.close()
+            with self.spare("the end of log.txt"):
+                self._log.close()
         if self.folder:
             self._lock.release()
 
     def _keep_metrics_before(self, start: tuple[int, int]) -> None:
         assert self.folder is not None
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / METRICS
         if not path.exists():
             return
         kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_before(line, start)]

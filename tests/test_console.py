@@ -131,3 +131,13 @@ def test_a_file_name_that_is_no_utf_8_can_be_logged(tmp_path: Path, capsys: pyte
     handler.close()
     assert "unreadable: caf" in (tmp_path / "log.txt").read_text(encoding="utf-8", errors="surrogateescape")
     assert capsys.readouterr().err == ""
+
+
+def test_what_a_terminal_would_obey_is_shown_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start_logging()
+    handler = log_to_file(tmp_path / "log.txt")
+    logger().info("unreadable: %s\tand\nanother line", "\x1b[2J\u202egpj.\x9b\r")
+    handler.close()
+    expected = "unreadable: \\x1b[2J\\u202egpj.\\x9b\\r\tand\nanother line\n"
+    assert capsys.readouterr().out == expected
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").endswith(f" INFO {expected}")

@@ -313,6 +313,27 @@ def test_a_run_that_stops_so_leaves_the_checkpoint_of_before(tmp_path: Path) -> 
     session.close()
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_weights_that_a_gradient_has_spoilt_are_never_saved(skip: bool, tmp_path: Path) -> None:
+    """The loss of the last step was finite, so nothing else would tell before the next epoch."""
+    state = state_of()
+    real = state.optimizer.step
+    steps = iter(range(len(Batches()) * 2 - 1))
+
+    def overflow(*arguments: Any, **named: Any) -> None:
+        real(*arguments, **named)
+        if next(steps, None) is None:
+            next(state.network.parameters()).data.view(-1)[0] = torch.inf
+
+    state.optimizer.step = overflow  # type: ignore[method-assign]
+    session = Session(tmp_path, log_tfb=False)
+    with pytest.raises(curriculum.NonFiniteLossError, match="weights are not finite numbers after round 0, epoch 2"):
+        curriculum.run(state, plan_of(rounds=1, epochs=2, skip_nonfinite=skip), helpers_of(session=session))
+    session.close()
+    saved = torch.load(tmp_path / "checkpoint" / "latest.ckpt", weights_only=True)
+    assert saved["epoch"] == 1 and all(value.isfinite().all() for value in saved["net"].values())
+
+
 @pytest.mark.parametrize("iter_size", [1, 2, 6])
 def test_such_batches_are_left_out_on_request_and_counted(iter_size: int) -> None:
     class Normed(Net):

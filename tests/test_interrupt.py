@@ -19,6 +19,7 @@ from PIL import Image
 
 import made
 from lib.interrupt import Interrupts, Stopped
+from tfevents import shown
 
 ROOT = Path(__file__).parent.parent
 RUN = """
@@ -30,11 +31,13 @@ TIMES = {"images_per_s", "train_s", "evaluate_s"}
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there")
 
 
-def start(*words: str, limit: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+def start(
+    *words: str, limit: Callable[[], None] | None = None, program: tuple[str, ...] = ("main.py",)
+) -> subprocess.Popen[str]:
     """The program in a group of its own, as a shell starts it, under a limit of the system's."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "main.py", *words],
+        [sys.executable, *program, *words],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -116,6 +119,8 @@ def assert_alike(session: Path, whole: Path) -> None:
     for name in theirs.keys() - {"session"}:
         assert equal(ours[name], theirs[name]), name
     assert metrics(session) == metrics(whole)
+    points = {path.name: shown(path) for path in (whole / "tfboard").iterdir()}
+    assert {path.name: shown(path) for path in (session / "tfboard").iterdir()} == points
     assert not list(session.rglob("*.part"))
 
 
@@ -133,19 +138,65 @@ def until(condition: Any, process: subprocess.Popen[str]) -> None:
 
 
 def test_a_run_killed_again_and_again_ends_as_the_one_that_was_not(whole: Path, tmp_path: Path, new: New) -> None:
-    """SIGKILL after random times from the first checkpoint on, four times; more often in the project's notes."""
+    """SIGKILL after random times from the first checkpoint on; more often in the project's notes."""
     session, draw = tmp_path / "killed", np.random.default_rng(0)
     words = new("killed")
-    for _ in range(4):
+    for _ in range(2):
         process = start(*words)
         before = written(session)
         until(lambda before=before: written(session) > before, process)
-        time.sleep(draw.uniform(0, 0.3))
+        time.sleep(draw.uniform(0, 0.5))
         process.kill()
         process.communicate()
         words = ["--resume", str(session), "--brief"]
-        if process.returncode == 0:  # it was done already
-            break
+    finished(*words)
+    assert_alike(session, whole)
+
+
+DIES = """
+import importlib, os, signal, sys
+
+owner, name, calls = importlib.import_module(sys.argv[1]), sys.argv[2], iter(range(1, int(sys.argv[3])))
+real = getattr(owner, name)
+
+
+def deadly(*arguments, **named):
+    if next(calls, None) is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments, **named)
+
+
+import main
+
+setattr(owner, name, deadly)
+sys.exit(main.main(sys.argv[4:]))
+"""
+"""The program, which kills itself when a function is called for the n-th time."""
+PLACES = {
+    "in training": ("lib.curriculum", "train_step", 8),
+    "with a checkpoint half written": ("lib.weights", "seal", 1),
+    "with a checkpoint written and not renamed": ("os", "fsync", 1),
+    "between the names of the last checkpoint": ("os", "link", 1),
+    "in the evaluation": ("lib.knn", "block_rows", 1),
+    "in the health figures": ("lib.health", "_hubs", 1),
+    "with the metrics written and no checkpoint": ("lib.curriculum", "save", 1),
+    "with the latest checkpoint written and not the best": ("lib.weights", "seal", 4),
+    "at the end of a round": ("lib.curriculum", "finish_round", 1),
+    "in the discovery": ("lib.neighbourhoods", "_positions", 1),
+    "with the anchors found and not drawn": ("lib.gallery", "draw", 1),
+    "with the run done": ("lib.results", "show_embeddings", 1),
+}
+"""Where a run dies, in the order of a run: module, function, and which call of it since the start."""
+
+
+def test_a_run_that_dies_in_every_part_ends_as_the_one_that_did_not(whole: Path, tmp_path: Path, new: New) -> None:
+    session = tmp_path / "dying"
+    words = new("dying")
+    for place, (module, name, calls) in PLACES.items():
+        process = start(module, name, str(calls), *words, program=("-c", DIES))
+        shown, _ = process.communicate(timeout=120)
+        assert process.returncode == -signal.SIGKILL, (place, shown)
+        words = ["--resume", str(session), "--brief"]
     finished(*words)
     assert_alike(session, whole)
 
@@ -186,6 +237,43 @@ def test_a_run_that_can_never_save_says_so_and_ends_with_status_3(new: New, tmp_
     assert "latest.ckpt: could not be saved: " in shown and "File too large" in shown and "Traceback" not in shown
     assert len(metrics(tmp_path / "full")) == 4
     assert not list((tmp_path / "full" / "checkpoint").iterdir())
+
+
+def test_a_run_that_can_write_nothing_at_all_goes_on_to_its_end(new: New, tmp_path: Path) -> None:
+    """Log, metrics, events, pictures and report do not fit, either."""
+    import resource
+
+    out = tmp_path / "features.npz"
+    words = ["--max-epoch", "10", "--report", "--ckpt-every", "0", "--export-features", str(out)]
+    process = start(*new("full"), *words, limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2500,) * 2))
+    shown, _ = process.communicate(timeout=240)
+    assert process.returncode == 3, shown
+    assert "Traceback" not in shown and "Logging error" not in shown
+    for part in ("log.txt", "metrics.jsonl", "what TensorBoard shows", "the picture of anchors", "the report"):
+        assert part in shown, part
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_a_folder_that_goes_away_under_the_run_is_said(back: bool, whole: Path, new: New, tmp_path: Path) -> None:
+    """Where it comes back, as one on a network does, the run saves again; where it does not, the status tells."""
+    session, away = tmp_path / "gone", tmp_path / "away"
+    process = start(*new("gone"))
+    until(lambda: written(session) > 0, process)
+    session.rename(away)
+    assert process.stdout
+    for line in process.stdout:
+        if "could not be saved" in line:
+            break
+    if back:
+        away.rename(session)
+    rest, _ = process.communicate(timeout=120)
+    assert process.returncode == (0 if back else 3) and "Traceback" not in rest, rest
+    assert session.exists() == back
+    if not back:
+        away.rename(session)  # its last good checkpoint is in it
+        finished("--resume", str(session), "--brief")
+    assert equal({**content(session), "session": ""}, {**content(whole), "session": ""})
 
 
 def test_within_a_shield_things_are_finished_first() -> None:

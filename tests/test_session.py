@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import struct
 import subprocess
 import sys
 import time
@@ -20,11 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tensorboardX.proto import event_pb2
 
 from lib import session
 from lib.console import LOGGER, UsageError, logger, start_logging
 from lib.session import Session, create_folder, folder_of
+from tfevents import events, shown
 
 
 @pytest.fixture(autouse=True)
@@ -216,30 +215,6 @@ def test_going_on_drops_a_line_that_a_killed_run_half_wrote(rest: str, folder: P
     assert [line["epoch"] for line in lines(folder)] == [0, 1]
 
 
-def events(folder: Path) -> list[event_pb2.Event]:
-    """All events of a folder, by the framing of TFRecord files: length, its sum, data, its sum."""
-    found = []
-    for path in sorted(folder.glob("*tfevents*")):
-        data, at = path.read_bytes(), 0
-        while at < len(data):
-            (length,) = struct.unpack_from("<Q", data, at)
-            assert at + 16 + length <= len(data)
-            found.append(event_pb2.Event.FromString(data[at + 12 : at + 12 + length]))
-            at += 16 + length
-    return found
-
-
-def shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Tag -> points as TensorBoard shows them: a start at step s hides what was written before for s and later."""
-    points: dict[str, list[tuple[int, float]]] = {}
-    for event in events(folder):
-        if event.session_log.status == 1:  # START
-            points = {tag: [p for p in kept if p[0] < event.step] for tag, kept in points.items()}
-        for value in event.summary.value:
-            points.setdefault(value.tag, []).append((event.step, value.simple_value))
-    return points
-
-
 def test_scalars_can_be_read_back_by_tag_step_and_folder(folder: Path) -> None:
     opened = Session(folder)
     opened.write_scalars({"ANs/Number": 0.0, "ANs/Consistency": None}, 0)
@@ -266,9 +241,6 @@ def test_scalars_can_be_read_back_by_tag_step_and_folder(folder: Path) -> None:
 def test_scalars_are_on_disk_before_the_session_ends(folder: Path) -> None:
     opened = Session(folder)
     opened.write_scalars({"Train/Loss": 0.5}, 0, (0, 0))
-    deadline = time.monotonic() + 3  # a thread of its own writes them
-    while not shown(folder / "tfboard" / "0000-00000") and time.monotonic() < deadline:
-        time.sleep(0.01)
     assert shown(folder / "tfboard" / "0000-00000") == {"Train/Loss": [(0, 0.5)]}
     opened.close()
 

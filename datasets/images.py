@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What a file may be, whatever it is called. Pillow opens more, PostScript among it, which is a program that it runs."""
+
 Progress = Callable[[Iterable[Any], str, int, str], Iterable[Any]]
 """Shows how far an iteration has come; takes the items, what is being done, how many they are, and of what."""
 
@@ -166,10 +169,11 @@ class UnreadableImageError(Exception):
 
 
 def read_rgb(path: Path, *, smallest: bool = False, upright: bool = True) -> np.ndarray:
-    """Decodes any image file to RGB.
+    """Decodes an image file of ``FORMATS`` to RGB.
 
-    16-bit grey keeps its upper eight bits, transparency is dropped (as torchvision's loader does), of several
-    frames the first is taken.
+    Pillow refuses those of more than 179 million pixels as decompression bombs, before it decodes any of them. 16-bit
+    grey keeps its upper eight bits, transparency is dropped (as torchvision's loader does), of several frames the
+    first is taken.
 
     Args:
         path: the file.
@@ -183,7 +187,7 @@ def read_rgb(path: Path, *, smallest: bool = False, upright: bool = True) -> np.
         UnreadableImageError: with the reason.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if smallest:
                 image.draft("RGB", (1, 1))
             return np.array(_rgb(ImageOps.exif_transpose(image) if upright else image))
@@ -206,7 +210,7 @@ def read_picture(path: Path) -> np.ndarray:
 def size_of(path: Path) -> tuple[int, int]:
     """(W, H) as the file's header says; UnreadableImageError with the reason where there is none."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             return width, height
     except Exception as error:  # as in read_rgb

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -146,7 +147,9 @@ def read_yaml(path: Path, lines: str = "option: value") -> dict[Any, Any]:
 def _shown(value: object) -> str:
     """A value in a message: on one line, and not the whole of a long one."""
     try:
-        text = " ".join(repr(value).split())
+        short = reprlib.Repr()  # lists that name one another again and again would fill the memory
+        short.maxlevel, short.maxstring, short.maxother = 3, 90, 90
+        text = " ".join(short.repr(value).split())
     except (ValueError, RecursionError):  # Python spells no number of more than 4,300 digits
         return f"a very large {type(value).__name__}"
     return text if len(text) <= 80 else text[:80] + "..."

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import models
-from lib import checkpoint
+from lib import checkpoint, weights
 from lib.checkpoint import TrainingState
 from lib.console import UsageError, logger
 from lib.memory_bank import MemoryBank
@@ -691,13 +691,16 @@ class Evil:
 
 
 @pytest.mark.parametrize("place", ["net", "history", "whole"])
-@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "sealed", "pickle"])
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_file_that_would_run_something_is_refused_and_runs_nothing(kind: str, place: str, tmp_path: Path) -> None:
     proof = tmp_path / "executed"
     content: Any = Evil(proof) if place == "whole" else {**CONTENT, place: Evil(proof)}
     path = tmp_path / "a.ckpt"
-    path.write_bytes(pickle.dumps(content) if kind == "pickle" else bytes_of(content, kind == "zip"))
+    with path.open("wb") as file:
+        file.write(pickle.dumps(content) if kind == "pickle" else bytes_of(content, kind == "zip"))
+        if kind == "sealed":
+            weights.seal(file)  # whoever writes the file can
     if kind == "pickle":
         pickle.loads(path.read_bytes())
     else:

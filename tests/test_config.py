@@ -156,6 +156,14 @@ def test_a_file_with_python_tags_is_refused_and_nothing_runs(tag: str, tmp_path:
     assert "line 1" in said and "not valid YAML" in said
 
 
+@pytest.mark.parametrize("key", ["size", "seed", "query", "scale", "dataset", "unheard_of"])
+def test_lists_of_lists_of_lists_fill_no_memory(key: str, tmp_path: Path) -> None:
+    """Each names the one before ten times: written out, the last has a billion words."""
+    lists = "".join(f"- &a{i} [{', '.join([f'*a{i - 1}'] * 10) if i else 'ha, ha'}]\n" for i in range(10))
+    text = refused_file(tmp_path, "".join(f"{key}:\n{lists}"))
+    assert len(text) < 1000
+
+
 UNKNOWN = {
     "batchsize": "batch_size",
     "batch-size": "batch_size",

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
-from datasets.images import DataError, ImageFiles, ImageSet, Splits, UnreadableImageError, hold_out, read_rgb, size_of
+from datasets.images import (
+    DataError,
+    ImageFiles,
+    ImageSet,
+    Splits,
+    UnreadableImageError,
+    hold_out,
+    read_picture,
+    read_rgb,
+    size_of,
+)
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 10, 3)).astype(np.uint8)
 GREY = RGB[..., 0]
@@ -253,6 +266,46 @@ def test_what_is_no_image_is_refused_with_a_reason_that_does_not_repeat_the_path
             read(path)
         text = str(refused.value)
         assert text and "\n" not in text and str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("ending", [".eps", ".jpg", ".png"])
+def test_a_file_that_would_run_a_program_is_refused_and_runs_nothing(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostScript is a program, and Pillow hands it to Ghostscript whatever the file is called."""
+    proof, ghostscript = tmp_path / "proof", tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {proof}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", str(ghostscript))
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    for read in (read_rgb, size_of):
+        with pytest.raises(UnreadableImageError, match="not an image that Pillow knows"):
+            read(path)
+    assert not proof.exists()
+    with pytest.raises(OSError), Image.open(path) as opened:
+        opened.load()
+    assert proof.exists()  # the trap is a real one
+
+
+def test_a_decompression_bomb_is_refused_before_it_goes_off(tmp_path: Path) -> None:
+    """30,000 x 30,000 pixels in a file of 150 kB: 2.7 GB of RGB."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    side, pack = 30_000, zlib.compressobj(9)
+    rows = b"".join([*(pack.compress(bytes(1 + side // 8)) for _ in range(side)), pack.flush()])
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    assert len(content) < 150_000
+    for read in (read_rgb, partial(read_rgb, smallest=True), size_of):
+        with pytest.raises(UnreadableImageError, match=r"900000000 pixels\) exceeds limit of 178956970 pixels"):
+            read(path)
+    with pytest.raises(DataError, match="exceeds limit"):
+        read_picture(path)
 
 
 def test_random_bytes_never_raise_anything_else(tmp_path: Path) -> None:

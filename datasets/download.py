@@ -72,9 +72,10 @@ def provide(request: Request, archives: Sequence[Archive]) -> None:
             target = request.root / (archive.unpacks_to or archive.name)
             if not target.exists():
                 with filelock.FileLock(request.root / LOCK, timeout=0):
-                    path = _fetch(archive, request.root, request)
-                    if archive.unpacks_to is not None:
-                        _unpack(path, target)
+                    if archive.unpacks_to is None:
+                        _fetch(archive, request.root, request)
+                    elif not target.exists():  # another process may just have brought it
+                        _unpack(_fetch(archive, request.root, request), target)
             elif archive.unpacks_to is None:
                 _fetch(archive, request.root, request)
     except filelock.Timeout:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What a file may be, whatever it is called. Pillow opens more, PostScript among it, which is a program that it runs."""
+"""What a file may be, whatever it is called. Pillow opens more, such as PostScript, which is a program, and runs."""
 
 Progress = Callable[[Iterable[Any], str, int, str], Iterable[Any]]
 """Shows how far an iteration has come; takes the items, what is being done, how many they are, and of what."""

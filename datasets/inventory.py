@@ -24,6 +24,8 @@ from datasets.images import DataError
 FORM = 1  # of the remembered file; another number is not read
 SETTLED = 2 * 10**9
 """Nanoseconds after which another change of a folder has another time, on any file system."""
+ABANDONED = 24 * 3600
+"""Seconds after which an unfinished file is one of a killed process."""
 
 
 class Names(Sequence[str]):
@@ -126,7 +128,13 @@ def remember(root: Path, inventory: Inventory) -> None:
     }
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".part", delete=False) as file:
+        for part in place.parent.glob(f"{place.stem}.*.part"):
+            if time.time() - part.stat().st_mtime > ABANDONED:
+                part.unlink(missing_ok=True)
+        # of its own in every process, for two may start at once
+        with tempfile.NamedTemporaryFile(
+            dir=place.parent, prefix=f"{place.stem}.", suffix=".part", delete=False
+        ) as file:
             try:
                 np.savez(file, **content)
                 file.close()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -467,6 +470,52 @@ def test_a_damaged_file_is_replaced_by_the_next_load(root: Path, cache: Path, op
     assert opened.by(lambda: load(root)) == 7
     assert opened.by(lambda: load(root)) == 0
     assert content(load(root)) == first
+
+
+LOAD = """
+import os, signal, sys
+from pathlib import Path
+import datasets
+from datasets import files, inventory
+
+
+def half(file, **content):
+    file.write(bytes(1000))
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+files.IN_MEMORY = 0
+if sys.argv[2] == "killed":
+    inventory.np.savez = half
+print(len(datasets.load("folder", Path(sys.argv[1])).train))
+"""
+
+
+def loading(root: Path, how: str) -> subprocess.Popen[str]:
+    """A process that loads a root."""
+    words = [sys.executable, "-c", LOAD, str(root), how]
+    return subprocess.Popen(words, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there")
+def test_what_a_killed_process_half_wrote_is_never_read_and_swept_away(root: Path, cache: Path, opened: Opened) -> None:
+    process = loading(root, "killed")
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    (left,) = cache.iterdir()
+    assert left.suffix == ".part" and left.stat().st_size == 1000
+    os.utime(left, (0, 0))  # long ago
+    assert opened.by(lambda: load(root)) == 7
+    assert opened.by(lambda: load(root)) == 0
+    assert not left.exists() and not list(cache.glob("*.part"))
+
+
+def test_two_processes_at_once_leave_one_whole_file_each_has_read_all(root: Path, cache: Path, opened: Opened) -> None:
+    both = [loading(root, "whole") for _ in range(2)]
+    assert [process.communicate(timeout=60)[0].strip() for process in both] == ["4", "4"]
+    assert not list(cache.glob("*.part"))
+    assert opened.by(lambda: load(root)) == 0 and len(load(root).train) == 4
 
 
 def test_nothing_is_remembered_of_a_root_that_is_gone(root: Path) -> None:

@@ -109,6 +109,7 @@ def resolve(argv: Sequence[str]) -> Options:
 
 def prepare(options: Options) -> Setting:
     """Checks everything that can be checked before anything is written."""
+    device.allow_nondeterminism(not options.deterministic)
     place = device.select(options.gpus)
     data_source = config.choose(datasets.DATASETS, options.dataset, "--dataset")
     config.choose(models.NETWORKS, options.network, "--network")

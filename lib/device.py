@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from lib.console import UsageError
@@ -34,6 +36,17 @@ def allow_tf32(allowed: bool) -> None:
     """Whether GPUs may round the factors of products and convolutions to TF32; PyTorch's default is half of that."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
+
+
+def allow_nondeterminism(allowed: bool) -> None:
+    """Whether operations may give another last bit each time, as some of a GPU's do, being faster so.
+
+    Those that know no other way warn where it is not allowed. To be called before anything is computed on a GPU.
+    """
+    if not allowed:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS guarantees nothing
+    torch.use_deterministic_algorithms(not allowed, warn_only=True)
+    torch.backends.cudnn.deterministic = not allowed
 
 
 def place(

@@ -217,6 +217,9 @@ class Options(BaseModel):
     compile: Switch = _option(
         False, "training", "compile the network by torch.compile: slow to start, and then faster on most GPUs"
     )
+    deterministic: Switch = _option(
+        False, "training", "the same numbers in every run of a machine, on a GPU, too, where it costs speed"
+    )
     seed: Seed = _option(
         None, "training", "seed of everything random; not set: the time, which is logged and kept in config.yaml"
     )

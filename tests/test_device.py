@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -37,6 +39,38 @@ def test_a_gpu_beyond_those_there_is_refused_with_their_numbers(
         device.select(gpus)
     text = str(refused.value)
     assert text.startswith("--gpus " + ",".join(map(str, gpus))) and "GPUs 0 to 1" in text and "\n" not in text
+
+
+@pytest.fixture
+def nondeterminism_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    yield
+    device.allow_nondeterminism(True)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def test_pytorch_is_told_what_it_may_do(nondeterminism_as_before: None) -> None:
+    """What it asks for itself: pytorch.org/docs/stable/notes/randomness.html."""
+    for allowed in (True, False, True):
+        device.allow_nondeterminism(allowed)
+        assert torch.are_deterministic_algorithms_enabled() != allowed
+        assert torch.backends.cudnn.deterministic != allowed
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_a_place_that_the_user_has_chosen_for_cublas_stays(
+    nondeterminism_as_before: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    device.allow_nondeterminism(False)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+def test_what_knows_no_other_way_warns_and_works(nondeterminism_as_before: None) -> None:
+    """``put_`` of accumulated values is one on a CPU."""
+    device.allow_nondeterminism(False)
+    with pytest.warns(UserWarning, match="does not have a deterministic implementation"):
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
 
 
 def test_a_network_on_the_cpu_is_not_wrapped() -> None:

@@ -147,6 +147,28 @@ def test_the_session_s_config_repeats_the_run(start: list[str], tmp_path: Path) 
     assert same(latest(session), latest(next(again.iterdir())))
 
 
+def test_a_deterministic_run_gives_the_same_numbers_twice_and_leaves_the_next_run_free(
+    start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the run sets it, and the next test is another
+    during: list[bool] = []
+    real = main.curriculum.run
+    monkeypatch.setattr(
+        main.curriculum,
+        "run",
+        lambda *parts: [during.append(torch.are_deterministic_algorithms_enabled()), real(*parts)],
+    )
+    for name in ("one", "two"):
+        assert main.main([*start, "--session", name, "--deterministic", "--workers-num", "2"]) == 0
+    one, two = (tmp_path / "sessions" / name for name in ("one", "two"))
+    assert [{**row, **dict.fromkeys(TIMES)} for row in metrics_of(one)] == [
+        {**row, **dict.fromkeys(TIMES)} for row in metrics_of(two)
+    ]
+    assert same(latest(one), latest(two))
+    assert main.main([*start, "--session", "three"]) == 0
+    assert during == [True, True, False]
+
+
 def test_another_seed_gives_another_run(start: list[str], tmp_path: Path) -> None:
     main.main([*start, "--session", "one"])
     main.main([*start, "--session", "two", "--seed", "4"])

@@ -31,9 +31,21 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+        _settle(path.parent)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def _settle(folder: Path) -> None:
+    """Has the names in a folder written to the disk, where the system can, for a power cut to find them there."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # some file systems know no such thing
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def keep(path: Path, name: Path) -> None:

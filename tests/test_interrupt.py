@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -46,6 +47,31 @@ def start(
         start_new_session=True,
         preexec_fn=limit,
     )
+
+
+PROGRAM = """
+import importlib, os, signal, sys
+
+owner, name, calls = importlib.import_module(sys.argv[1]), sys.argv[2], iter(range(1, int(sys.argv[3])))
+real = getattr(owner, name)
+
+
+def altered(*arguments, **named):
+    if next(calls, None) is None:
+        DEED
+    return real(*arguments, **named)
+
+
+import main
+
+setattr(owner, name, altered)
+sys.exit(main.main(sys.argv[4:]))
+"""
+"""The program, which does a deed when a function is called for the n-th time."""
+
+
+def that_does(deed: str) -> tuple[str, str]:
+    return "-c", PROGRAM.replace("DEED", deed)
 
 
 def nothing_is_saved() -> None:
@@ -153,29 +179,10 @@ def test_a_run_killed_again_and_again_ends_as_the_one_that_was_not(whole: Path, 
     assert_alike(session, whole)
 
 
-DIES = """
-import importlib, os, signal, sys
-
-owner, name, calls = importlib.import_module(sys.argv[1]), sys.argv[2], iter(range(1, int(sys.argv[3])))
-real = getattr(owner, name)
-
-
-def deadly(*arguments, **named):
-    if next(calls, None) is None:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*arguments, **named)
-
-
-import main
-
-setattr(owner, name, deadly)
-sys.exit(main.main(sys.argv[4:]))
-"""
-"""The program, which kills itself when a function is called for the n-th time."""
 PLACES = {
     "in training": ("lib.curriculum", "train_step", 8),
     "with a checkpoint half written": ("lib.weights", "seal", 1),
-    "with a checkpoint written and not renamed": ("os", "fsync", 1),
+    "with a checkpoint written and not renamed": ("os", "replace", 1),
     "between the names of the last checkpoint": ("os", "link", 1),
     "in the evaluation": ("lib.knn", "block_rows", 1),
     "in the health figures": ("lib.health", "_hubs", 1),
@@ -187,15 +194,18 @@ PLACES = {
     "with the run done": ("lib.results", "show_embeddings", 1),
 }
 """Where a run dies, in the order of a run: module, function, and which call of it since the start."""
+UNFINISHED = [place for place in PLACES if place.startswith("with a checkpoint") or place.endswith("not the best")]
+"""Of these, where a file is left half written."""
 
 
 def test_a_run_that_dies_in_every_part_ends_as_the_one_that_did_not(whole: Path, tmp_path: Path, new: New) -> None:
     session = tmp_path / "dying"
     words = new("dying")
     for place, (module, name, calls) in PLACES.items():
-        process = start(module, name, str(calls), *words, program=("-c", DIES))
+        process = start(module, name, str(calls), *words, program=that_does("os.kill(os.getpid(), signal.SIGKILL)"))
         shown, _ = process.communicate(timeout=120)
         assert process.returncode == -signal.SIGKILL, (place, shown)
+        assert bool(list(session.glob("checkpoint/*.part"))) == (place in UNFINISHED), place
         words = ["--resume", str(session), "--brief"]
     finished(*words)
     assert_alike(session, whole)
@@ -206,13 +216,40 @@ def test_a_signal_saves_and_says_how_to_go_on(which: str, status: int, whole: Pa
     process, session = start(*new("stopped")), tmp_path / "stopped"
     until(lambda: written(session) > 0, process)
     time.sleep(0.1)
+    workers = psutil.Process(process.pid).children(recursive=True)
     asked = time.monotonic()
     os.killpg(process.pid, getattr(signal, which))  # workers get it, too, as from a terminal
     shown, _ = process.communicate(timeout=60)
     assert process.returncode == status and time.monotonic() - asked < 10, shown
     assert f"stopped by {which}" in shown and f"--resume {session}" in shown and "Traceback" not in shown
+    assert workers and not psutil.wait_procs(workers, timeout=1)[1]
     finished("--resume", str(session), "--brief")
     assert_alike(session, whole)
+
+
+def test_a_killed_run_leaves_no_workers(new: New, tmp_path: Path) -> None:
+    process = start(*new("orphans"))
+    until(lambda: written(tmp_path / "orphans") > 0, process)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    assert workers and not psutil.wait_procs(workers, timeout=30)[1]  # PyTorch's look for their parent now and then
+
+
+def test_a_second_ctrl_c_stops_the_program_at_once(new: New, tmp_path: Path) -> None:
+    """The step that the first one waits for never ends."""
+    process = start(
+        "lib.curriculum", "train_step", "30", *new("twice"), program=that_does("while True: signal.pause()")
+    )
+    session = tmp_path / "twice"
+    until(lambda: written(session) > 0, process)
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=2)
+    os.killpg(process.pid, signal.SIGINT)
+    shown, _ = process.communicate(timeout=10)
+    assert process.returncode == 130 and "Traceback" not in shown and "interrupted" in shown
 
 
 def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(whole: Path, tmp_path: Path, new: New) -> None:

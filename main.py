@@ -5,8 +5,11 @@ Wires options to data, network, memory bank and session, then trains or evaluate
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -18,6 +21,7 @@ import torch
 import datasets
 import models
 from lib import (
+    agreement,
     augment,
     checkpoint,
     compare,
@@ -28,6 +32,7 @@ from lib import (
     export,
     features,
     gallery,
+    launch,
     lookup,
     memory_plan,
     results,
@@ -36,30 +41,36 @@ from lib import (
     weights,
 )
 from lib.checkpoint import TrainingState
-from lib.console import SUMMARY, UsageError, logger, progress, start_logging, visible
+from lib.console import FIRST, SUMMARY, UsageError, logger, progress, start_logging, visible
 from lib.free_memory import free
 from lib.interrupt import STATUS, Interrupts, Stopped
 from lib.memory_bank import MemoryBank
 from lib.neighbourhoods import Neighbourhoods
 from lib.options import Options
 from lib.seeding import Stream
-from lib.session import Session, create_folder, folder_of
+from lib.session import Session, create_folder, folder_of, of_job
 from lib.setting import Setting
+from lib.world import World, is_loss
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, or stopped by SIGUSR1; 1 the loss is not finite; 2 input that cannot be used; 3 the last
     checkpoint could not be saved; 130 and 143 stopped by Ctrl-C and SIGTERM.
     """
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        options = resolve(sys.argv[1:] if argv is None else argv)
+        options = resolve(words)
         if options.print_args:
             print(config.to_yaml(options), end="")
             return 0
+        if len(options.gpus) > 1 and not launch.is_launched() and not is_for_one(options):
+            return launch.run(Path(__file__), words, len(options.gpus))
         start_logging(options.brief)
         if options.compare:
             show_comparison(options)
             return 0
+        if is_for_one(options) and launch.is_launched():
+            raise UsageError("--report, --query and --compare are for one process; start them without a launcher")
         setting = prepare(options)
         if isinstance(options.report, Path):
             load_network(setting)
@@ -70,16 +81,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif options.test_only:
             load_network(setting)
             results.test(setting)
-            results.export_results(setting, setting.loaded, folder_of(setting.source) if setting.source else None)
+            if alone := setting.alone():
+                results.export_results(alone, alone.loaded, folder_of(alone.source) if alone.source else None)
         else:
             return train(setting)
+    except agreement.ToldElsewhereError:
+        return 2
     except (UsageError, datasets.DataError) as error:
         print(
             f"error: {visible(str(error).splitlines()[-1])}", file=sys.stderr
         )  # a worker's comes behind its traceback
         return 2
-    except curriculum.NonFiniteLossError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except curriculum.NonFiniteLossError as error:  # the same in every process
+        if FIRST:
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not launch.is_launched() or not is_loss(error):
+            raise
+        print(
+            "error: another process of the run has ended; --resume with the session's folder goes on", file=sys.stderr
+        )
         return 1
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -89,6 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; --resume with the session's folder goes on after its last whole epoch", file=sys.stderr)
         return 130
     return 0
+
+
+def is_for_one(options: Options) -> bool:
+    """Whether it is shown and not trained."""
+    return isinstance(options.report, Path) or bool(options.query or options.compare)
 
 
 def resolve(argv: Sequence[str]) -> Options:
@@ -108,16 +135,33 @@ def resolve(argv: Sequence[str]) -> Options:
 
 
 def prepare(options: Options) -> Setting:
-    """Checks everything that can be checked before anything is written."""
+    """Checks everything that can be checked before anything is written; processes that train together meet here."""
     device.allow_nondeterminism(not options.deterministic)
     place = device.select(options.gpus)
+    world = World.join(place)
+    if options.download and world.size > 1:  # one process of each machine fetches
+        here = int(os.environ.get("LOCAL_RANK", 0))
+        agreement.together(world, lambda: load_data(options) if here == 0 else None, (datasets.DataError,))
+    begun = None
+    if launch.restarts():
+        begun = world.collect(of_job(options.sess_dir, launch.job()))[0]
+        if begun and checkpoint.latest(begun).is_file():
+            options = options.model_copy(update={"resume": begun, "restart": False, "session": None})
+    seed = world.collect(options.seed if options.seed is not None else int(time.time()))[0]
+    setting = agreement.together(world, lambda: assemble(options, place, world, seed), (datasets.DataError,))
+    agreement.agree(world, facts(setting))
+    return replace(setting, begun=begun)
+
+
+def assemble(options: Options, place: torch.device, world: World, time_seed: int) -> Setting:
+    """Reads what a run starts from."""
     data_source = config.choose(datasets.DATASETS, options.dataset, "--dataset")
     config.choose(models.NETWORKS, options.network, "--network")
     export.check(options)
     if options.export_neighbourhoods:
         lookup.check(options.export_neighbourhoods)
     source, loaded = checkpoint.load_resumed(options.resume) if options.resume else (None, {})
-    seed = seeding.choose(options.seed, loaded.get("seed"))
+    seed = seeding.choose(options.seed, loaded.get("seed"), time_seed)
     options = options.model_copy(update={"seed": seed})
     torch.manual_seed(seeding.seed_for(seed, Stream.WEIGHTS))  # the network's first weights
     network = models.build(options.network, low_dim=options.low_dim)
@@ -127,8 +171,17 @@ def prepare(options: Options) -> Setting:
     colours = options.means or data_source.means, options.stds or data_source.stds
     augmentations = augment.for_training(options, *colours), augment.for_testing(options, *colours)
     device.allow_tf32(options.tf32)
-    network = device.place(network, options.gpus, place, compile=options.compile)
-    return Setting(options, splits, colours, augmentations, place, network, source, loaded)
+    network = device.place(network, place, world, sync_bn=options.sync_bn, compile=options.compile)
+    return Setting(options, splits, colours, augmentations, place, network, source, loaded, world)
+
+
+def facts(setting: Setting) -> dict[str, str]:
+    """What all processes of a run must have alike, in words."""
+    options = {config.flag(name): str(value) for name, value in setting.options if not config.is_path(name)}
+    named = {"training images": setting.splits.train, "test images": setting.splits.test}
+    images = {name: datasets.fingerprint(split) if split else "none" for name, split in named.items()}
+    position = str({name: setting.loaded.get(name) for name in ("round", "epoch", "step", "acc", "network")})
+    return {**options, **images, "checkpoint": position, "PyTorch": torch.__version__}
 
 
 def load_data(options: Options) -> datasets.Splits:
@@ -162,16 +215,17 @@ def load_data(options: Options) -> datasets.Splits:
 
 def train(setting: Setting) -> int:
     """Trains in a new session, or goes on in the checkpoint's; the exit status."""
-    options, splits = setting.options, setting.splits
+    options, splits, world = setting.options, setting.splits, setting.world
     images, labels = splits.train.images, splits.train.labels
-    plan = curriculum.build_plan(options, schedule.build_schedule(options), samples=len(images))
-    memory = plan_memory(setting)
+    learning_rate = agreement.together(world, lambda: schedule.build_schedule(options))
+    plan = agreement.together(world, lambda: curriculum.build_plan(options, learning_rate, len(images), world.size))
+    memory = agreement.together(world, lambda: plan_memory(setting))
     state = build_state(setting)
     if setting.source:
         batches = setting.loader(splits.train, train=False)
         embed = partial(features.extract, setting.network, batches, "filling the memory bank")
         state.restore(setting.loaded, setting.source, embed=embed)
-    session = open_session(setting, start=(state.round, state.epoch))
+    session = agreement.together(world, lambda: open_session(setting, start=(state.round, state.epoch)))
 
     def show(round: int, found: Neighbourhoods) -> None:
         path = session.of_round("neighbours", round, found.num_anchors, "png")
@@ -179,7 +233,7 @@ def train(setting: Setting) -> int:
             if path and (picture := gallery.save(path, images, labels, found)):
                 session.write_picture("ANs/Neighbours", np.asarray(picture), round)
 
-    interrupts = Interrupts()
+    interrupts = Interrupts(world)
     helpers = curriculum.Helpers(
         batches=setting.loader(splits.train, train=True),
         evaluate=setting.evaluator(splits.test),
@@ -189,23 +243,15 @@ def train(setting: Setting) -> int:
         on_discovery=show,
         network_name=options.network,
         interrupts=interrupts,
+        world=world,
     )
     try:
         with interrupts:
             describe(setting, session, memory)
             curriculum.run(state, plan, helpers)
-        results.show_embeddings(setting, state.bank.memory, session)
-        logger().info("\n%s", curriculum.summary(state.history, helpers), extra=SUMMARY)
-        logger().info("session: %s", session.folder or "none", extra=SUMMARY)
         final = state.checkpoint(options.network, session.name)
-        try:
-            if options.report and session.folder:
-                results.write_report(setting, session.folder, final)
-            results.export_results(setting, final, session.folder)
-        except UsageError as error:
-            if not state.unsaved:
-                raise
-            logger().error("%s", error)
+        if alone := setting.alone():
+            finish(alone, session, final, curriculum.summary(state.history, helpers), bool(state.unsaved))
     except Stopped as stop:
         again = f"go on with: python main.py --resume {session.folder}" if session.folder else "nothing is stored"
         step = f"round {state.round}, epoch {state.epoch + 1}, step {state.step}"
@@ -217,6 +263,22 @@ def train(setting: Setting) -> int:
         print(f"error: {state.unsaved}; make room and go on with --resume", file=sys.stderr)
         return 3
     return 0
+
+
+def finish(setting: Setting, session: Session, final: checkpoint.Checkpoint, summary: str, is_unsaved: bool) -> None:
+    """What a run shows and hands over when it is done."""
+    options = setting.options
+    results.show_embeddings(setting, final["npc"]["memory"], session)
+    logger().info("\n%s", summary, extra=SUMMARY)
+    logger().info("session: %s", session.folder or "none", extra=SUMMARY)
+    try:
+        if options.report and session.folder:
+            results.write_report(setting, session.folder, final)
+        results.export_results(setting, final, session.folder)
+    except UsageError as error:
+        if not is_unsaved:  # which is worse, and is told by the status
+            raise
+        logger().error("%s", error)
 
 
 def show_comparison(options: Options) -> None:
@@ -246,6 +308,7 @@ def build_state(setting: Setting) -> TrainingState:
         momentum=options.npc_momentum,
         seed=seeding.seed_for(options.seed, Stream.MEMORY),
         device=setting.device,
+        world=setting.world,
     )
     optimizer = schedule.build_optimizer(options, setting.network.parameters())
     scaler = torch.amp.GradScaler(setting.device.type, enabled=options.amp == "fp16")
@@ -256,10 +319,10 @@ def build_state(setting: Setting) -> TrainingState:
 def open_session(setting: Setting, start: tuple[int, int]) -> Session:
     """The session of the checkpoint that training goes on from, or a new one."""
     options = setting.options
-    if options.debug:
+    if options.debug or not setting.world.is_first:
         return Session(None)
     own = folder_of(setting.source) if setting.source and not options.restart else None
-    folder = own or create_folder(options.sess_dir, options.session)
+    folder = own or setting.begun or create_folder(options.sess_dir, options.session)
     session = Session.open(
         folder, config.to_yaml(options), start=start, log_file=options.log_file, log_tfb=options.log_tfb
     )
@@ -279,6 +342,7 @@ def plan_memory(setting: Setting) -> str:
         samples=len(splits.train),
         images=sum(held),
         resident=sum(held) if device.type == "cuda" else 0,
+        processes=setting.world.size,
     )
     planned.check(free(torch.device("cpu")), free(device) if device.type == "cuda" else 0)
     return planned.text().replace("\n", "; ")
@@ -295,11 +359,13 @@ def describe(setting: Setting, session: Session, memory: str) -> None:
         "versions": ", ".join(f"{name} {number}" for name, number in environment.versions().items()),
         "commit": environment.commit() or "unknown (not a git checkout)",
         "device": environment.hardware(setting.device),
+        "processes": setting.world.size,
         "data": f"{options.dataset}, {len(splits.train)} training images{tests}{classes}",
         "network": f"{options.network}, {parameters / 1e6:.2f} M parameters, embedding {options.low_dim}",
         "memory": f"expected at most: {memory}",
         "seed": options.seed,
         "going on from": setting.source,
+        "job": launch.job() or None,
     }
     lines = {name: text for name, text in lines.items() if text is not None}
     session.write_start({"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), **lines})

@@ -79,8 +79,7 @@ def _costs(device: torch.device) -> list[tuple[str, str, Sequence[int], Cost]]:
         return way
 
     def passes(batch: int) -> measure.Way:
-        gpus = (device.index or 0,) if device.type == "cuda" else ()
-        network = placing.place(models.build("resnet18", low_dim=128), gpus, device)
+        network = placing.place(models.build("resnet18", low_dim=128), device)
         images = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
         return lambda: network(images).sum().backward()
 

@@ -80,8 +80,7 @@ class _Plain:
 
 class _Ours:
     def __init__(self, images: np.ndarray, device: torch.device) -> None:
-        gpus = (device.index or 0,) if device.type == "cuda" else ()
-        self.network = placing.place(models.build("resnet18", low_dim=LOW_DIM), gpus, device)
+        self.network = placing.place(models.build("resnet18", low_dim=LOW_DIM), device)
         self.optimizer = _optimizer(self.network)
         self.bank = MemoryBank(SAMPLES, LOW_DIM, temperature=TAU, momentum=0.5, seed=0, device=device)
         self.batches = Loader(

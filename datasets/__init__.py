@@ -7,9 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import cifar, cub200, digits, dogs, folder, imagenet, svhn
-from datasets.images import DataError, ImageSet, Progress, Request, Splits, hold_out, read_picture
+from datasets.images import DataError, ImageSet, Progress, Request, Splits, fingerprint, hold_out, read_picture
 
-__all__ = ["DATASETS", "Colour", "DataError", "ImageSet", "Source", "Splits", "hold_out", "load", "read_picture"]
+__all__ = [
+    "DATASETS",
+    "Colour",
+    "DataError",
+    "ImageSet",
+    "Source",
+    "Splits",
+    "fingerprint",
+    "hold_out",
+    "load",
+    "read_picture",
+]
 
 Colour = tuple[float, float, float]
 IMAGENET_MEANS, IMAGENET_STDS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

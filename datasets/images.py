@@ -5,6 +5,8 @@ An image is a uint8 array (H, W, 3), RGB, held in memory or decoded from its fil
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,6 +112,17 @@ class Request:
     download: bool
     boxes: bool
     progress: Progress
+
+
+def fingerprint(split: ImageSet) -> str:
+    """What tells a split from others, as far as names, classes and its first and last images do."""
+    few = [*range(min(len(split), 8)), *range(max(8, len(split) - 8), len(split))]
+    parts = [split.images[i].tobytes() for i in few]
+    parts += [] if split.labels is None else [split.labels.tobytes()]
+    total = 0
+    for part in (*parts, *(os.fsencode(name) for name in split.names or ())):
+        total = zlib.crc32(part, total)
+    return f"{len(split)} of {len(split.classes)} classes, sum {total:08x}"
 
 
 def hold_out(splits: Splits, fraction: float) -> Splits:

@@ -20,7 +20,6 @@ import torch
 
 from lib import health, weights
 from lib.console import UsageError, logger
-from lib.device import unwrapped
 from lib.files import keep, reason, write_whole
 from lib.memory_bank import MemoryBank
 from lib.neighbourhoods import Neighbourhoods
@@ -70,9 +69,13 @@ class TrainingState:
     unsaved: str | None = None
 
     def checkpoint(self, network_name: str, session: str) -> Checkpoint:
-        """Everything, as tensors and plain containers."""
+        """Everything, as tensors and plain containers.
+
+        To be called in every process; the memory bank is in the first one's alone.
+        """
+        prefix = prefix_of(self.bank.memory.device)
         return {
-            "net": {name: value.contiguous() for name, value in self.network.state_dict().items()},
+            "net": {prefix + name: value.contiguous() for name, value in self.network.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "ANs_discovery": self.neighbourhoods.state_dict(),
             "npc": self.bank.state_dict(),
@@ -98,7 +101,7 @@ class TrainingState:
         Args:
             loaded: the checkpoint.
             where: its file, for messages.
-            embed: embeddings (N, D) of the training images by the network, for a checkpoint without memory bank.
+            embed: embeddings (n, D) of this process's training images, for a checkpoint without memory bank.
 
         Raises:
             UsageError: it is of another network, embedding size or number of samples, or its parts contradict
@@ -107,7 +110,7 @@ class TrainingState:
         load_network(self.network, loaded, where)
         if "npc" not in loaded:
             logger().info("%s: holds no memory bank: it is filled with the training images' embeddings", where)
-            self.bank.load_state_dict({"memory": embed()})
+            self.bank.memory.copy_(embed())
         try:
             if "npc" in loaded:
                 load_bank(self.bank, loaded["npc"], where)
@@ -136,12 +139,17 @@ class TrainingState:
         """Those of the checkpoint; where it has none, or the reference's empty ones, the round starts again."""
         if "ANs_discovery" in loaded and loaded["ANs_discovery"]["neighbours"].shape != (0,):
             found = Neighbourhoods.from_state_dict(loaded["ANs_discovery"], self.bank.memory.device)
-            if len(found.position) != len(self.bank.memory):
+            if len(found.position) != self.bank.samples:
                 raise ValueError("the memory bank and the neighbourhoods are of different samples")
             self.neighbourhoods = found
         elif self.round and self.epoch:
             logger().info("%s: holds no neighbourhoods: round %d starts again with a discovery", where, self.round)
             self.epoch = self.step = 0
+
+
+def prefix_of(device: torch.device) -> str:
+    """What stands before the names of a network: on a GPU what the reference gives, and expects of, one from there."""
+    return "module." if device.type == "cuda" else ""
 
 
 def save(content: Checkpoint, path: Path) -> None:
@@ -257,11 +265,10 @@ def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> N
     if "net" not in loaded:
         weights.load(network, loaded["weights"], where)
         return
-    inner = unwrapped(network)
     if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded["net"].items()):
         raise UsageError(f"{where}: its 'net' holds more than tensors by name; choose another checkpoint")
     state = {weights.bare(name): value for name, value in loaded["net"].items()}
-    own = inner.state_dict()
+    own = network.state_dict()
     for name in own.keys() - state.keys():
         if name.endswith(weights.COUNTER):
             state[name] = own[name]  # files from before PyTorch 0.4.1 have none, and nothing depends on them
@@ -270,7 +277,7 @@ def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> N
         first = min(state.keys() ^ own.keys())
         side = "which the checkpoint lacks" if first in own else "which only the checkpoint has"
         raise UsageError(f"{where}: is of {name}, not of the one chosen by --network (they differ in {first}, {side})")
-    head = weights.head(inner)
+    head = weights.head(network)
     for name, value in own.items():
         reason = weights.refusal(state[name], value)
         if reason is None:
@@ -281,7 +288,7 @@ def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> N
         if name == head and len(there) == 2 and there[1] == value.shape[1]:
             raise UsageError(f"{where}: has embedding size {there[0]}, not {value.shape[0]}; set --low-dim to it")
         raise UsageError(f"{where}: is of another network: {name} is {list(there)} there and {list(value.shape)} here")
-    inner.load_state_dict(state)
+    network.load_state_dict(state)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], where: Path) -> None:
@@ -306,7 +313,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], wher
 
 def load_bank(bank: MemoryBank, state: dict[str, torch.Tensor], where: Path) -> None:
     """Takes over the rows; UsageError where they are of another number of samples or embedding size."""
-    memory, (samples, low_dim) = state["memory"], bank.memory.shape
+    memory, (samples, low_dim) = state["memory"], bank.rows.shape
     if memory.dim() == 2 and len(memory) != samples:
         raise UsageError(
             f"{where}: was trained on {len(memory)} samples, not {samples}; choose the data it was trained on"

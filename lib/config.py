@@ -28,6 +28,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def is_path(name: str) -> bool:
+    """Whether an option names files, which other machines may have elsewhere."""
+    return Path in _kinds(Options.model_fields[name].annotation) or Path in _kinds(
+        _item(Options.model_fields[name].annotation)
+    )
+
+
 def extra(name: str) -> dict[str, Any]:
     """An option's group and whether it belongs to one run only."""
     return typing.cast(dict[str, Any], Options.model_fields[name].json_schema_extra)

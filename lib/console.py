@@ -7,6 +7,7 @@ only for work that takes longer than a second, so a redirected run leaves nothin
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import time
@@ -27,6 +28,8 @@ class UsageError(Exception):
     """Input that cannot be used; the message is one sentence for the user. ``main.py`` exits with 2."""
 
 
+FIRST = os.environ.get("RANK", "0") == "0"
+"""Of several processes that train together the first one speaks."""
 CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069]")
 """Characters that a terminal obeys, and does not show."""
 
@@ -75,7 +78,7 @@ def start_logging(brief: bool = False) -> logging.Logger:
     A record is marked by ``extra=SUMMARY``; warnings and errors always show.
     """
     log = logger()
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if FIRST else logging.ERROR)
     log.propagate = False
     for handler in list(log.handlers):
         log.removeHandler(handler)
@@ -114,7 +117,7 @@ def progress(items: Iterable[T], what: str, unit: str = "it", total: int | None 
         delay=1,
         leave=False,
         dynamic_ncols=True,
-        disable=None,  # no bar unless standard error is a terminal
+        disable=None if FIRST else True,  # no bar unless standard error is a terminal
     )
 
 

@@ -5,7 +5,7 @@
                            entropy become anchors, each with its k nearest neighbours -> train on those
     in every round         epochs of steps; the learning rate and the best accuracy start again
 
-Letters: B batch, N samples, D embedding, K neighbours.
+Letters: B batch, b images of it of this process, N samples, D embedding, K neighbours.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from lib.options import Options
 from lib.protocols import Accuracy, Evaluator
 from lib.seeding import Stream, seed_for
 from lib.session import Session
+from lib.world import World
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,18 @@ class Plan:
     skip_nonfinite: bool = False
 
 
-def build_plan(options: Options, learning_rate: schedule.Schedule, *, samples: int) -> Plan:
+def build_plan(options: Options, learning_rate: schedule.Schedule, samples: int, processes: int = 1) -> Plan:
     """The plan of the options for N = ``samples``.
 
     Raises:
-        UsageError: there are fewer samples than a batch or a neighbourhood takes.
+        UsageError: there are fewer samples than a batch or a neighbourhood takes, or fewer images in a batch than its
+            processes take.
     """
+    if options.batch_size < 2 * processes:
+        raise UsageError(
+            f"--batch-size {options.batch_size}: is of all {processes} processes together, and each takes two images "
+            f"at least; set it to {2 * processes} or more"
+        )
     if samples < options.batch_size:
         raise UsageError(
             f"{options.data_root or options.dataset}: {samples} training images are fewer than a batch of "
@@ -105,6 +112,7 @@ class Helpers:
         on_discovery: told the round and its neighbourhoods, when it starts or goes on.
         network_name: for the checkpoints.
         interrupts: whoever asks the run to stop.
+        world: the processes that train together.
     """
 
     batches: Loader
@@ -115,6 +123,7 @@ class Helpers:
     on_discovery: Callable[[int, Neighbourhoods], None]
     network_name: str
     interrupts: Interrupts = field(default_factory=Interrupts)
+    world: World = field(default_factory=World)
 
 
 CHECKED = 100
@@ -153,6 +162,7 @@ def run_rounds(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
         scalars = {"ANs/Number": found.num_anchors, "ANs/Consistency": found.consistency}
         helpers.session.write_scalars(scalars, state.round)
         while state.epoch < plan.epochs:
+            helpers.interrupts.check()
             run_epoch(state, plan, helpers)
         with helpers.interrupts.shield():
             finish_round(state, helpers)
@@ -161,12 +171,12 @@ def run_rounds(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
 
 def start_round(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
     """Finds the anchors of the round and their neighbours; the best accuracy starts again."""
-    memory, started = state.bank.memory, time.perf_counter()
+    bank, started = state.bank.rows, time.perf_counter()
     state.acc = state.best_acc = None
     if state.round == 0:
         return
-    anchors = num_anchors(len(memory), plan.select_rate, state.round)
-    found = discover(memory, temperature=state.bank.temperature, anchors=anchors, size=plan.size)
+    anchors = num_anchors(bank.samples, plan.select_rate, state.round)
+    found = discover(bank, temperature=state.bank.temperature, anchors=anchors, size=plan.size)
     if helpers.labels is not None:
         found = replace(found, consistency=consistency(found.anchors, found.neighbours, helpers.labels))
     state.neighbourhoods = found
@@ -174,7 +184,7 @@ def start_round(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
         "round %d: %d anchors of %d samples%s (discovery took %.1f s)",
         state.round,
         found.num_anchors,
-        len(memory),
+        bank.samples,
         "" if found.consistency is None else f", consistency {found.consistency:.1%}",
         time.perf_counter() - started,
     )
@@ -185,17 +195,20 @@ def run_epoch(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
     rate, started, seen = plan.learning_rate(state.epoch), time.perf_counter(), state.seen if state.step else 0
     schedule.set_learning_rate(state.optimizer, rate)
     loss = train_epoch(state, plan, helpers)
-    trained = time.perf_counter()
+    helpers.interrupts.check()
+    trained, bank = time.perf_counter(), state.bank.rows
+    helpers.world.follow(state.network.buffers())  # of batch normalisation: each process has its own statistics
     figures, measured = health.measure(
-        state.bank.memory, state.health, round=state.round, temperature=state.bank.temperature, size=plan.size
+        bank, state.health, round=state.round, temperature=state.bank.temperature, size=plan.size
     )
-    accuracy = helpers.evaluate(state.network, state.bank.memory) if helpers.evaluate else None
-    held_out = helpers.validate(state.network, state.bank.memory) if helpers.validate else None
+    accuracy = helpers.evaluate(state.network, bank) if helpers.evaluate else None
+    held_out = helpers.validate(state.network, bank) if helpers.validate else None
     times = {
         "images_per_s": (state.seen - seen) / (trained - started),
         "train_s": trained - started,
         "evaluate_s": time.perf_counter() - trained,
     }
+    helpers.interrupts.check()
     with helpers.interrupts.shield():  # from here to the checkpoint, for all of it belongs together
         state.health = measured
         trained_by = {"loss": loss, "learning_rate": rate}
@@ -258,20 +271,20 @@ def train_epoch(state: TrainingState, plan: Plan, helpers: Helpers) -> float:
     with helpers.interrupts.shield():
         bar = progress(batches.epoch(state.round, state.epoch, first), where, "batch", steps - first)
         for number, (images, index) in enumerate(bar, start=first):
-            loss = train_step(state, plan, images, index, number, steps)
-            done, saves = number + 1, False
+            loss = train_step(state, plan, helpers.world, images, index, number, steps)
+            done, saves, asked = number + 1, False, helpers.interrupts.asked()
             if done % plan.iter_size == 0 or done == steps:
                 state.step = done
                 saves = plan.ckpt_every > 0 and done < steps and done // plan.iter_size % plan.ckpt_every == 0
             if not plan.skip_nonfinite:
                 spoilt = torch.where((spoilt < 0) & ~loss.isfinite(), number, spoilt)
-                if device.type == "cpu" or done % CHECKED == 0 or done == steps or saves or helpers.interrupts.asked:
+                if device.type == "cpu" or done % CHECKED == 0 or done == steps or saves or asked:
                     refuse_nonfinite(state, helpers, int(spoilt))  # waits for the device
-            if done == steps or saves or helpers.interrupts.asked:
+            if done == steps or saves or asked:
                 refuse_nonfinite_weights(state, number)
             if saves:
                 save(state, helpers, is_best=False)
-            if helpers.interrupts.asked and state.step == done:
+            if asked and state.step == done:
                 break
             if not bar.disable and number % plan.display_freq == 0 and time.monotonic() - shown > bar.mininterval:
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)  # waits for the device
@@ -280,16 +293,27 @@ def train_epoch(state: TrainingState, plan: Plan, helpers: Helpers) -> float:
 
 
 def train_step(
-    state: TrainingState, plan: Plan, images: torch.Tensor, index: torch.Tensor, number: int, steps: int
+    state: TrainingState,
+    plan: Plan,
+    world: World,
+    images: torch.Tensor,
+    index: torch.Tensor,
+    number: int,
+    steps: int,
 ) -> torch.Tensor:
-    """One batch, and where it is the last of its group a step of the optimiser; the loss."""
+    """One batch, and where it is the last of its group a step of the optimiser; the loss.
+
+    Each process embeds its share of the images. From there on all know the whole batch, and their loss is the same.
+    """
     device = images.device
-    torch.manual_seed(seed_for(state.seed, Stream.STEPS, state.round, state.epoch, number))  # for dropout
+    other = [world.rank] if world.rank else []
+    torch.manual_seed(seed_for(state.seed, Stream.STEPS, state.round, state.epoch, number, *other))  # for dropout
     statistics = [buffer.clone() for buffer in state.network.buffers()] if plan.skip_nonfinite else []
     with torch.autocast(device.type, plan.autocast, enabled=plan.autocast is not None):
-        embeddings = state.network(images)  # (B, D), float32
+        own = state.network(images)  # (b, D), float32
+    embeddings = world.gather(own, world.shares(len(index)))  # (B, D)
     loss = neighbourhood_loss(
-        embeddings, state.bank.memory, state.neighbourhoods.of(index), temperature=state.bank.temperature
+        embeddings, state.bank.rows, state.neighbourhoods.of(index), temperature=state.bank.temperature
     )
     if plan.skip_nonfinite and not loss.isfinite():  # waits for the device
         state.skipped += 1
@@ -303,6 +327,7 @@ def train_step(
         state.seen += len(index)
     if (number + 1) % plan.iter_size == 0 or number + 1 == steps:
         if any(parameter.grad is not None for parameter in state.network.parameters()):  # all of it may be left out
+            world.sum_gradients(state.network.parameters())
             state.scaler.step(state.optimizer)
             state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
@@ -363,13 +388,14 @@ def save(state: TrainingState, helpers: Helpers, is_best: bool) -> None:
     Where they cannot be written the log says so, the last good ones stay, and the next epoch tries again.
     """
     session = helpers.session
+    content = state.checkpoint(helpers.network_name, session.name)  # of all processes together
     best = session.of_round("checkpoint", state.round, state.neighbourhoods.num_anchors, "ckpt") if is_best else None
     state.unsaved = None
     for path in (session.latest(), best):
         if path:
             try:
                 with helpers.interrupts.shield():
-                    checkpoint.save(state.checkpoint(helpers.network_name, session.name), path)
+                    checkpoint.save(content, path)
             except OSError as error:
                 state.unsaved = f"{path}: could not be saved: {reason(error)}"
                 logger().warning("%s; the last good one stays, and the next epoch tries again", state.unsaved)

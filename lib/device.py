@@ -1,4 +1,4 @@
-"""Which devices a run uses. Layer 1."""
+"""Which devices a run uses. Layer 2."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ import os
 
 import torch
 
+from lib import batch_norm
 from lib.console import UsageError
+from lib.world import World
 
 
 def select(gpus: tuple[int, ...]) -> torch.device:
-    """The device of the run: the first of ``gpus``, or the CPU where none is named.
+    """The device of this process: of ``gpus`` the one of its number on this machine, or the CPU where none is named.
 
     Raises:
-        UsageError: a GPU is named that PyTorch does not see.
+        UsageError: a GPU is named that PyTorch does not see, or there are more processes here than GPUs are named.
     """
     if not gpus:
         return torch.device("cpu")
-    seen = torch.cuda.device_count()
-    missing = [str(gpu) for gpu in gpus if gpu >= seen]
-    if missing:
+    flag, seen = f"--gpus {','.join(map(str, gpus))}", torch.cuda.device_count()
+    if any(gpu >= seen for gpu in gpus):
         there = f"only GPUs 0 to {seen - 1}" if seen else "no GPU"
-        raise UsageError(
-            f"--gpus {','.join(map(str, gpus))}: PyTorch {torch.__version__} sees {there} here; "
-            "leave gpus empty to run on the CPU"
-        )
-    return torch.device("cuda", gpus[0])
+        raise UsageError(f"{flag}: PyTorch {torch.__version__} sees {there} here; leave gpus empty to run on the CPU")
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    if number >= len(gpus):
+        raise UsageError(f"{flag}: process {number} of this machine has none; name as many as there are processes")
+    return torch.device("cuda", gpus[number])
 
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,24 +51,18 @@ def allow_nondeterminism(allowed: bool) -> None:
 
 
 def place(
-    network: torch.nn.Module, gpus: tuple[int, ...], device: torch.device, *, compile: bool = False
+    network: torch.nn.Module,
+    device: torch.device,
+    world: World | None = None,
+    *,
+    sync_bn: bool = False,
+    compile: bool = False,
 ) -> torch.nn.Module:
-    """The network on its device, channels-last; over GPUs each batch is split, as in the reference.
-
-    One GPU is wrapped, too, at no cost: a checkpoint's names then carry the ``module.`` that the reference
-    gives, and expects of, a network trained on GPUs.
-
-    Raises:
-        UsageError: a network over several GPUs is to be compiled, which PyTorch cannot do.
+    """The network on its device, channels-last, with batch normalisation of this process's images or, with
+    ``sync_bn``, of all processes'.
     """
-    if compile and len(gpus) > 1:
-        raise UsageError("--compile: works on one device only; name one GPU in --gpus, or leave it out")
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = batch_norm.over_processes(network, world or World(), joined=sync_bn, device=device)
     if compile:
         network.compile()
-    return torch.nn.DataParallel(network, device_ids=list(gpus)) if gpus else network
-
-
-def unwrapped(network: torch.nn.Module) -> torch.nn.Module:
-    """The network inside what splits its batches over GPUs."""
-    return network.module if isinstance(network, torch.nn.DataParallel) else network
+    return network

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lib.files import write_whole
 from lib.loader import Loader
 from lib.options import Options
 from lib.protocols import Evaluator
+from lib.world import Rows, World
 
 RECOMPUTED, BANK = "recomputed with the test transform", "memory bank of the checkpoint"
 TITLES = {
@@ -46,6 +47,7 @@ class Subject:
         train_labels, test_labels: (N,) and (M,), or None.
         classes: their number, 0 without labels.
         memory: (N, D) of the checkpoint, or None.
+        world: the processes that share the work.
         evaluators: kNN and NN over the test images, as far as they are asked for.
         seed: of the linear probe's order and k-means' starts.
         device: where the network is.
@@ -61,6 +63,7 @@ class Subject:
     evaluators: Sequence[Evaluator]
     seed: int
     device: torch.device
+    world: World = field(default_factory=World)
 
 
 @dataclass(frozen=True)
@@ -95,14 +98,16 @@ def evaluate(subject: Subject, options: Options) -> list[Row]:
         rows += _neighbours(subject, evaluator, train["embedding"], test["embedding"])
     rows += [_linear(subject, layer, train[layer], test[layer]) for layer in probed]
     if "cluster" in options.protocol:
-        embeddings, labels = train["embedding"].cpu().numpy(), subject.train_labels
-        found = clustering.cluster(embeddings, labels, clusters=subject.classes or options.clusters, seed=subject.seed)
-        rows.append(Row(found.name, f"training images, {RECOMPUTED}", found.figures))
+        embeddings = Rows(train["embedding"], subject.train.samples, subject.world).whole().cpu().numpy()
+        if subject.world.is_first:  # k-means is quick, and scikit-learn knows one process only
+            clusters = subject.classes or options.clusters
+            found = clustering.cluster(embeddings, subject.train_labels, clusters=clusters, seed=subject.seed)
+            rows.append(Row(found.name, f"training images, {RECOMPUTED}", found.figures))
     return rows
 
 
 def _features(subject: Subject, batches: Loader, layers: Sequence[str], what: str) -> dict[str, torch.Tensor]:
-    """Stages by name, and ``embedding``, which is the stage ``fc``."""
+    """Stages by name, and ``embedding``, which is the stage ``fc``, of the images of this process."""
     if not layers:
         return {"embedding": features.extract(subject.network, batches, what)}
     wanted = list(dict.fromkeys([*layers, "fc"]))
@@ -111,9 +116,9 @@ def _features(subject: Subject, batches: Loader, layers: Sequence[str], what: st
 
 
 def _neighbours(subject: Subject, evaluator: Evaluator, train: torch.Tensor, test: torch.Tensor) -> list[Row]:
-    sources = {RECOMPUTED: train}
-    if subject.memory is not None and subject.memory.shape == train.shape:
-        sources[BANK] = subject.memory.to(subject.device)
+    sources = {RECOMPUTED: Rows(train, subject.train.samples, subject.world)}
+    if subject.memory is not None and subject.memory.shape == sources[RECOMPUTED].shape:
+        sources[BANK] = Rows.part_of(subject.memory, subject.world).to(subject.device)
     rows = []
     for source, rows_of_training in sources.items():
         got = evaluator.classify(test, rows_of_training)
@@ -125,9 +130,9 @@ def _neighbours(subject: Subject, evaluator: Evaluator, train: torch.Tensor, tes
 def _linear(subject: Subject, layer: str, train: torch.Tensor, test: torch.Tensor) -> Row:
     assert subject.train_labels is not None and subject.test_labels is not None
     got = linear_probe.probe(
-        train,
+        Rows(train, len(subject.train_labels), subject.world),
         torch.from_numpy(subject.train_labels),
-        test,
+        Rows(test, len(subject.test_labels), subject.world),
         torch.from_numpy(subject.test_labels),
         classes=subject.classes,
         seed=subject.seed,

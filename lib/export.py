@@ -23,7 +23,6 @@ import torch
 import yaml
 
 from lib.console import SUMMARY, UsageError, logger
-from lib.device import unwrapped
 from lib.features import Batches, extract
 from lib.files import check_ending, check_place, new_files, reason
 from lib.options import Options, height_and_width
@@ -126,8 +125,7 @@ def save_model(path: Path, network: torch.nn.Module, options: Options, *, means:
     Raises:
         UsageError: a file exists or cannot be written, or PyTorch's exporter to ONNX fails.
     """
-    inner = unwrapped(network)
-    content = _onnx(inner, options) if path.suffix.lower() == ".onnx" else _safetensors(inner, options)
+    content = _onnx(network, options) if path.suffix.lower() == ".onnx" else _safetensors(network, options)
     written = options.model_copy(update={"means": means, "stds": stds})
     text = _header(path) + yaml.safe_dump(
         written.model_dump(mode="json", include=set(USE)), sort_keys=False, default_flow_style=None

@@ -1,4 +1,4 @@
-"""Embeddings of a whole split. Layer 2. Letters: N samples, D embedding."""
+"""Embeddings of a whole split. Layer 2. Letters: N samples, n of this process, D embedding."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Protocol
 import torch
 
 from lib.console import progress
+from lib.world import World
 
 
 class Batches(Protocol):
-    """What ``lib/loader.py`` makes of a split: N ``samples``."""
+    """What ``lib/loader.py`` makes of a split: N ``samples``, in parts over the processes of a ``world``."""
 
     samples: int
+    world: World
 
     def epoch(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Images (B, 3, h, w) and their sample indices (B,), until every sample has come once."""
@@ -23,7 +25,7 @@ class Batches(Protocol):
 
 @torch.no_grad()
 def extract(network: torch.nn.Module, batches: Batches, what: str) -> torch.Tensor:
-    """The network's outputs for every sample, in sample order; batch normalisation in inference mode.
+    """The network's outputs for every sample of this process, in order; batch normalisation in inference mode.
 
     Args:
         network: images to embeddings; its mode is left as it was.
@@ -31,7 +33,7 @@ def extract(network: torch.nn.Module, batches: Batches, what: str) -> torch.Tens
         what: what the progress bar says.
 
     Returns:
-        (N, D) on the device of the batches.
+        (n, D) on the device of the batches; n = N where a process is alone.
     """
     was_training = network.training
     network.eval()
@@ -40,7 +42,7 @@ def extract(network: torch.nn.Module, batches: Batches, what: str) -> torch.Tens
         parts.append(network(images))
         order.append(index)
     network.train(was_training)
-    features = torch.cat(parts)
+    features, place = torch.cat(parts), torch.cat(order)
     result = torch.empty_like(features)
-    result[torch.cat(order)] = features
+    result[place - place.min() if len(place) else place] = features
     return result

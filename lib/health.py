@@ -8,13 +8,16 @@ Letters: N samples, D embedding, S measured samples, K neighbours, P partners, R
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from lib.neighbourhoods import nearest_others, row_entropy, similarities
+from lib import neighbourhoods
+from lib.world import Rows
 
 ROWS = 2**13
 """Samples measured at most; a share of them is within 1.1 points of that of all samples, 19 times of 20."""
@@ -84,7 +87,7 @@ class State:
 
 @torch.no_grad()
 def measure(
-    memory: torch.Tensor, previous: State | None, *, round: int, temperature: float, size: int
+    memory: torch.Tensor | Rows, previous: State | None, *, round: int, temperature: float, size: int
 ) -> tuple[dict[str, float | None], State]:
     """The figures of an epoch, to be read as ``READING`` says.
 
@@ -95,7 +98,7 @@ def measure(
     often each measured sample is among the K nearest of the others, these alone: counts over all N would be
     thinned out where S < N. Hubness is S_Nk of Radovanovic et al. 2010, "Hubs in Space", equation 2; 0 where all
     counts are equal. All that concerns neighbours is None where a sample is alone. Equal similarities are ranked
-    arbitrarily. O(S N D) time, O(S (D + K)) memory and two blocks.
+    arbitrarily. O(S N D) time, O(S (D + K)) memory and two blocks. The same in every process.
 
     Args:
         memory: (N, D), the bank at the end of an epoch.
@@ -107,15 +110,26 @@ def measure(
     Returns:
         The figures by name, and what to pass on to the next measurement.
     """
-    rows = measured(len(memory)).to(memory.device)
-    entropy, nearest, among = _survey(memory, rows, temperature, size)
-    own = memory[rows]  # (S, D), a copy
+    bank = Rows.of(memory)
+    rows = measured(bank.samples).to(bank.device)
+    own = bank.take(rows)  # (S, D), a copy
+    look = partial(neighbourhoods.measure, temperature=temperature, what="health")
+    entropy, nearest = look(bank, rows, size=min(size, bank.samples - 1))
+    among = nearest  # (S, K), by place in ``rows``
+    if len(rows) < bank.samples:
+        _, among = look(Rows.of(own), torch.arange(len(rows), device=rows.device), size=min(size, len(rows) - 1))
     if previous and previous.rows.shape != own.shape:
         previous = None
     before = None if previous is None else previous.nearest if previous.round < round else previous.before
     quantiles = torch.quantile(entropy, entropy.new_tensor(list(QUANTILES.values()))).tolist()
     figures: dict[str, float | None] = dict(zip(QUANTILES, quantiles, strict=True))
-    figures["reciprocal"] = _reciprocal(memory, rows, nearest)
+
+    def nearest_of(partners: torch.Tensor) -> torch.Tensor:
+        if len(rows) == bank.samples:  # all are known
+            return nearest[partners]
+        return look(bank, partners, size=nearest.shape[1])[1]
+
+    figures["reciprocal"] = _reciprocal(rows, nearest, nearest_of)
     figures["kept"] = None if before is None else _kept(before, nearest)
     figures["drift"] = _drift(previous.rows, own) if previous else None
     figures["hubness"], figures["orphans"] = _hubs(among)
@@ -130,35 +144,14 @@ def measured(samples: int) -> torch.Tensor:
     return torch.randperm(samples, generator=torch.Generator().manual_seed(SEED))[:ROWS].sort().values
 
 
-def _survey(
-    memory: torch.Tensor, rows: torch.Tensor, temperature: float, size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Entropy (S,) of some rows, their neighbours (S, K) among all N, and among themselves, by place in ``rows``."""
-    entropy = memory.new_empty(len(rows))
-    nearest, among = (rows.new_empty(len(rows), min(size, others - 1)) for others in (len(memory), len(rows)))
-    for block, similarity in similarities(memory, rows, "health"):  # (R, N)
-        entropy[block] = row_entropy(similarity / temperature)
-        nearest[block] = nearest_others(similarity, rows[block], nearest.shape[1])
-        if len(rows) == len(memory):
-            among[block] = nearest[block]
-        else:
-            among[block] = similarity[:, rows].topk(among.shape[1], dim=1).indices  # itself is struck out already
-    return entropy, nearest, among
-
-
-def _reciprocal(memory: torch.Tensor, rows: torch.Tensor, nearest: torch.Tensor) -> float | None:
-    """Share of ``rows`` (S,) among the K nearest of their nearest; takes a second pass where S < N."""
+def _reciprocal(
+    rows: torch.Tensor, nearest: torch.Tensor, nearest_of: Callable[[torch.Tensor], torch.Tensor]
+) -> float | None:
+    """Share of ``rows`` (S,) among the K nearest of their nearest, which are asked for (P,) -> (P, K)."""
     if not nearest.numel():
         return None
-    if len(rows) == len(memory):
-        theirs = nearest[nearest[:, 0]]  # (S, K)
-    else:
-        partners, back = nearest[:, 0].unique(return_inverse=True)  # (P,), (S,)
-        found = [
-            nearest_others(similarity, partners[block], nearest.shape[1])
-            for block, similarity in similarities(memory, partners, "health")
-        ]
-        theirs = torch.cat(found)[back]  # (S, K)
+    partners, back = nearest[:, 0].unique(return_inverse=True)  # (P,), (S,)
+    theirs = nearest_of(partners)[back]  # (S, K)
     return (theirs == rows[:, None]).any(dim=1).double().mean().item()
 
 

@@ -1,13 +1,16 @@
-"""Stopping a run from outside, between two steps. Layer 0."""
+"""Stopping a run from outside, between two steps. Layer 1."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
+
+from lib.world import World
 
 STATUS: dict[signal.Signals, int] = {
     getattr(signal, name): status
@@ -15,6 +18,10 @@ STATUS: dict[signal.Signals, int] = {
     if hasattr(signal, name)  # Windows has no SIGUSR1
 }
 """Exit status of a run that a signal stopped, as shells have it; of one that SIGUSR1 stopped: 0."""
+
+
+BOUNCE = 1.0
+"""Seconds within which a second Ctrl-C is the first one's echo."""
 
 
 class Stopped(BaseException):
@@ -32,11 +39,17 @@ class Stopped(BaseException):
 class Interrupts:
     """Turns Ctrl-C, SIGTERM and SIGUSR1 into ``Stopped``, at once or when the shield that is up comes down.
 
-    A second Ctrl-C is a ``KeyboardInterrupt`` at once. Use it as a context, in the main thread; elsewhere it does
-    nothing, since Python delivers no signals there.
+    A second Ctrl-C is a ``KeyboardInterrupt`` at once, unless it comes within ``BOUNCE`` of the first, as it does from
+    launchers, which pass on what the terminal has told everyone. Use it as a context, in the main thread; elsewhere it
+    does nothing, since Python delivers no signals there.
+
+    Args:
+        world: the processes, which stop together where ``check`` is called, and nowhere else; alone: as above.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world: World | None = None) -> None:
+        self.world = world or World()
+        self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
         self._pending: signal.Signals | None = None
         self._shields = 0
@@ -58,21 +71,25 @@ class Interrupts:
             yield
         finally:
             self._shields -= 1
-        if self._pending is not None and not self._shields:
+        if self._pending is not None and not self._shields and self.world.size == 1:
             raise Stopped(self._pending)
+
+    def check(self) -> None:
+        """Stops here if any process is asked to; to be called in all of them."""
+        if self.asked():
+            raise Stopped(next(which for which in self.world.collect(self._pending) if which is not None))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again = self._pending is not None and number == signal.SIGINT
-        self._pending = self._pending or signal.Signals(number)
-        if again:
+        if self._pending is None:
+            self._pending, self._since = signal.Signals(number), time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > BOUNCE:
             raise KeyboardInterrupt
-        if not self._shields:
+        if not self._shields and self.world.size == 1:
             raise Stopped(self._pending)
 
-    @property
     def asked(self) -> bool:
-        """Whether the run is asked to stop."""
-        return self._pending is not None
+        """Whether any process is asked to stop; to be called in all of them."""
+        return self.world.any(self._pending is not None)
 
     def settle(self) -> None:
         """The stop has been taken note of: what follows may finish, unless Ctrl-C comes again."""

@@ -9,12 +9,13 @@ import torch
 
 from lib.blocks import block_rows
 from lib.console import progress
-from lib.top_k import top_k
+from lib.top_k import Best
+from lib.world import Rows, World
 
 
 @torch.no_grad()
 def weighted_knn(
-    queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, *, classes: int, k: int, sigma: float
+    queries: torch.Tensor, bank: torch.Tensor | Rows, labels: torch.Tensor, *, classes: int, k: int, sigma: float
 ) -> torch.Tensor:
     """Scores of each class: the k most similar samples vote with weight exp(s / sigma).
 
@@ -22,7 +23,7 @@ def weighted_knn(
     small sigma is.
 
     Args:
-        queries: (Q, D), unit length.
+        queries: (Q, D), unit length; each process has its own.
         bank: (N, D), unit length.
         labels: (N,) classes of the bank's rows.
         classes: C.
@@ -32,28 +33,34 @@ def weighted_knn(
     Returns:
         (Q, C), the greatest first choice.
     """
+    rows = Rows.of(bank)
+    best = Best(len(queries), min(k, rows.samples), queries)
+    for first, part in rows.ring():
+        step = block_rows(max(1, len(part)), part.device)
+        for start in progress(range(0, len(queries), step), "kNN", "block"):
+            best.offer(queries[start : start + step] @ part.t(), start, first)
+    weights = ((best.similarities - best.similarities[:, :1]) / sigma).exp()  # (Q, K)
     scores = queries.new_zeros(len(queries) * classes)  # in one row, which GPUs can add up in one order
-    rows = block_rows(len(bank), bank.device)
-    for start in progress(range(0, len(queries), rows), "kNN", "block"):
-        similarity = queries[start : start + rows] @ bank.t()  # (R, N)
-        nearest, index = top_k(similarity, min(k, len(bank)))  # (R, K)
-        weights = ((nearest - nearest[:, :1]) / sigma).exp()
-        first = torch.arange(start, start + len(index), device=bank.device)[:, None] * classes
-        scores.scatter_add_(0, (first + labels[index]).flatten(), weights.flatten())
-    return scores.view(-1, classes)
+    place = torch.arange(len(queries), device=queries.device)[:, None] * classes + labels[best.samples]
+    return scores.scatter_add_(0, place.flatten(), weights.flatten()).view(-1, classes)
 
 
-def nearest_neighbour(queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, *, classes: int) -> torch.Tensor:
+def nearest_neighbour(
+    queries: torch.Tensor, bank: torch.Tensor | Rows, labels: torch.Tensor, *, classes: int
+) -> torch.Tensor:
     """Scores (Q, C): one for the class of the most similar sample, zero for the others."""
     return weighted_knn(queries, bank, labels, classes=classes, k=1, sigma=1.0)
 
 
-def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int) -> float:
+def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int, world: World | None = None) -> float:
     """Share of queries whose class is among the k of greatest score (all, where there are fewer than k).
 
     Args:
         scores: (Q, C).
         labels: (Q,).
+        world: the processes over whose queries the share is taken; None: this one alone.
     """
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices  # (Q, k)
-    return (best == labels[:, None]).any(dim=1).sum().item() / len(labels)
+    right = (best == labels[:, None]).any(dim=1).sum()
+    right, asked = (world or World()).sum(torch.stack([right, right.new_tensor(len(labels))]))
+    return float(right.item() / asked.item())

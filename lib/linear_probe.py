@@ -5,7 +5,7 @@ about 9,000 numbers, and multinomial logistic regression is trained on them. Her
 the test transform, standardised by the training images' mean and deviation and kept; Zhang et al. train on random
 crops of the images, which gives higher figures and takes a pass of the network for every epoch.
 
-Letters: N samples, B batch, F features, C classes.
+Letters: N samples, n of this process, B batch, b of it that this process has, F features, C classes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from lib.console import UsageError, logger, progress
-from lib.device import unwrapped
 from lib.features import Batches
+from lib.world import Rows
 
 POOLED = 9000
 """Numbers that a map is pooled to at most, where one position does not take more."""
@@ -59,7 +59,7 @@ def pool(maps: torch.Tensor) -> torch.Tensor:
 def extract_stages(
     network: torch.nn.Module, batches: Batches, layers: Sequence[str], what: str
 ) -> dict[str, torch.Tensor]:
-    """The pooled features of several stages from one pass over a split, in sample order.
+    """The pooled features of several stages from one pass over this process's part of a split, in sample order.
 
     Args:
         network: has ``stages``; its mode is left as it was.
@@ -68,13 +68,13 @@ def extract_stages(
         what: what the progress bar says.
 
     Returns:
-        for each layer (N, F), in host memory as float32, or in a temporary file as float16.
+        for each layer (n, F), in host memory as float32, or in a temporary file as float16.
 
     Raises:
         UsageError: the network has no such stage; lists those it has.
     """
-    was_training, inner = network.training, unwrapped(network)
-    stages_of: Callable[[torch.Tensor], dict[str, torch.Tensor]] = inner.stages  # type: ignore[assignment]
+    was_training = network.training
+    stages_of: Callable[[torch.Tensor], dict[str, torch.Tensor]] = network.stages  # type: ignore[assignment]
     network.eval()
     found: dict[str, torch.Tensor] = {}
     try:
@@ -85,8 +85,9 @@ def extract_stages(
             for layer in layers:
                 features = pool(stages[layer]).float().cpu()
                 if layer not in found:
-                    found[layer] = _storage(batches.samples, features.shape[1], layer)
-                found[layer][index.cpu()] = features.to(found[layer].dtype)
+                    start, stop = batches.world.bounds(batches.samples)
+                    found[layer] = _storage(stop - start, features.shape[1], layer)
+                found[layer][index.cpu() - start] = features.to(found[layer].dtype)
     finally:
         network.train(was_training)
     return found
@@ -101,9 +102,9 @@ def _storage(samples: int, width: int, layer: str) -> torch.Tensor:
 
 
 def probe(
-    train: torch.Tensor,
+    train: torch.Tensor | Rows,
     train_labels: torch.Tensor,
-    test: torch.Tensor,
+    test: torch.Tensor | Rows,
     test_labels: torch.Tensor,
     *,
     classes: int,
@@ -111,7 +112,7 @@ def probe(
     device: torch.device,
     what: str,
 ) -> Probed:
-    """Trains a linear classifier on features and judges it on others after every epoch.
+    """Trains a linear classifier on features and judges it on others after every epoch; the same in every process.
 
     Args:
         train: (N, F).
@@ -123,24 +124,28 @@ def probe(
         device: where it is trained.
         what: what the progress bar says.
     """
+    train, test = Rows.of(train), Rows.of(test)
+    world, labels = train.world, train_labels[slice(*train.world.bounds(train.samples))]
     mean, scale = (value.to(device) for value in _moments(train))
     layer = torch.nn.Linear(train.shape[1], classes, device=device)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
     rate = RATE / max(1.0, train.shape[1] / 100)
     optimizer = torch.optim.SGD(layer.parameters(), lr=rate, momentum=MOMENTUM, nesterov=True, weight_decay=DECAY)
-    steps = math.ceil(len(train) / BATCH)
+    steps = math.ceil(train.samples / BATCH)
     least, most = STEPS
     epochs = max(1, min(max(EPOCHS, least // steps), most // steps))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * epochs)
     draw = torch.Generator().manual_seed(seed)
     best, top1, top5 = 0.0, 0.0, 0.0
     for _ in progress(range(epochs), what, "epoch"):
-        for index in torch.randperm(len(train), generator=draw).split(BATCH):
-            rows = (train[index].to(device).float() - mean) / scale  # (B, F)
-            loss = F.cross_entropy(layer(rows), train_labels[index].to(device))
+        for index in torch.randperm(train.samples, generator=draw).split(BATCH):
+            _, own = train.held(index)
+            rows = (train.own[own].to(device).float() - mean) / scale  # (b, F)
+            loss = F.cross_entropy(layer(rows), labels[own].to(device), reduction="sum") / len(index)
             optimizer.zero_grad()
             loss.backward()
+            world.sum_gradients(layer.parameters())
             optimizer.step()
             schedule.step()
         top1, top5 = _judge(layer, test, test_labels, mean, scale)
@@ -149,24 +154,26 @@ def probe(
     return Probed(name, top1, top5, best)
 
 
-def _moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _moments(features: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation (F,); a deviation of 1 for what never changes, which is not to be blown up."""
-    count, blocks = len(features), range(0, len(features), BLOCK)
-    mean = sum((features[i : i + BLOCK].double().sum(dim=0) for i in blocks), torch.zeros(1)) / count
-    squares = sum(((features[i : i + BLOCK].double() - mean).square().sum(dim=0) for i in blocks), torch.zeros(1))
-    deviation = (squares / count).sqrt()
+    nothing = torch.zeros(features.shape[1], dtype=torch.float64)
+    blocks = features.own.split(BLOCK) if len(features.own) else ()
+    mean = features.world.sum(sum((rows.double().sum(dim=0) for rows in blocks), nothing)) / features.samples
+    squares = sum(((rows.double() - mean).square().sum(dim=0) for rows in blocks), nothing)
+    deviation = (features.world.sum(squares) / features.samples).sqrt()
     return mean.float(), torch.where(deviation > 1e-6, deviation, 1.0).float()
 
 
 @torch.no_grad()
 def _judge(
-    layer: torch.nn.Linear, features: torch.Tensor, labels: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor
+    layer: torch.nn.Linear, features: Rows, labels: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor
 ) -> tuple[float, float]:
     """Top-1 and top-5 accuracy."""
     right = torch.zeros(2, dtype=torch.long)
-    for rows, truth in zip(features.split(BLOCK), labels.split(BLOCK), strict=True):
+    labels = labels[slice(*features.world.bounds(features.samples))]
+    for rows, truth in zip(features.own.split(BLOCK), labels.split(BLOCK), strict=True):
         scores = layer((rows.to(mean.device).float() - mean) / scale)
         hits = scores.topk(min(5, layer.out_features)).indices.cpu() == truth[:, None]  # waits for the device
         right += torch.stack([hits[:, 0].sum(), hits.sum()])
-    top1, top5 = (right / len(labels)).tolist()
+    top1, top5 = (features.world.sum(right) / features.samples).tolist()
     return top1, top5

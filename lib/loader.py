@@ -3,13 +3,14 @@
 Images of one size that lie in memory go straight from their index to the batch, without workers. Others are
 decoded and cropped by worker processes; the rest of the augmentation happens on the device.
 
-Letters: B batch, N samples, H, W of an image, h, w that the network sees.
+Letters: B batch, b images of it that this process takes, N samples, H, W of an image, h, w that the network sees.
 """
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,11 +18,25 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lib.augment import DRAWS, Augmentation
 from lib.seeding import Stream, seed_for
+from lib.world import World
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-"""Images (B, 3, h, w), normalised and channels-last, and their sample indices (B,)."""
-Plan = tuple[np.ndarray, np.ndarray]
-"""Sample indices (B,) of a batch, and the uniform numbers (B, ``DRAWS``) that its augmentation is made of."""
+"""Images (b, 3, h, w) of this process, normalised and channels-last, and the sample indices (B,) of the whole batch."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a batch is made of.
+
+    Attributes:
+        index: (B,) samples of the batch, of all processes.
+        own: (b,) those whose images this process takes.
+        draws: (b, ``DRAWS``) the uniform numbers that their augmentation is made of.
+    """
+
+    index: np.ndarray
+    own: np.ndarray
+    draws: np.ndarray
 
 
 GRACE = 10
@@ -37,10 +52,12 @@ class _Plans(Sampler[Plan]):
         samples: N.
         batch_size: B.
         seed: shuffles and augments; None: in order.
+        world: the processes, each of which takes its share of every batch, or in order its part of the samples.
     """
 
-    def __init__(self, samples: int, batch_size: int, seed: int | None) -> None:
+    def __init__(self, samples: int, batch_size: int, seed: int | None, world: World) -> None:
         self.samples = samples
+        self.world = world
         self.batch_size = batch_size
         self.seed = seed
         self.where = 0, 0, 0  # round, epoch and batch that come next; workers that live on are told by this alone
@@ -50,23 +67,27 @@ class _Plans(Sampler[Plan]):
 
     def of(self, round: int, epoch: int, first: int) -> Iterator[Plan]:
         """The plans of an epoch's batches, from the ``first`` on."""
-        order = np.arange(self.samples)
-        if self.seed is not None:
-            order = np.random.default_rng(seed_for(self.seed, Stream.ORDER, round, epoch)).permutation(self.samples)
+        if self.seed is None:
+            for start, stop in self.bounds()[first:]:
+                index = np.arange(start, stop)
+                yield Plan(index, index, np.zeros((stop - start, DRAWS)))
+            return
+        order = np.random.default_rng(seed_for(self.seed, Stream.ORDER, round, epoch)).permutation(self.samples)
         for number, (start, stop) in list(enumerate(self.bounds()))[first:]:
-            draws = np.zeros((stop - start, DRAWS))
-            if self.seed is not None:
-                seed = seed_for(self.seed, Stream.AUGMENTATION, round, epoch, number)
-                np.random.default_rng(seed).random(out=draws)
-            yield order[start:stop], draws
+            shares = self.world.shares(stop - start)
+            mine = slice(sum(shares[: self.world.rank]), sum(shares[: self.world.rank + 1]))
+            seed = seed_for(self.seed, Stream.AUGMENTATION, round, epoch, number)
+            draws = np.random.default_rng(seed).random((stop - start, DRAWS))
+            yield Plan(order[start:stop], order[start:stop][mine], draws[mine])
 
     def bounds(self) -> list[tuple[int, int]]:
         """First and last of each batch. A single image left over joins the batch before it: batch
         normalisation over one image of one pixel is undefined."""
-        starts = list(range(0, self.samples, self.batch_size))
-        if len(starts) > 1 and self.samples - starts[-1] == 1:
+        start, stop = (0, self.samples) if self.seed is not None else self.world.bounds(self.samples)
+        starts = list(range(start, stop, self.batch_size)) or [start]  # one without images, where there are none
+        if len(starts) > 1 and stop - starts[-1] == 1:
             starts.pop()
-        return list(zip(starts, [*starts[1:], self.samples], strict=True))
+        return list(zip(starts, [*starts[1:], stop], strict=True))
 
 
 class _Cropped(Dataset[torch.Tensor]):
@@ -77,9 +98,11 @@ class _Cropped(Dataset[torch.Tensor]):
         self.augmentation = augmentation
 
     def __getitem__(self, plan: Plan) -> torch.Tensor:
-        """uint8 (B, h, w, 3)."""
-        pairs = zip(plan[0].tolist(), plan[1], strict=True)
-        return torch.from_numpy(np.stack([self.augmentation.cut(self.images[i], draws) for i, draws in pairs]))
+        """uint8 (b, h, w, 3)."""
+        cropped = np.empty((len(plan.own), *self.augmentation.size, 3), np.uint8)
+        for place, (sample, draws) in enumerate(zip(plan.own.tolist(), plan.draws, strict=True)):
+            cropped[place] = self.augmentation.cut(self.images[sample], draws)
+        return torch.from_numpy(cropped)
 
 
 class Loader:
@@ -95,6 +118,7 @@ class Loader:
         workers: processes that decode and crop; 0: this one does.
         seed: shuffles and augments; None: in order.
         device: where the batches are wanted.
+        world: the processes among which each batch, or in order the split, is shared out.
     """
 
     def __init__(
@@ -106,11 +130,13 @@ class Loader:
         workers: int,
         seed: int | None,
         device: torch.device,
+        world: World | None = None,
     ) -> None:
         self.samples = len(images)
+        self.world = world or World()
         self.device = device
         self.augmentation = augmentation
-        self._plans = _Plans(len(images), batch_size, seed)
+        self._plans = _Plans(len(images), batch_size, seed, self.world)
         if isinstance(images, torch.Tensor):
             self._images: torch.Tensor | DataLoader[torch.Tensor] = images
         else:
@@ -130,7 +156,7 @@ class Loader:
         return len(self._plans.bounds())
 
     def epoch(self, round: int = 0, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
-        """Every sample once; the same seed, round and epoch give the same batches.
+        """Every sample once, in order those of this process; the same seed, round and epoch give the same batches.
 
         Args:
             round, epoch: which.
@@ -141,18 +167,18 @@ class Loader:
 
     def indices(self, round: int, epoch: int, batch: int) -> list[int]:
         """The samples of a batch."""
-        samples, _ = next(self._plans.of(round, epoch, batch))
-        return [int(sample) for sample in samples]
+        return [int(sample) for sample in next(self._plans.of(round, epoch, batch)).index]
 
     def _batches(self, round: int, epoch: int, first: int) -> Iterator[Batch]:
         self._plans.where = round, epoch, first
-        cropped = iter(()) if isinstance(self._images, torch.Tensor) else iter(self._images)
-        for samples, draws in self._plans.of(round, epoch, first):
-            index = torch.from_numpy(samples).to(self.device, non_blocking=True)
+        cropped: Iterator[torch.Tensor] = iter(()) if isinstance(self._images, torch.Tensor) else iter(self._images)
+        for plan in self._plans.of(round, epoch, first):
+            index, own = (torch.from_numpy(part).to(self.device, non_blocking=True) for part in (plan.index, plan.own))
             if isinstance(self._images, torch.Tensor):
-                yield self.augmentation(self._images[index], draws), index
+                yield self.augmentation(self._images[own], plan.draws), index
             else:
-                yield self.augmentation.finish(next(cropped).to(self.device, non_blocking=True), draws), index
+                images = next(cropped).to(self.device, non_blocking=True)
+                yield self.augmentation.finish(images, plan.draws), index
 
 
 def _leave_signals_to_the_run(worker: int) -> None:

@@ -10,6 +10,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from lib.world import PARCEL, Rows, World
+
 
 class MemoryBank:
     """One row for each training sample: a running mean of its embeddings, renormalised (METHOD 1).
@@ -24,16 +26,40 @@ class MemoryBank:
         momentum: eta, the share of the old row that an update keeps.
         seed: of the uniform noise in (-s, s), s = 1 / sqrt(D / 3), that the rows start as.
         device: where the rows lie.
+        world: the processes over which the rows lie in parts.
+
+    Attributes:
+        memory: (n, D), the rows of this process.
     """
 
     def __init__(
-        self, samples: int, low_dim: int, *, temperature: float, momentum: float, seed: int, device: torch.device | str
+        self,
+        samples: int,
+        low_dim: int,
+        *,
+        temperature: float,
+        momentum: float,
+        seed: int,
+        device: torch.device | str,
+        world: World | None = None,
     ) -> None:
         self.temperature = temperature
         self.momentum = momentum
-        noise = torch.rand(samples, low_dim, generator=torch.Generator().manual_seed(seed))  # drawn on the CPU:
-        bound = 1 / math.sqrt(low_dim / 3)  # the same rows whatever the device
-        self.memory = noise.mul_(2 * bound).sub_(bound).to(device)  # (N, D)
+        self.samples = samples
+        self.world = world or World()
+        start, stop = self.world.bounds(samples)
+        self.memory = torch.empty(stop - start, low_dim, device=device)
+        bound, draw = 1 / math.sqrt(low_dim / 3), torch.Generator().manual_seed(seed)
+        step = max(1, PARCEL // low_dim)
+        for first in range(0, stop, step):  # on the CPU and from the first row on: the same whatever device and part
+            noise = torch.rand(min(step, stop - first), low_dim, generator=draw).mul_(2 * bound).sub_(bound)
+            skipped = max(0, start - first)
+            self.memory[first + skipped - start : first + len(noise) - start] = noise[skipped:]
+
+    @property
+    def rows(self) -> Rows:
+        """All rows (N, D), in parts."""
+        return Rows(self.memory, self.samples, self.world)
 
     @torch.no_grad()
     def update(self, embeddings: torch.Tensor, index: torch.Tensor) -> None:
@@ -42,15 +68,19 @@ class MemoryBank:
         Call it after ``backward``, which needs the rows as they were.
 
         Args:
-            embeddings: (B, D), unit length.
+            embeddings: (B, D) of the whole batch, unit length, the same in every process.
             index: (B,) the samples' rows, each at most once.
         """
-        mixed = self.momentum * self.memory[index] + (1 - self.momentum) * embeddings
-        self.memory[index] = F.normalize(mixed, dim=1)
+        which, place = self.rows.held(index)
+        mixed = self.momentum * self.memory[place] + (1 - self.momentum) * embeddings[which]
+        self.memory[place] = F.normalize(mixed, dim=1)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """``params`` = [temperature, momentum] and ``memory`` (N, D): the reference's form."""
-        return {"params": torch.tensor([self.temperature, self.momentum]), "memory": self.memory}
+        """``params`` = [temperature, momentum] and ``memory`` (N, D): the reference's form.
+
+        To be called in every process; only the first gets the rows, the others (0, D).
+        """
+        return {"params": torch.tensor([self.temperature, self.momentum]), "memory": self.rows.whole()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Takes over ``memory`` (N, D); temperature and momentum stay what the options say.
@@ -58,6 +88,6 @@ class MemoryBank:
         Raises:
             ValueError: the rows are of another number or size.
         """
-        if state["memory"].shape != self.memory.shape:
-            raise ValueError(f"the memory is {list(state['memory'].shape)}, and should be {list(self.memory.shape)}")
-        self.memory.copy_(state["memory"])
+        if state["memory"].shape != self.rows.shape:
+            raise ValueError(f"the memory is {list(state['memory'].shape)}, and should be {list(self.rows.shape)}")
+        self.memory.copy_(Rows.part_of(state["memory"], self.world).own)

@@ -29,7 +29,7 @@ from lib import health
 from lib.activations import activations
 from lib.blocks import block_rows, block_size
 from lib.console import UsageError
-from lib.device import PRECISIONS, unwrapped
+from lib.device import PRECISIONS
 from lib.options import Options, height_and_width
 
 FLOAT, INDEX = 4, 8
@@ -68,6 +68,7 @@ class Training:
         workers_num: processes that prepare images.
         autocast: what the network computes in under ``torch.autocast``; None: as it is.
         layout: of the batch's images.
+        processes: over which the samples lie in parts.
     """
 
     network: torch.nn.Module
@@ -87,6 +88,7 @@ class Training:
     workers_num: int
     autocast: torch.dtype | None = None
     layout: torch.memory_format = torch.channels_last
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,14 @@ class MemoryPlan:
 
 
 def of_options(
-    options: Options, network: torch.nn.Module, device: torch.device, *, samples: int, images: int, resident: int
+    options: Options,
+    network: torch.nn.Module,
+    device: torch.device,
+    *,
+    samples: int,
+    images: int,
+    resident: int,
+    processes: int = 1,
 ) -> MemoryPlan:
     """The plan of a training run; to be called when network and images are there, and the memory bank is not.
 
@@ -181,8 +190,9 @@ def of_options(
         samples: N.
         images: bytes of decoded images that lie in the host's memory.
         resident: bytes of these of which a GPU gets a copy.
+        processes: over which batches and samples are shared out.
     """
-    batch = math.ceil(options.batch_size / max(1, len(options.gpus)))
+    batch, part = math.ceil(options.batch_size / processes), math.ceil(samples / processes)
     return plan(
         Training(
             network=network,
@@ -196,11 +206,12 @@ def of_options(
             momentum=options.momentum,
             iter_size=options.iter_size,
             block=block_size(device) // options.batch_size,
-            scratch=3 * FLOAT * block_rows(samples, device) * samples,
+            scratch=3 * FLOAT * block_rows(part, device) * part,
             images=images,
             images_on_device=resident,
             workers_num=options.workers_num,
             autocast=PRECISIONS[options.amp] if options.amp else None,
+            processes=processes,
         )
     )
 
@@ -214,7 +225,7 @@ def plan(training: Training) -> MemoryPlan:
 
 def _passes(training: Training) -> int:
     shape = (training.batch_size, 3, *training.size)
-    return activations(unwrapped(training.network), shape, autocast=training.autocast, layout=training.layout)
+    return activations(training.network, shape, autocast=training.autocast, layout=training.layout)
 
 
 def _places(training: Training, passes: int, host_taken: int, device_taken: int) -> tuple[Place, Place | None]:
@@ -222,7 +233,7 @@ def _places(training: Training, passes: int, host_taken: int, device_taken: int)
     state = [*training.network.parameters(), *training.network.buffers()]
     weights = sum(tensor.nbytes for tensor in state)
     pixels = training.batch_size * 3 * training.size[0] * training.size[1]
-    bank = training.samples * training.low_dim * FLOAT
+    bank = math.ceil(training.samples / training.processes) * training.low_dim * FLOAT
     worker = (WORKER if multiprocessing.get_all_start_methods()[0] == "fork" else SPAWNED) + 3 * pixels
     prepared = training.images + 2 * pixels + training.workers_num * worker
     process = max(0, host_taken - training.images - (weights if _on_host(training) else 0)) + KERNELS
@@ -231,7 +242,8 @@ def _places(training: Training, passes: int, host_taken: int, device_taken: int)
     if _on_host(training):
         return Place("host", {"process": process, **computing, "data": prepared + data}, host_taken), None
     # the bank is drawn on the host, and passes through it into a checkpoint
-    host = Place("host", {"process": process, "memory bank": bank, "data": prepared}, host_taken)
+    whole = training.samples * training.low_dim * FLOAT
+    host = Place("host", {"process": process, "memory bank": whole, "data": prepared}, host_taken)
     computing["data"] = training.images_on_device + 2 * pixels + data
     return host, Place(str(training.device), computing, device_taken)
 
@@ -249,8 +261,9 @@ def _computing(training: Training, passes: int, weights: int, bank: int) -> dict
     compared = 2 * min(training.samples, health.ROWS) * training.low_dim * FLOAT
     logits = 3 * FLOAT * training.batch_size * min(training.block, training.samples)
     parts = {"network": network, "memory bank": bank + neighbourhoods + compared}
-    if training.scratch > moment + logits:
-        return {**parts, "discovery": training.scratch}
+    scratch = training.scratch + (bank if training.processes > 1 else 0)  # a part of another process comes by
+    if scratch > moment + logits:
+        return {**parts, "discovery": scratch}
     return {**parts, "network": network + moment, "logits": logits}
 
 

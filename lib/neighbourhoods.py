@@ -1,6 +1,7 @@
 """Anchor neighbourhoods and their discovery. Layer 1.
 
-Letters: N samples, D embedding, A anchors, K neighbours of an anchor, B batch, R rows of a block.
+Letters: N samples, n those of this process, D embedding, A anchors, K neighbours of an anchor, B batch, R rows of a
+block, P parts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 
 from lib.blocks import block_rows, block_size
 from lib.console import progress
-from lib.top_k import top_k
+from lib.top_k import Best
+from lib.world import Rows
 
 SPREAD = 60.0
 """Logits may differ by this much from a common maximum: exp(-60) is still a float32."""
@@ -117,8 +119,8 @@ def num_anchors(samples: int, select_rate: float, round: int) -> int:
 
 
 @torch.no_grad()
-def discover(memory: torch.Tensor, *, temperature: float, anchors: int, size: int) -> Neighbourhoods:
-    """Chooses the anchors and finds their neighbours from the memory bank.
+def discover(memory: torch.Tensor | Rows, *, temperature: float, anchors: int, size: int) -> Neighbourhoods:
+    """Chooses the anchors and finds their neighbours from the memory bank; the same in every process.
 
     Ties in entropy go to the lower index. O(N^2 D) time, O(N (D + K)) memory and one block.
 
@@ -131,24 +133,27 @@ def discover(memory: torch.Tensor, *, temperature: float, anchors: int, size: in
     Returns:
         Neighbourhoods without consistency.
     """
-    samples = len(memory)
-    entropy, nearest = survey(memory, temperature=temperature, size=min(size, samples - 1))
+    bank = Rows.of(memory)
+    samples, world = bank.samples, bank.world
+    entropy, nearest = survey(bank, temperature=temperature, size=min(size, samples - 1))
+    entropy = world.gather(entropy, world.parts(samples))
     order = torch.sort(entropy, stable=True).indices
     chosen = order[:anchors].clone()  # a view would take the whole order into every checkpoint
     position, instances = _positions(chosen, samples)
-    return Neighbourhoods(chosen, instances, position, nearest[chosen], entropy)
+    neighbours = Rows(nearest, samples, world).take(chosen)
+    return Neighbourhoods(chosen, instances, position, neighbours, entropy)
 
 
-def survey(memory: torch.Tensor, *, temperature: float, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Entropy and nearest others of every sample.
+def survey(memory: torch.Tensor | Rows, *, temperature: float, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entropy and nearest others of every sample, each process for its own.
 
     Entropy H_i = -sum_j p_ij log p_ij with m_i in place of x_i, from shifted logits z and S = sum exp z as
     log S - sum(z exp z) / S, which stays finite where p underflows (the reference's log of softmax does not).
 
-    The similarities are symmetric, so half of them are computed, tile by tile, each serving its rows and its
-    columns. That takes one shift for all rows: the greatest squared length, 1 once all rows are of unit length,
-    which no similarity exceeds. Where the lengths differ so much that a row might underflow, each row is
-    shifted by its own maximum instead, and all similarities are computed.
+    The similarities among a process's own rows are symmetric, so half of them are computed, tile by tile, each
+    serving its rows and its columns. That takes one shift for all rows: the greatest squared length, 1 once all rows
+    are of unit length, which no similarity exceeds. Where the lengths differ so much that a row might underflow, each
+    row is shifted by its own maximum instead, and all similarities are computed.
 
     Args:
         memory: (N, D).
@@ -156,91 +161,123 @@ def survey(memory: torch.Tensor, *, temperature: float, size: int) -> tuple[torc
         size: K, at most N - 1.
 
     Returns:
-        (N,) entropies in nats; (N, K) the most similar others, most similar first.
+        (n,) entropies in nats; (n, K) the most similar others, most similar first.
     """
-    lengths = torch.linalg.vector_norm(memory, dim=1).square()
-    bound, least = lengths.max().item(), lengths.min().item()  # waits for the device, once a discovery
-    if (bound * (1 + ROUNDING) - least) / temperature > SPREAD:
-        return _survey_by_rows(memory, temperature, size)
-    samples = len(memory)
-    sums = torch.zeros(2, samples, dtype=torch.float64, device=memory.device)  # of exp z and z exp z
-    best = _Best(samples, size, memory)
-    side = max(1, math.isqrt(block_size(memory.device) // 4))
-    starts = range(0, samples, side)
-    tiles = ((top, left) for top in starts for left in starts[top // side :])
-    for top, left in progress(tiles, "discovery", "tile", len(starts) * (len(starts) + 1) // 2):
-        tile = memory[top : top + side] @ memory[left : left + side].t()  # (R, R)
-        own = tile.diagonal().clone() if top == left else None
-        if own is not None:
-            tile.fill_diagonal_(-torch.inf)
-        best.offer(tile, top, left)
-        if own is not None:
-            tile.diagonal().copy_(own)
-        else:
-            best.offer(tile.t(), left, top)
-        logits = tile.sub_(bound).div_(temperature)
-        weights = logits.exp()
-        for kind, values in enumerate((weights, logits.mul_(weights))):
-            sums[kind, top : top + side] += values.sum(dim=1)
-            if own is None:
-                sums[kind, left : left + side] += values.sum(dim=0)
+    bank = Rows.of(memory)
+    own, samples = bank.own, len(bank.own)
+    lengths = torch.linalg.vector_norm(own, dim=1).square()
+    extremes = torch.stack([lengths.amax(), -lengths.amin()]) if samples else own.new_full((2,), -torch.inf)
+    bound, minus_least = bank.world.stack(extremes).amax(dim=0).tolist()  # waits for the device, once a discovery
+    if (bound * (1 + ROUNDING) + minus_least) / temperature > SPREAD:
+        return look_around(bank, temperature=temperature, size=size)
+    sums = torch.zeros(2, samples, dtype=torch.float64, device=own.device)  # of exp z and z exp z
+    best = Best(samples, size, own)
+    side = max(1, math.isqrt(block_size(own.device) // 4))
+    for first, others in bank.ring():
+        symmetric = first == bank.start
+        tops, lefts = range(0, samples, side), range(0, len(others), side)
+        tiles = ((top, left) for top in tops for left in (lefts[top // side :] if symmetric else lefts))
+        count = len(tops) * (len(tops) + 1) // 2 if symmetric else len(tops) * len(lefts)
+        for top, left in progress(tiles, "discovery", "tile", count):
+            tile = own[top : top + side] @ others[left : left + side].t()  # (R, R)
+            themselves = tile.diagonal().clone() if symmetric and top == left else None
+            if themselves is not None:
+                tile.fill_diagonal_(-torch.inf)
+            best.offer(tile, top, first + left)
+            if themselves is not None:
+                tile.diagonal().copy_(themselves)
+            elif symmetric:
+                best.offer(tile.t(), left, first + top)
+            logits = tile.sub_(bound).div_(temperature)
+            weights = logits.exp()
+            for kind, values in enumerate((weights, logits.mul_(weights))):
+                sums[kind, top : top + side] += values.sum(dim=1)
+                if symmetric and themselves is None:
+                    sums[kind, left : left + side] += values.sum(dim=0)
     entropy = sums[0].log() - sums[1] / sums[0]
-    return entropy.to(memory.dtype), best.samples
+    return entropy.to(own.dtype), best.samples
 
 
-class _Best:
-    """The K most similar samples of each of N, among those offered so far."""
-
-    def __init__(self, samples: int, size: int, like: torch.Tensor) -> None:
-        self.similarities = like.new_full((samples, size), -torch.inf)  # (N, K), the greatest first
-        self.samples = torch.zeros(samples, size, dtype=torch.long, device=like.device)  # (N, K)
-
-    def offer(self, similarity: torch.Tensor, first_row: int, first_column: int) -> None:
-        """Similarities (R, S) of R samples in a row to S others in a row."""
-        size = self.samples.shape[1]
-        if not size:
-            return
-        worst = self.similarities[first_row : first_row + len(similarity), -1]
-        (better,) = (similarity.amax(dim=1) > worst).nonzero(as_tuple=True)  # few, once many have been offered
-        if not len(better):
-            return
-        values, columns = top_k(similarity[better], min(size, similarity.shape[1]))
-        rows = better + first_row
-        values = torch.cat([self.similarities[rows], values], dim=1)
-        samples = torch.cat([self.samples[rows], columns + first_column], dim=1)
-        self.similarities[rows], order = values.topk(size, dim=1)
-        self.samples[rows] = samples.gather(1, order)
-
-
-def _survey_by_rows(memory: torch.Tensor, temperature: float, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def look_around(bank: Rows, *, temperature: float, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """``survey``, every row with its own maximum."""
-    everyone = torch.arange(len(memory), device=memory.device)
-    entropy, nearest = memory.new_empty(len(memory)), everyone.new_empty(len(memory), size)
-    for block, similarity in similarities(memory, everyone, "discovery"):  # (R, N)
-        entropy[block] = row_entropy(similarity / temperature)
-        nearest[block] = nearest_others(similarity, everyone[block], size)
-    return entropy, nearest
+    own = bank.own
+    moments, best = _no_moments(own), Best(len(own), size, own)
+    rows = torch.arange(len(own), device=own.device)
+    for first, others in bank.ring():
+        for block, similarity in _blocks(own, others, "discovery"):
+            both = torch.stack([moments[block], softmax_moments(similarity / temperature)])
+            moments[block] = merge_moments(both)
+            if first == bank.start:
+                similarity.scatter_(1, rows[block][:, None], -torch.inf)
+            best.offer(similarity, block.start, first)
+    return entropy_of(moments), best.samples
 
 
-def similarities(memory: torch.Tensor, rows: torch.Tensor, what: str) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Blocks of ``rows`` and their similarities (R, N) to all rows of the bank; a progress bar says what for."""
-    step = block_rows(len(memory), memory.device)
-    for start in progress(range(0, len(rows), step), what, "block"):
+@torch.no_grad()
+def measure(
+    bank: Rows, index: torch.Tensor, *, temperature: float, size: int, what: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entropy (M,) and nearest others (M, K) of some samples, the same in every process.
+
+    Each compares them with its own rows, and what it found is put together.
+
+    Args:
+        bank: (N, D).
+        index: (M,) which samples, the same in every process.
+        temperature: tau.
+        size: K.
+        what: what the progress bar says.
+    """
+    queries = bank.take(index)  # (M, D)
+    place, here = bank.places(index)
+    moments, best = _no_moments(queries), Best(len(queries), size, queries)
+    for block, similarity in _blocks(queries, bank.own, what):
+        moments[block] = softmax_moments(similarity / temperature)
+        column = place[block][:, None]
+        itself = torch.where(here[block][:, None], -torch.inf, similarity.gather(1, column))
+        best.offer(similarity.scatter_(1, column, itself), block.start, bank.start)
+    similarities, samples = (  # (M, G * K)
+        bank.world.stack(part).transpose(0, 1).flatten(1) for part in (best.similarities, best.samples)
+    )
+    nearest = samples.gather(1, similarities.topk(size, dim=1).indices)
+    return entropy_of(merge_moments(bank.world.stack(moments))), nearest
+
+
+def _blocks(rows: torch.Tensor, others: torch.Tensor, what: str) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Similarities (R, S) of blocks of rows to others (S, D), of which there are some; a bar says what for."""
+    step = block_rows(max(1, len(others)), others.device)
+    for start in progress(range(0, len(rows) if len(others) else 0, step), what, "block"):
         block = slice(start, min(start + step, len(rows)))
-        yield block, memory[rows[block]] @ memory.t()
+        yield block, rows[block] @ others.t()
 
 
-def nearest_others(similarity: torch.Tensor, itself: torch.Tensor, size: int) -> torch.Tensor:
-    """The most similar (R, K) of each row (R, N) but the sample itself (R,), which is struck out in place."""
-    return top_k(similarity.scatter_(1, itself[:, None], -torch.inf), size)[1]
+def softmax_moments(logits: torch.Tensor) -> torch.Tensor:
+    """What the entropy of a softmax can be put together from, part by part: the maximum m of each row (R, S), the sum
+    of exp(z - m), and that of (z - m) exp(z - m): (R, 3).
+    """
+    greatest = logits.amax(dim=1, keepdim=True)
+    shifted = logits - greatest  # (R, S), at most 0
+    weights = shifted.exp()
+    return torch.cat([greatest, weights.sum(1, keepdim=True), shifted.mul_(weights).sum(1, keepdim=True)], dim=1)
 
 
-def row_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of the softmax of each row: (R, N) -> (R,)."""
-    shifted = logits - logits.max(dim=1, keepdim=True).values  # (R, N), at most 0
-    weights = shifted.exp()  # (R, N)
-    total = weights.sum(dim=1)  # (R,), at least 1
-    return total.log() - (weights * shifted).sum(dim=1) / total
+def _no_moments(like: torch.Tensor) -> torch.Tensor:
+    """(R, 3), of no logits."""
+    return like.new_tensor([-torch.inf, 0, 0]).repeat(len(like), 1)
+
+
+def merge_moments(parts: torch.Tensor) -> torch.Tensor:
+    """The moments (R, 3) of rows whose parts have the moments (P, R, 3)."""
+    greatest, total, product = parts.unbind(2)  # (P, R)
+    highest = greatest.amax(dim=0)
+    lower = torch.where(total > 0, greatest - highest, 0)  # a part of no logits counts nothing
+    shrink = lower.exp()
+    return torch.stack([highest, (total * shrink).sum(0), ((product + lower * total) * shrink).sum(0)], dim=1)
+
+
+def entropy_of(moments: torch.Tensor) -> torch.Tensor:
+    """(R,) in nats."""
+    return moments[:, 1].log() - moments[:, 2] / moments[:, 1]
 
 
 def _positions(anchors: torch.Tensor, samples: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -154,7 +154,9 @@ class Options(BaseModel):
     download: Switch = _option(False, "data", "fetch the data set into data_root where it is not there", this_run=True)
     bounding_boxes: Switch = _option(False, "data", "cut images to their annotated boxes (cub200, dogs)")
     strict_data: Switch = _option(False, "data", "refuse a folder with unreadable images instead of skipping them")
-    batch_size: Integer = _option(128, "data", "images in a batch; batch normalisation needs two", ge=2)
+    batch_size: Integer = _option(
+        128, "data", "images in a batch, of all processes together; batch normalisation needs two of each", ge=2
+    )
     workers_num: Integer = _option(4, "data", "processes that prepare images; 0: the training process itself", ge=0)
 
     resize: Size = _option(256, "transforms", "pixels: resized to this before cropping; one number: the shorter edge")
@@ -205,7 +207,10 @@ class Options(BaseModel):
         "training",
         "a loss that is not finite: stop the run, or skip its batch (which waits for the GPU)",
     )
-    gpus: Gpus = _option((), "training", "GPUs to use, such as 0 or 0,1; empty: the CPU")
+    gpus: Gpus = _option((), "training", "GPUs to use, such as 0 or 0,1, a process each; empty: the CPU")
+    sync_bn: Switch = _option(
+        False, "training", "batch normalisation over the images of all processes; otherwise of each for itself"
+    )
     amp: Annotated[Literal["bf16", "fp16"] | None, BeforeValidator(_amp)] = _option(
         None,
         "training",

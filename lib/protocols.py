@@ -1,6 +1,6 @@
 """How embeddings are judged: weighted kNN and nearest neighbour. Layer 3.
 
-Letters: N training samples, M test images, D embedding, C classes.
+Letters: N training samples, M test images, m of this process, D embedding, C classes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from lib import features, knn
 from lib.console import logger
 from lib.loader import Loader
+from lib.world import Rows, World
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Evaluator:
         k: voters of the weighted kNN, cut to N.
         sigma: width of their weights.
         device: where the network is.
+        world: the processes; each classifies its part of the test images.
     """
 
     def __init__(
@@ -55,10 +57,12 @@ class Evaluator:
         k: int,
         sigma: float,
         device: torch.device,
+        world: World | None = None,
     ) -> None:
+        self._world = world or World()
         self._test = test
         self.device = device
-        self._test_labels = torch.from_numpy(test_labels).to(device)
+        self._test_labels = torch.from_numpy(test_labels[slice(*self._world.bounds(len(test_labels)))]).to(device)
         self._train_labels = torch.from_numpy(train_labels).to(device)
         voters = min(k, len(train_labels))
         if protocol == "nn":
@@ -74,8 +78,8 @@ class Evaluator:
             if classes < 5:
                 logger().info("kNN: top-5 counts all of the %d classes, so it is 100 %% by construction", classes)
 
-    def __call__(self, network: torch.nn.Module, train_features: torch.Tensor) -> Accuracy:
-        """Accuracy of the test images.
+    def __call__(self, network: torch.nn.Module, train_features: torch.Tensor | Rows) -> Accuracy:
+        """Accuracy of the test images, the same in every process.
 
         Args:
             network: images to embeddings; run in inference mode.
@@ -83,8 +87,8 @@ class Evaluator:
         """
         return self.classify(features.extract(network, self._test, "test features"), train_features)
 
-    def classify(self, queries: torch.Tensor, train_features: torch.Tensor) -> Accuracy:
-        """Accuracy of the test images by their features (M, D), against the training samples' (N, D)."""
+    def classify(self, queries: torch.Tensor, train_features: torch.Tensor | Rows) -> Accuracy:
+        """Accuracy of the test images by the features (m, D) of this process's, against the training images' (N, D)."""
         scores = self._scores(queries, train_features, self._train_labels, **self._constants)
-        top5 = None if self._scores is knn.nearest_neighbour else knn.top_k_accuracy(scores, self._test_labels, 5)
-        return Accuracy(knn.top_k_accuracy(scores, self._test_labels, 1), top5)
+        top1, top5 = (knn.top_k_accuracy(scores, self._test_labels, k, self._world) for k in (1, 5))
+        return Accuracy(top1, None if self._scores is knn.nearest_neighbour else top5)

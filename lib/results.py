@@ -42,7 +42,7 @@ def test(setting: Setting) -> None:
         return
     rows = evaluation.evaluate(subject, options)
     logger().info("%s", evaluation.text(rows), extra=SUMMARY)
-    if source and not options.debug:
+    if source and not options.debug and setting.world.is_first:
         session = folder_of(source)
         facts = {"checkpoint": str(source), "dataset": options.dataset, "network": options.network}
         reached = {name: setting.loaded.get(name) for name in ("round", "epoch")}
@@ -66,6 +66,7 @@ def _subject(setting: Setting) -> Subject:
         evaluators=[evaluator for evaluator in evaluators if evaluator],
         seed=setting.options.seed,
         device=setting.device,
+        world=setting.world,
     )
 
 

@@ -6,7 +6,6 @@ the next: a run that goes on from a checkpoint draws what the unbroken run would
 
 from __future__ import annotations
 
-import time
 from enum import IntEnum
 
 import numpy as np
@@ -33,8 +32,8 @@ def seed_for(seed: int, *where: int) -> int:
     return (int(high) << 32 | int(low)) >> 1
 
 
-def choose(asked: int | None, saved: object) -> int:
-    """The seed asked for; else a checkpoint's; else the time in whole seconds, the reference's default."""
+def choose(asked: int | None, saved: object, started: int) -> int:
+    """The seed asked for; else a checkpoint's; else the time of the start in whole seconds, the reference's default."""
     if asked is not None:
         return asked
-    return saved if type(saved) is int and saved >= 0 else int(time.time())
+    return saved if type(saved) is int and saved >= 0 else started

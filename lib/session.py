@@ -261,6 +261,14 @@ def create_folder(sess_dir: Path, name: str | None) -> Path:
     raise UsageError(f"{sess_dir}: holds a million sessions of {stem}")
 
 
+def of_job(sess_dir: Path, job: str) -> Path | None:
+    """The latest session that a job, as ``lib/launch.py`` names it, has begun; None where it has begun none."""
+    if not sess_dir.is_dir():
+        return None
+    begun = [path for path in sess_dir.glob(f"*/{STARTS}") if json.dumps(job) in path.read_text(encoding="utf-8")]
+    return max(begun, key=lambda path: path.stat().st_mtime).parent if begun else None
+
+
 def folder_of(checkpoint: Path) -> Path | None:
     """The session a checkpoint lies in (the folder above ``checkpoint/``), or None where it lies elsewhere."""
     inside = checkpoint.resolve().parent

@@ -6,7 +6,7 @@ Letters: N training samples, D embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from lib.checkpoint import Checkpoint
 from lib.loader import Loader
 from lib.options import Options
 from lib.protocols import Evaluator
+from lib.world import World
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,13 @@ class Setting:
     network: torch.nn.Module
     source: Path | None  # of the checkpoint
     loaded: Checkpoint  # empty without --resume
+    world: World = field(default_factory=World)
+    begun: Path | None = None  # the session that the launcher's processes had begun before they were started anew
     resident: dict[int, torch.Tensor] = field(default_factory=dict)  # images on the device, by their array's id
+
+    def alone(self) -> Setting | None:
+        """The same for the first process when the others have nothing more to do; None for these."""
+        return replace(self, world=World()) if self.world.is_first else None
 
     def loader(self, split: datasets.ImageSet, *, train: bool) -> Loader:
         """Batches of a split: shuffled and augmented, or in order and as they are."""
@@ -44,6 +51,7 @@ class Setting:
             workers=self.options.workers_num,
             seed=self.options.seed if train else None,
             device=self.device,
+            world=self.world,
         )
 
     def placed(self, images: Sequence[np.ndarray] | np.ndarray) -> Sequence[np.ndarray] | torch.Tensor:
@@ -68,6 +76,7 @@ class Setting:
             k=options.knn_k,
             sigma=options.knn_sigma or options.npc_temperature,
             device=self.device,
+            world=self.world,
         )
 
     def memory(self, loaded: Checkpoint) -> torch.Tensor:

@@ -39,6 +39,35 @@ def top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ordered, members.gather(1, best.gather(1, order))
 
 
+class Best:
+    """The K most similar samples of each of R rows, among those offered so far.
+
+    Attributes:
+        similarities: (R, K), the greatest first; -inf where fewer were offered.
+        samples: (R, K), their numbers.
+    """
+
+    def __init__(self, rows: int, size: int, like: torch.Tensor) -> None:
+        self.similarities = like.new_full((rows, size), -torch.inf)
+        self.samples = torch.zeros(rows, size, dtype=torch.long, device=like.device)
+
+    def offer(self, similarity: torch.Tensor, first_row: int, first_column: int) -> None:
+        """Similarities (r, S) of r rows, from ``first_row`` on, to S samples, from ``first_column`` on."""
+        size = self.samples.shape[1]
+        if not size or not similarity.numel():
+            return
+        worst = self.similarities[first_row : first_row + len(similarity), -1]
+        (better,) = (similarity.amax(dim=1) > worst).nonzero(as_tuple=True)  # few, once many have been offered
+        if not len(better):
+            return
+        values, columns = top_k(similarity[better], min(size, similarity.shape[1]))
+        rows = better + first_row
+        values = torch.cat([self.similarities[rows], values], dim=1)
+        samples = torch.cat([self.samples[rows], columns + first_column], dim=1)
+        self.similarities[rows], order = values.topk(size, dim=1)
+        self.samples[rows] = samples.gather(1, order)
+
+
 def _greatest(values: torch.Tensor, k: int) -> torch.Tensor:
     """Columns (R, K) of the K greatest of each row, in any order."""
     split = values.shape[1] - k

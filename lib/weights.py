@@ -20,7 +20,6 @@ import safetensors.torch
 import torch
 
 from lib.console import UsageError, logger
-from lib.device import unwrapped
 
 OLD_FORMAT = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 """What a file that is no zip, as PyTorch before 1.6 wrote it, starts with."""
@@ -149,7 +148,7 @@ def match(network: torch.nn.Module, state: Mapping[Any, Any]) -> Match:
     Names in the file may all stand behind a path, such as ``module.`` or ``module.encoder_q.``: the one that
     lets most of them match is taken away.
     """
-    own = unwrapped(network).state_dict()
+    own = network.state_dict()
     named = {str(name).replace("features.module.", "features.", 1): value for name, value in state.items()}
     votes: Counter[str] = Counter()
     for name, value in named.items():
@@ -201,8 +200,7 @@ def load(network: torch.nn.Module, state: Mapping[Any, Any], where: Path) -> Mat
             f"{_list(found.fresh, 3)}; it has {_list(dropped, 3) or 'nothing else'}); set --network to what it "
             "is of"
         )
-    inner = unwrapped(network)
-    inner.load_state_dict(found.loaded, strict=False)
+    network.load_state_dict(found.loaded, strict=False)
     parts = Counter(name.split(".")[0] for name in loaded)
     behind = f" (names without {found.prefix!r})" if found.prefix else ""
     log = logger().info
@@ -218,7 +216,7 @@ def load(network: torch.nn.Module, state: Mapping[Any, Any], where: Path) -> Mat
         log("dropped: %s", _list(dropped))
     if found.fresh:
         log("left as initialised: %s", _list(found.fresh))
-    if head(inner) in found.fresh:
+    if head(network) in found.fresh:
         logger().warning("%s: has no weights for the embedding: until it is trained it is a random projection", where)
     return found
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from lib.console import logger
+from team import Team
 
 
 @pytest.fixture(autouse=True)
@@ -24,3 +25,11 @@ def log_of_its_own() -> Iterator[None]:
 def no_remembered_files(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The user's cache folder stays out of the tests."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session", params=[2, 4])
+def team(request: pytest.FixtureRequest) -> Iterator[Team]:
+    """Two processes, and four."""
+    made = Team(request.param)
+    yield made
+    made.close()

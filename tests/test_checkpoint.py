@@ -298,16 +298,15 @@ def test_a_checkpoint_that_the_reference_wrote_under_python_2_goes_on_here(prefi
     assert torch.equal(state.bank.memory, twin.bank.memory)
 
 
-def test_a_network_over_several_gpus_takes_and_gives_names_with_a_prefix() -> None:
-    plain, spread = state_of(1), state_of(2)
-    spread.network = torch.nn.DataParallel(spread.network)
-    content = spread.checkpoint("small", "")
-    assert all(name.startswith("module.") for name in content["net"])
+def test_a_checkpoint_of_gpus_has_the_reference_s_prefix_and_goes_on_anywhere() -> None:
+    assert (
+        checkpoint.prefix_of(torch.device("cuda", 1)) == "module." and checkpoint.prefix_of(torch.device("cpu")) == ""
+    )
+    plain, other = state_of(1), state_of(2)
+    content = other.checkpoint("small", "")
+    content["net"] = {"module." + name: value for name, value in content["net"].items()}
     checkpoint.load_network(plain.network, content, Path("a.ckpt"))
-    assert same(dict(plain.network.state_dict()), dict(spread.network.module.state_dict()))
-    other = state_of(3)
-    checkpoint.load_network(spread.network, other.checkpoint("small", ""), Path("a.ckpt"))
-    assert same(dict(other.network.state_dict()), dict(spread.network.module.state_dict()))
+    assert same(dict(plain.network.state_dict()), dict(other.network.state_dict()))
 
 
 def unwanted() -> torch.Tensor:

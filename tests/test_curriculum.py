@@ -423,5 +423,5 @@ def test_the_summary_leaves_out_what_needs_labels() -> None:
 )
 def test_too_few_samples_are_refused_with_the_option_that_mends_it(changes: dict[str, int], words: list[str]) -> None:
     with pytest.raises(UsageError) as refused:
-        curriculum.build_plan(Options(**changes), schedule.fixed(0.1), samples=SAMPLES)
+        curriculum.build_plan(Options(**changes), schedule.fixed(0.1), SAMPLES)
     assert all(word in str(refused.value) for word in words)

@@ -24,6 +24,16 @@ def test_the_first_named_gpu_is_the_device(gpus: tuple[int, ...], first: int, mo
     assert device.select(gpus) == torch.device("cuda", first)
 
 
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for number, gpu in enumerate((2, 0, 3)):
+        monkeypatch.setenv("LOCAL_RANK", str(number))
+        assert device.select((2, 0, 3)) == torch.device("cuda", gpu)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(UsageError, match=r"^--gpus 2,0,3: process 3 of this machine has none; "):
+        device.select((2, 0, 3))
+
+
 def test_a_gpu_on_a_machine_without_any_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UsageError, match=r"--gpus 0: .*no GPU.*leave gpus empty"):
@@ -75,34 +85,16 @@ def test_what_knows_no_other_way_warns_and_works(nondeterminism_as_before: None)
 
 def test_a_network_on_the_cpu_is_not_wrapped() -> None:
     network = torch.nn.Linear(2, 3)
-    assert device.place(network, (), torch.device("cpu")) is network
+    assert device.place(network, torch.device("cpu")) is network
 
 
 def test_a_network_is_moved_to_its_device() -> None:
-    placed = device.place(torch.nn.Linear(2, 3), (), torch.device("meta"))
+    placed = device.place(torch.nn.Linear(2, 3), torch.device("meta"))
     assert {parameter.device.type for parameter in placed.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("gpus", [(0,), (1, 0)])
-def test_over_gpus_batches_are_split_and_names_prefixed_as_in_the_reference(
-    gpus: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[list[int]] = []
-
-    class Recorder(torch.nn.DataParallel):
-        def __init__(self, module: torch.nn.Module, device_ids: list[int]) -> None:
-            asked.append(device_ids)
-            super().__init__(module)
-
-    monkeypatch.setattr(torch.nn, "DataParallel", Recorder)
-    network = torch.nn.Linear(2, 3)
-    placed = device.place(network, gpus, torch.device("cpu"))
-    assert asked == [list(gpus)]
-    assert set(placed.state_dict()) == {"module.weight", "module.bias"}
-
-
 def test_a_network_is_placed_channels_last() -> None:
-    placed = device.place(torch.nn.Conv2d(3, 4, 3), (), torch.device("cpu"))
+    placed = device.place(torch.nn.Conv2d(3, 4, 3), torch.device("cpu"))
     assert placed.weight.is_contiguous(memory_format=torch.channels_last)
     assert not placed.weight.is_contiguous()
 
@@ -112,15 +104,10 @@ def test_a_compiled_network_keeps_its_names_and_its_answers() -> None:
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
     expected, images = network(torch.ones(2, 3)), torch.ones(2, 3)
-    placed = device.place(network, (), torch.device("cpu"), compile=True)
+    placed = device.place(network, torch.device("cpu"), compile=True)
     assert list(placed.state_dict()) == ["0.weight", "0.bias"]
     assert placed._compiled_call_impl is not None
     torch.testing.assert_close(placed(images), expected)
-
-
-def test_a_network_over_several_gpus_is_not_compiled() -> None:
-    with pytest.raises(UsageError, match=r"--compile.*one device"):
-        device.place(torch.nn.Linear(2, 3), (0, 1), torch.device("cpu"), compile=True)
 
 
 def test_tf32_is_off_unless_asked_for() -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,6 @@ def trained(name: str = "resnet10", low_dim: int = LOW_DIM) -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def resnet() -> torch.nn.Module:
     return trained()
-
-
-def wrapped(network: torch.nn.Module) -> torch.nn.Module:
-    """As it is after training on GPUs."""
-    parallel = torch.nn.DataParallel(network)
-    return parallel.train(network.training)
 
 
 def modes(network: torch.nn.Module) -> list[bool]:
@@ -140,12 +134,11 @@ def test_exporting_embeddings_leaves_the_network_as_it_was(tmp_path: Path, resne
 # the network with its options
 
 
-@pytest.mark.parametrize("wrap", [lambda network: network, wrapped], ids=["bare", "parallel"])
 def test_safetensors_load_into_a_fresh_network_that_gives_the_same_embeddings(
-    tmp_path: Path, resnet: torch.nn.Module, wrap: Callable[[torch.nn.Module], torch.nn.Module]
+    tmp_path: Path, resnet: torch.nn.Module
 ) -> None:
     path = tmp_path / "out.safetensors"
-    export.save_model(path, wrap(resnet), options_of(), **COLOURS)
+    export.save_model(path, resnet, options_of(), **COLOURS)
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert metadata == {"format": "pt", "network": "resnet10", "low_dim": str(LOW_DIM)}
@@ -218,7 +211,7 @@ def test_onnx_gives_torch_s_embeddings_for_batches_of_any_size(
     network, path = trained(name), tmp_path / "net.onnx"
     before = copy.deepcopy(network.state_dict())
     options = options_of(network=name, resize=64, size=size)
-    export.save_model(path, wrapped(network), options, **COLOURS)
+    export.save_model(path, network, options, **COLOURS)
     assert capfd.readouterr() == ("", "")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["net.onnx", "net.yaml"]  # the weights are inside
     assert read_options(["--cfgs", str(tmp_path / "net.yaml")]).network == name
@@ -382,7 +375,7 @@ def test_embeddings_that_cannot_be_finished_leave_nothing(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Full])
-@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("call", [1, 3])  # of a file each; their folder's comes between
 def test_a_network_comes_with_its_options_or_not_at_all(
     tmp_path: Path, resnet: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], call: int
 ) -> None:

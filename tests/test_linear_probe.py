@@ -144,7 +144,7 @@ def test_several_stages_come_from_one_pass_in_the_order_of_the_samples(
     if not in_memory:
         monkeypatch.setattr(linear_probe, "IN_MEMORY", 25 * 40 * 4)
     network = Counting().train()
-    found = extract_stages(torch.nn.DataParallel(network), loader_of(IMAGES, 8), ["conv1", "fc"], "x")
+    found = extract_stages(network, loader_of(IMAGES, 8), ["conv1", "fc"], "x")
     assert network.passes == 4 - 1 * (25 % 8 == 1) and network.training
     pixels = torch.from_numpy(IMAGES).permute(0, 3, 1, 2).float() / 255
     assert found["conv1"].dtype == (torch.float32 if in_memory else torch.float16)

@@ -194,13 +194,13 @@ def test_where_the_last_of_several_files_fails_none_is_left(tmp_path: Path, monk
 
     def full(descriptor: int) -> None:
         done.append(descriptor)
-        if len(done) == 2:
+        if len(done) == 3:  # one of the second file, whose folder comes between
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UsageError, match="No space left"), files.new_files(tmp_path / "a", tmp_path / "b"):
         pass
-    assert len(done) == 2 and list(tmp_path.iterdir()) == []
+    assert len(done) == 3 and list(tmp_path.iterdir()) == []
 
 
 # The round of each anchor.

@@ -80,10 +80,6 @@ def test_parts_on_the_host_counted_by_hand() -> None:
     assert made.host.peak == sum(parts.values())
 
 
-def test_a_wrapped_network_is_counted_as_the_one_inside() -> None:
-    assert plan(training(network=nn.DataParallel(linear()))).host == plan(training()).host
-
-
 def test_workers_take_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = 16 * 3 * 4 * 4
     for method, own in (("fork", WORKER), ("forkserver", memory_plan.SPAWNED)):

@@ -306,13 +306,6 @@ def test_names_lead_nowhere_where_the_shapes_are_others() -> None:
     assert found.prefix == "student." and found.fresh == ["conv.bias"]
 
 
-def test_weights_go_into_the_network_inside_data_parallel(tmp_path: Path) -> None:
-    theirs, mine = small(1), small(2)
-    (tmp_path / "a.pth").write_bytes(new(theirs.state_dict()))
-    load_pretrained(torch.nn.DataParallel(mine), tmp_path / "a.pth")
-    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in mine.state_dict().items())
-
-
 @pytest.mark.parametrize("there", range(9))
 def test_less_than_half_of_the_tensors_is_refused(there: int, tmp_path: Path) -> None:
     state = small(1).state_dict()

@@ -1,0 +1,281 @@
+"""The processes that train one model together, and rows that lie with them in parts. Layer 0.
+
+A process alone is the case G = 1: it talks to nobody, and its part is all there is.
+
+Letters: G processes, N rows, n rows of this process, B batch, D embedding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=1)
+"""How long a process waits for another, one of which may still be opening a million images."""
+PARCEL = 2**22
+"""Numbers that are passed on at a time, beside the parts that are held."""
+
+
+def is_loss(error: RuntimeError) -> bool:
+    """Whether it tells that another process has ended."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+class World:
+    """The processes, as the launcher's environment describes them.
+
+    Attributes:
+        rank: number of this one, from 0.
+        size: G.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank = rank
+        self.size = size
+        self._control: Any = None  # a group on the host, for what is no tensor
+
+    @classmethod
+    def join(cls, device: torch.device) -> World:
+        """Meets the others, over NCCL on GPUs and gloo on CPUs; alone where no launcher started this process."""
+        world = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        if world.size > 1:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            world._control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        return world
+
+    def leave(self) -> None:
+        """Ends the group; each process goes on alone."""
+        if self.size > 1:
+            dist.destroy_process_group()
+        self.rank, self.size = 0, 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def bounds(self, samples: int, rank: int | None = None) -> tuple[int, int]:
+        """First and last row of a process's part of N, by default this one's; parts differ by one row at most."""
+        rank = self.rank if rank is None else rank
+        least, more = divmod(samples, self.size)
+        start = rank * least + min(rank, more)
+        return start, start + least + (rank < more)
+
+    def parts(self, samples: int) -> list[int]:
+        """Rows of each process, of N."""
+        return [stop - start for start, stop in (self.bounds(samples, rank) for rank in range(self.size))]
+
+    def shares(self, batch: int) -> list[int]:
+        """How many of B images each process takes: alike, and two at least or none, for batch normalisation."""
+        active = max(1, min(self.size, batch // 2))
+        return [batch // active + (rank < batch % active) if rank < active else 0 for rank in range(self.size)]
+
+    def gather(self, own: torch.Tensor, shares: Sequence[int]) -> torch.Tensor:
+        """Rows (b, D) of every process, in order, in all: (B, D). The gradient of own rows is that part of the whole's.
+
+        Args:
+            own: as many as ``shares`` says.
+            shares: rows of each process.
+        """
+        gathered: torch.Tensor = _Gather.apply(own, self, list(shares))
+        return gathered
+
+    def stack(self, own: torch.Tensor) -> torch.Tensor:
+        """(G, ...) of equal shapes (...)."""
+        if self.size == 1:
+            return own[None]
+        everyone = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(everyone, own.contiguous())
+        return torch.stack(everyone)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes, in place, which takes a contiguous tensor."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_with_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes; what any of them makes of it has a gradient for each one's part."""
+        summed: torch.Tensor = _Sum.apply(tensor, self)
+        return summed
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Adds up what each process has found, in parcels, for many small tensors travel slowly."""
+        if self.size == 1:
+            return
+        parcel: list[torch.Tensor] = []
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        for number, gradient in enumerate(gradients):
+            parcel.append(gradient)
+            if number + 1 == len(gradients) or sum(part.numel() for part in parcel) >= PARCEL:
+                total = self.sum(torch.cat([part.flatten() for part in parcel]))
+                for part, summed in zip(parcel, total.split([part.numel() for part in parcel]), strict=True):
+                    part.copy_(summed.view_as(part))
+                parcel = []
+
+    def follow(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Gives every process the values of the first one."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process."""
+        if self.size == 1:
+            return flag
+        told = torch.tensor(int(flag))
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=self._control)
+        return bool(told)
+
+    def collect(self, item: T) -> list[T]:
+        """What each process has to tell, in order; anything that can be pickled."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=self._control)
+        return items
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor, world: World, shares: list[int]) -> torch.Tensor:
+        ctx.part = slice(sum(shares[: world.rank]), sum(shares[: world.rank + 1]))
+        if world.size == 1:
+            return own.view_as(own)
+        padded = own.new_zeros(max(shares), *own.shape[1:])
+        padded[: len(own)] = own
+        return torch.cat([rows[:share] for rows, share in zip(world.stack(padded), shares, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradients[0][ctx.part], None, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor, world: World) -> torch.Tensor:
+        ctx.world = world
+        return world.sum(own.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.world.sum(gradients[0].clone()), None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """N rows, of which each process holds a part.
+
+    Attributes:
+        own: (n, D), this process's, from row ``start`` on.
+        samples: N.
+        world: who holds the others.
+    """
+
+    own: torch.Tensor
+    samples: int
+    world: World
+
+    @classmethod
+    def of(cls, rows: torch.Tensor | Rows) -> Rows:
+        """Rows (N, D) that this process has alone, or those that lie in parts already."""
+        return cls(rows, len(rows), World()) if isinstance(rows, torch.Tensor) else rows
+
+    @classmethod
+    def part_of(cls, whole: torch.Tensor, world: World) -> Rows:
+        """This process's part of rows (N, D) that it has all of, as a copy where it is not all."""
+        start, stop = world.bounds(len(whole))
+        return cls(whole if world.size == 1 else whole[start:stop].clone(), len(whole), world)
+
+    @property
+    def start(self) -> int:
+        """Number of the first row held here."""
+        return self.world.bounds(self.samples)[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N, D."""
+        return self.samples, self.own.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the own ones lie."""
+        return self.own.device
+
+    def to(self, device: torch.device) -> Rows:
+        """The same, the own ones on a device."""
+        return replace(self, own=self.own.to(device))
+
+    def places(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where rows lie among the own ones, of the same shape as ``index``; 0 where they do not, and whether."""
+        place = index - self.start
+        here = (place >= 0) & (place < len(self.own))
+        return torch.where(here, place, 0), here
+
+    def held(self, index: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """Which of the rows ``index`` (M,) are own ones, as an index of M, and where these lie among the own."""
+        if self.world.size == 1:
+            return slice(None), index
+        place, here = self.places(index)
+        return here, place[here]
+
+    def take(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows (M, D) of any numbers (M,), the same in every process, in all of them."""
+        which, place = self.held(index)
+        found = self.own.new_zeros(len(index), self.own.shape[1])
+        found[which] = self.own[place]
+        return self.world.sum(found)
+
+    def ring(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """The parts of all processes with their first rows' numbers, this one's first; to be seen through to the end.
+
+        Each passes on the part it has been passed, in parcels: none ever holds more than two parts and a parcel.
+        """
+        yield self.start, self.own
+        size, rank = self.world.size, self.world.rank
+        if size == 1:
+            return
+        longest = self.world.bounds(self.samples, 0)[1]
+        visiting = self.own.new_zeros(longest, self.own.shape[1])
+        visiting[: len(self.own)] = self.own
+        parcel = torch.empty_like(visiting[: max(1, PARCEL // self.own.shape[1])])
+        for step in range(1, size):
+            for part in visiting.split(len(parcel)):
+                coming = parcel[: len(part)]
+                sending = dist.P2POp(dist.isend, part, (rank + 1) % size)
+                receiving = dist.P2POp(dist.irecv, coming, (rank - 1) % size)
+                for request in dist.batch_isend_irecv([sending, receiving]):
+                    request.wait()
+                part.copy_(coming)
+            start, stop = self.world.bounds(self.samples, (rank - step) % size)
+            yield start, visiting[: stop - start]
+
+    def whole(self) -> torch.Tensor:
+        """All rows (N, D) in the host's memory of the first process, part after part; of others (0, D)."""
+        if self.world.size == 1:
+            return self.own
+        if not self.world.is_first:
+            for part in self._parcels(self.own):
+                dist.send(part.contiguous(), 0)
+            return self.own.new_empty(0, self.own.shape[1], device="cpu")
+        everyone = torch.empty(self.samples, self.own.shape[1], dtype=self.own.dtype)
+        everyone[: len(self.own)] = self.own
+        for rank in range(1, self.world.size):
+            start, stop = self.world.bounds(self.samples, rank)
+            for part in self._parcels(everyone[start:stop]):
+                coming = torch.empty_like(part, device=self.own.device)
+                dist.recv(coming, rank)
+                part.copy_(coming)
+        return everyone
+
+    def _parcels(self, rows: torch.Tensor) -> Sequence[torch.Tensor]:
+        return rows.split(max(1, PARCEL // rows.shape[1])) if len(rows) else []

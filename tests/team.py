@@ -1,0 +1,67 @@
+"""Processes that train together over gloo, for tests: started once, given one thing to do after another."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from lib.world import World
+
+
+class Team:
+    """G processes.
+
+    Args:
+        size: G.
+    """
+
+    def __init__(self, size: int) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            environment = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            process = context.Process(target=_serve, args=(environment, theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What ``work(world, *arguments)`` gives in each process; a failure of one fails the test."""
+        for pipe in self._pipes:
+            pipe.send((work, arguments))
+        answers = [pipe.recv() if pipe.poll(120) else ("no answer", None) for pipe in self._pipes]
+        failed = [said for said, _ in answers if said]
+        assert not failed, "\n".join(failed)
+        return [answer for _, answer in answers]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _serve(environment: dict[str, Any], pipe: Connection) -> None:
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123  # gloo's chatter at the end
+    world = World.join(torch.device("cpu"))
+    while True:
+        work, arguments = pipe.recv()
+        try:
+            pipe.send((None, work(world, *copy.deepcopy(arguments))))  # tensors come in memory that all share
+        except BaseException:
+            pipe.send((f"process {world.rank}:\n{traceback.format_exc()}", None))

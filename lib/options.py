@@ -108,8 +108,8 @@ def _protocols(value: Any) -> Any:
     return tuple(word.lower() for word in _words(value))
 
 
-Integer = Annotated[int, BeforeValidator(_number)]
-Number = Annotated[float, BeforeValidator(_number)]
+Integer = Annotated[int, BeforeValidator(_number), Field(lt=2**63)]  # Python spells no number of 4,301 digits
+Number = Annotated[float, BeforeValidator(_number), Field(lt=2.0**128)]  # float32 ends there
 Switch = Annotated[bool, BeforeValidator(_literal)]
 Size = Annotated[int | tuple[int, int], BeforeValidator(_size)]
 Positive = Annotated[float, Field(gt=0)]
@@ -157,7 +157,9 @@ class Options(BaseModel):
     batch_size: Integer = _option(
         128, "data", "images in a batch, of all processes together; batch normalisation needs two of each", ge=2
     )
-    workers_num: Integer = _option(4, "data", "processes that prepare images; 0: the training process itself", ge=0)
+    workers_num: Integer = _option(
+        4, "data", "processes that prepare images; 0: the training process itself", ge=0, le=1024
+    )
 
     resize: Size = _option(256, "transforms", "pixels: resized to this before cropping; one number: the shorter edge")
     size: Size = _option(224, "transforms", "pixels the network sees; one number: a square")
@@ -176,7 +178,7 @@ class Options(BaseModel):
     stds: Deviations = _option(None, "transforms", "channel deviations on RGB in [0, 1]; not set: the data set's own")
 
     network: Name = _option("resnet18", "network", "backbone by name")
-    low_dim: Integer = _option(128, "network", "size D of the embedding", ge=1)
+    low_dim: Integer = _option(128, "network", "size D of the embedding", ge=1, le=65536)
     pretrained: OptionalPath = _option(
         None, "network", "weights that training starts from, matched by name and shape; with --resume they are not read"
     )

@@ -19,6 +19,9 @@ from lib.options import Options
 Schedule = Callable[[int], float]
 """Epoch within the round, from 0 -> learning rate."""
 
+LIMIT = 2.0**128
+"""Where float32 ends, in which the optimiser steps."""
+
 
 def fixed(base_lr: float) -> Schedule:
     """The same rate in every epoch."""
@@ -48,7 +51,7 @@ def read_rates(path: Path) -> dict[int, float]:
     Raises:
         UsageError: the file is missing, no such mapping, or says nothing about epoch 0.
     """
-    entry = TypeAdapter(dict[Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0, allow_inf_nan=False)]])
+    entry = TypeAdapter(dict[Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0, lt=LIMIT, allow_inf_nan=False)]])
     try:
         rates = entry.validate_python(read_yaml(path, "epoch: learning rate"))
     except ValidationError as failure:
@@ -68,9 +71,19 @@ def build_schedule(options: Options) -> Schedule:
         return multistep(read_rates(options.lr_schedule))
     if options.lr_policy == "fixed":
         return fixed(options.base_lr)
-    return step(
+    rates = step(
         options.base_lr, offset=options.lr_decay_offset, every=options.lr_decay_step, rate=options.lr_decay_rate
     )
+    try:
+        is_usable = rates(options.max_epoch - 1) < LIMIT
+    except OverflowError:
+        is_usable = False
+    if not is_usable:
+        raise UsageError(
+            f"--lr-decay-rate {options.lr_decay_rate:g}: the learning rate grows beyond all numbers until epoch "
+            f"{options.max_epoch}; set it to 1 or less"
+        )
+    return rates
 
 
 def build_optimizer(options: Options, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -402,7 +402,7 @@ SETS: list[dict[str, Any]] = [
         "colorjitter": (0.4, 0.4, 0.0, 0.5),
         "means": (0.1, 0.2, 0.3),
     },
-    {"base_lr": 1e-05, "weight_decay": 1e-12, "npc_temperature": 1 / 3, "ratio": (2 / 3, 1e10), "lr_decay_rate": 1e300},
+    {"base_lr": 1e-05, "weight_decay": 1e-12, "npc_temperature": 1 / 3, "ratio": (2 / 3, 1e10), "lr_decay_rate": 1e38},
     {"dataset": "true", "network": "1e3", "session": "5", "data_root": Path("None such"), "gpus": (0, 3)},
     {"dataset": "null", "network": "2020-01-01", "data_root": Path("ein ordner: #1"), "sess_dir": Path("öäü/日本")},
     {"optimizer": "adam", "lr_policy": "multistep", "lr_schedule": Path("a.yaml"), "protocol": "nn", "seed": 2**63 - 1},

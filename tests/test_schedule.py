@@ -77,6 +77,7 @@ def test_rates_are_read_with_comments_and_every_spelling_of_a_number(tmp_path: P
         ("0: 0\n", "greater than 0"),
         ("0: -0.1\n", "-0.1"),
         ("0: .inf\n", "finite"),
+        ("0: 1e39\n", "less than"),
         ("0: .nan\n", "nan"),
         ("0:\n", "None"),
         ("0: [0.1, 0.2]\n", "0.1, 0.2"),
@@ -122,6 +123,14 @@ def test_the_policy_chooses_the_schedule(tmp_path: Path) -> None:
     path = written(tmp_path, "7: 0.01\n0: 0.4\n")
     rate = build_schedule(Options(**options, lr_policy="multistep", lr_schedule=path))
     assert [rate(epoch) for epoch in epochs] == [0.4] * 7 + [0.01] * 5
+
+
+@pytest.mark.parametrize("epochs", [3, 20])  # beyond float32, and beyond Python's own numbers
+def test_a_rate_that_grows_beyond_all_numbers_is_refused_at_the_start(epochs: int) -> None:
+    growing: dict[str, Any] = {"lr_decay_rate": 1e30, "lr_decay_offset": 0, "lr_decay_step": 1}
+    build_schedule(Options(**growing, max_epoch=2))
+    with pytest.raises(UsageError, match="lr-decay-rate"):
+        build_schedule(Options(**growing, max_epoch=epochs))
 
 
 def parameters() -> list[torch.nn.Parameter]:

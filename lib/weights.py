@@ -26,6 +26,8 @@ OLD_FORMAT = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 
 SEAL = b"\nSHA-256 "
 """Stands before the checksum at the end of this program's checkpoints."""
+SEALED = len(SEAL) + 64
+"""Bytes of both."""
 SHOWN = 20
 """Names that a message lists before it counts the others."""
 
@@ -87,7 +89,7 @@ def seal(file: BinaryIO) -> None:
 
 def _unsealed(content: bytes) -> bytes:
     """Without the checksum; ValueError where it does not fit. Files of others have none."""
-    start = len(content) - len(SEAL) - 64
+    start = len(content) - SEALED
     if content[start : start + len(SEAL)] != SEAL:
         return content
     if hashlib.sha256(memoryview(content)[:start]).hexdigest().encode("ascii") != content[-64:]:
@@ -103,8 +105,13 @@ def _open(path: Path) -> Any:
             if start[8:9] == b"{":  # safetensors: eight bytes with the size of a JSON header, then the header
                 return safetensors.torch.load_file(path)
             file.seek(0)
-            source = _python_3(_unsealed(file.read())) if start == OLD_FORMAT else file
-            return torch.load(source, map_location="cpu", weights_only=True)
+            if start != OLD_FORMAT:
+                return torch.load(file, map_location="cpu", weights_only=True)
+            source = _python_3(_unsealed(file.read()))
+            content = torch.load(source, map_location="cpu", weights_only=True)
+            if 0 < len(source.read()) <= SEALED:
+                raise ValueError("what stands behind the content is no whole checksum")
+            return content
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; name one that exists") from None
     except Exception as error:  # damaged files make the readers raise nearly anything

@@ -617,6 +617,20 @@ def test_a_file_with_a_damaged_byte_is_read_or_refused(zipped: bool, tmp_path: P
                 assert str(refused).startswith(f"{path}: ")
 
 
+def test_every_damaged_byte_of_this_program_s_checkpoints_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    checkpoint.save(CONTENT, path)
+    whole = path.read_bytes()
+    for place in [*range(0, len(whole) - weights.SEALED, 7), *range(len(whole) - weights.SEALED, len(whole))]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x01
+        path.write_bytes(bytes(damaged))
+        refusal(path)
+    for length in range(len(whole) - weights.SEALED + 1, len(whole)):
+        path.write_bytes(whole[:length])
+        refusal(path)
+
+
 def sensible(text: str) -> None:
     """One plain sentence about the file, which advises nobody to open it all the same."""
     assert 10 < len(text) < 500 and text.isprintable()

@@ -111,7 +111,7 @@ class Session:
         """Writes config.yaml; one that a continued run changes is kept under another name."""
         assert self.folder is not None
         path = self.folder / "config.yaml"
-        if path.exists() and path.read_text(encoding="utf-8") != text:
+        if path.exists() and path.read_bytes() != text.encode("utf-8"):
             before = next(p for i in range(1, 10**6) if not (p := self.folder / f"config.{i}.yaml").exists())
             path.rename(before)
             logger().info("the options differ from the session's: the former config.yaml is now %s", before.name)
@@ -208,9 +208,9 @@ class Session:
         path = self.folder / METRICS
         if not path.exists():
             return
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_before(line, start)]
+        kept = [line for line in path.read_bytes().split(b"\n") if _is_before(line, start)]
         beside = path.with_suffix(".part")
-        beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        beside.write_bytes(b"".join(line + b"\n" for line in kept))
         beside.replace(path)
 
 
@@ -218,11 +218,11 @@ def _round_name(round: int, anchors: int) -> str:
     return f"{round:04d}-{anchors:05d}"
 
 
-def _is_before(line: str, start: tuple[int, int]) -> bool:
+def _is_before(line: bytes, start: tuple[int, int]) -> bool:
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode("utf-8"))
         return (record["round"], record["epoch"]) < start
-    except (ValueError, KeyError, TypeError):  # the half line of a killed run
+    except (ValueError, KeyError, TypeError, RecursionError):  # damaged, or the half line of a killed run
         return False
 
 

@@ -390,3 +390,18 @@ def test_what_a_killed_run_had_half_written_is_cleared(tmp_path: Path) -> None:
     (tmp_path / "checkpoint" / "latest.ckpt.77.part").write_bytes(b"half")
     Session(tmp_path, log_tfb=False).close()
     assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize("damage", [b"\x80", b"[" * 100_000, b'{"round": null, "epoch": 0}'])
+def test_a_damaged_line_of_the_metrics_goes_when_the_run_goes_on(damage: bytes, tmp_path: Path) -> None:
+    whole = b'{"round": 0, "epoch": 0}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(whole + damage + b"\n")
+    Session(tmp_path, start=(1, 0), log_tfb=False).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+
+
+def test_a_damaged_config_is_kept_under_another_name(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"\x80")
+    Session.open(tmp_path, "seed: 1\n", log_tfb=False).close()
+    assert (tmp_path / "config.1.yaml").read_bytes() == b"\x80"
+    assert (tmp_path / "config.yaml").read_text(encoding="utf-8") == "seed: 1\n"

@@ -28,6 +28,7 @@ from datasets.images import (
     Splits,
     UnreadableImageError,
     clip,
+    quiet,
     read_rgb,
     size_of,
 )
@@ -129,7 +130,8 @@ class Reader:
                     results.append(error)
             return results
 
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
+        # Pillow decodes outside the interpreter's lock
+        with quiet(), ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             results = chain.from_iterable(pool.map(attempt, range(0, len(names), TOGETHER)))
             return list(self.request.progress(results, what, len(names), "file"))
 

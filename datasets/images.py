@@ -6,8 +6,10 @@ An image is a uint8 array (H, W, 3), RGB, held in memory or decoded from its fil
 from __future__ import annotations
 
 import os
+import warnings
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,7 +165,8 @@ class ImageFiles(Sequence[np.ndarray]):
     def __getitem__(self, index: Any) -> Any:
         path = self.root / self.names[index]
         try:
-            image = read_rgb(path, upright=self.boxes is None)
+            with quiet():
+                image = read_rgb(path, upright=self.boxes is None)
         except UnreadableImageError as error:
             raise DataError(
                 f"{path}: could be read at the start and cannot be now: {error}; mend it, or remove it and start again"
@@ -175,6 +178,14 @@ def clip(image: np.ndarray, box: np.ndarray) -> np.ndarray:
     """The part (h, w, 3) of an image (H, W, 3) inside a box of left, top, right and bottom pixels."""
     left, top, right, bottom = box
     return np.ascontiguousarray(image[top:bottom, left:right])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the decoders' warnings, of large images and damaged metadata; for all threads, so not within one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class UnreadableImageError(Exception):
@@ -215,7 +226,8 @@ def read_picture(path: Path) -> np.ndarray:
     if not path.is_file():
         raise DataError(f"{path}: is no file; name a picture")
     try:
-        return read_rgb(path)
+        with quiet():
+            return read_rgb(path)
     except UnreadableImageError as error:
         raise DataError(f"{path}: cannot be read as a picture: {error}; name another one") from None
 

@@ -49,7 +49,7 @@ def cluster(embeddings: np.ndarray, labels: np.ndarray | None, *, clusters: int,
         seed: of the starts.
 
     Raises:
-        UsageError: there are fewer samples than clusters.
+        UsageError: there are fewer samples than clusters, or embeddings that are no numbers.
     """
     from sklearn.cluster import KMeans, MiniBatchKMeans  # takes a second to import, which others need not wait for
     from sklearn.exceptions import ConvergenceWarning
@@ -59,15 +59,18 @@ def cluster(embeddings: np.ndarray, labels: np.ndarray | None, *, clusters: int,
             f"--protocol cluster: {len(embeddings)} images cannot make {clusters} clusters; set --clusters, or leave "
             "the protocol out"
         )
+    if not np.isfinite(embeddings).all():
+        raise UsageError(
+            "--protocol cluster: some embeddings are not finite numbers; choose another checkpoint, or leave the "
+            "protocol out"
+        )
     whole = len(embeddings) <= WHOLE
     method = KMeans if whole else partial(MiniBatchKMeans, batch_size=BATCH)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # said below
+        warnings.simplefilter("ignore", ConvergenceWarning)  # at each start, where fewer images differ than clusters
         found: np.ndarray = method(clusters, n_init=STARTS, random_state=seed % 2**32).fit_predict(embeddings)
-    if empty := clusters - len(np.unique(found)):
-        logger().warning(
-            "%d of %d clusters are empty: fewer embeddings differ than there are clusters", empty, clusters
-        )
+    if (kinds := len(np.unique(found))) < clusters:
+        logger().warning("k-means: %d of the %d clusters are empty, as images are alike", clusters - kinds, clusters)
     kind = "k-means" if whole else "k-means by batches"
     name = f"{kind} ({clusters} clusters, best of {STARTS} starts)"
     return Clustering(name, found, _unsupervised(embeddings, found, seed) if labels is None else against(labels, found))

@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 import datasets
 from lib import clustering
 from lib.clustering import against, cluster
-from lib.console import UsageError
+from lib.console import UsageError, logger
 
 
 def accuracy_by_brute_force(labels: list[int], clusters: list[int]) -> float:
@@ -114,9 +114,21 @@ def test_the_silhouette_is_of_some_where_there_are_many(monkeypatch: pytest.Monk
     assert cluster(rows, None, clusters=5, seed=0).figures["silhouette"] == pytest.approx(whole, abs=0.05)
 
 
-@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
-def test_equal_rows_have_no_silhouette() -> None:
-    assert cluster(np.ones((6, 2), np.float32), None, clusters=2, seed=0).figures == {}
+def test_equal_rows_have_no_silhouette_and_the_log_says_that_clusters_are_empty(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger(), "propagate", True)
+    with caplog.at_level("INFO", logger().name):
+        assert cluster(np.ones((6, 2), np.float32), None, clusters=3, seed=0).figures == {}
+    assert caplog.messages == ["k-means: 2 of the 3 clusters are empty, as images are alike"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_embeddings_that_are_no_numbers_are_refused(value: float) -> None:
+    rows = np.ones((6, 2), np.float32)
+    rows[3, 1] = value
+    with pytest.raises(UsageError, match="finite"):
+        cluster(rows, None, clusters=2, seed=0)
 
 
 def test_fewer_images_than_clusters_are_refused() -> None:

@@ -60,7 +60,7 @@ def test_a_run_gets_through(kind: str, labelled: bool, tmp_path: Path, capsys: p
     assert main.main([*test, *([] if labelled else ["--protocol", "cluster"])]) == 0, capsys.readouterr().err
     shown = capsys.readouterr()
     alike = kind in ("the same image again and again", "black images", "white images")
-    assert ("1 of 2 clusters are empty" in shown.out) == (alike and (classes == 2 or not labelled))
+    assert ("1 of the 2 clusters are empty" in shown.out) == (alike and (classes == 2 or not labelled))
     assert "nan" not in shown.out.lower().split() and shown.err == ""
     rows = [json.loads(line) for line in (session / "metrics.jsonl").read_text().splitlines()]
     unknown = {name for row in rows for name, value in row.items() if value is None}

@@ -21,6 +21,7 @@ import torch
 import datasets
 import models
 from lib import (
+    activations,
     agreement,
     augment,
     checkpoint,
@@ -41,12 +42,13 @@ from lib import (
     weights,
 )
 from lib.checkpoint import TrainingState
-from lib.console import FIRST, SUMMARY, UsageError, logger, progress, start_logging, visible
+from lib.console import FIRST, SUMMARY, UsageError, logger, progress, start_logging
+from lib.files import printable, reason
 from lib.free_memory import free
 from lib.interrupt import STATUS, Interrupts, Stopped
 from lib.memory_bank import MemoryBank
 from lib.neighbourhoods import Neighbourhoods
-from lib.options import Options
+from lib.options import Options, height_and_width
 from lib.seeding import Stream
 from lib.session import Session, create_folder, folder_of, of_job
 from lib.setting import Setting
@@ -88,29 +90,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except agreement.ToldElsewhereError:
         return 2
     except (UsageError, datasets.DataError) as error:
-        print(
-            f"error: {visible(str(error).splitlines()[-1])}", file=sys.stderr
-        )  # a worker's comes behind its traceback
-        return 2
-    except curriculum.NonFiniteLossError as error:  # the same in every process
-        if FIRST:
-            print(f"error: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if not launch.is_launched() or not is_loss(error):
-            raise
-        print(
-            "error: another process of the run has ended; --resume with the session's folder goes on", file=sys.stderr
-        )
-        return 1
+        said = str(error).rpartition("DataError: ")[2]  # a worker's comes behind its traceback
+        return refuse(printable(said.strip()))
+    except curriculum.NonFiniteLossError as error:
+        return refuse(str(error), status=1) if FIRST else 1  # the same in every process
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        print(f"error: --compile: PyTorch cannot compile the network here ({reason}); leave it out", file=sys.stderr)
-        return 2
+        return refuse(f"--compile: PyTorch cannot compile the network here ({reason(error)}); leave it out")
+    except OSError as error:
+        place = printable(str(error.filename or "the file system"))
+        return refuse(f"{place}: cannot be used: {reason(error)}; mend that, or choose another place")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+            return refuse("memory ran out; set --batch-size or --size lower, or choose a smaller --network")
+        if launch.is_launched() and is_loss(error):
+            return refuse("another process of the run has ended; --resume with the session's folder goes on", status=1)
+        raise
     except KeyboardInterrupt:
         print("interrupted; --resume with the session's folder goes on after its last whole epoch", file=sys.stderr)
         return 130
     return 0
+
+
+def refuse(sentence: str, status: int = 2) -> int:
+    """Says why the run ends; its exit status."""
+    print(f"error: {sentence}", file=sys.stderr)
+    return status
 
 
 def is_for_one(options: Options) -> bool:
@@ -165,6 +169,10 @@ def assemble(options: Options, place: torch.device, world: World, time_seed: int
     options = options.model_copy(update={"seed": seed})
     torch.manual_seed(seeding.seed_for(seed, Stream.WEIGHTS))  # the network's first weights
     network = models.build(options.network, low_dim=options.low_dim)
+    if not activations.takes(network, height_and_width(options.size)):
+        raise UsageError(
+            f"--size {options.size}: images of that size are too small for --network {options.network}; set it higher"
+        )
     if options.pretrained and not source:
         weights.load_pretrained(network, options.pretrained)
     splits = load_data(options)
@@ -202,8 +210,8 @@ def load_data(options: Options) -> datasets.Splits:
         splits = datasets.hold_out(splits, options.val_fraction)
     for note in splits.notes:
         logger().info("%s", note)
-    for name, reason in splits.skipped:
-        logger().warning("unreadable, left out: %s: %s", name, reason)
+    for name, why in splits.skipped:
+        logger().warning("unreadable, left out: %s: %s", name, why)
     if splits.skipped:
         logger().warning("%d unreadable images were left out; --strict-data refuses them", len(splits.skipped))
     if splits.train.labels is None:

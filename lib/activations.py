@@ -94,12 +94,7 @@ def activations(
         autocast: what ``torch.autocast`` computes in, or None.
         layout: of the batch.
     """
-    memo: dict[int, Any] = {}
-    for tensor in (*network.parameters(), *network.buffers()):  # hollow before it is copied, lest it take memory
-        hollow = tensor.detach().to("meta")
-        is_parameter = isinstance(tensor, torch.nn.Parameter)
-        memo[id(tensor)] = torch.nn.Parameter(hollow, tensor.requires_grad) if is_parameter else hollow
-    hollow_network = copy.deepcopy(network, memo).train()
+    hollow_network = _hollow(network).train()
     batch = torch.empty(shape, device="meta").contiguous(memory_format=layout)
     with _Live() as live:
         if autocast:
@@ -110,3 +105,23 @@ def activations(
         embeddings.sum().backward()
     peak: int = live.peak
     return peak
+
+
+def takes(network: torch.nn.Module, size: tuple[int, int]) -> bool:
+    """Whether images of a size (h, w) pass through the network: some are too small for its kernels."""
+    try:
+        with torch.no_grad():
+            _hollow(network).eval()(torch.empty((2, 3, *size), device="meta"))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _hollow(network: torch.nn.Module) -> torch.nn.Module:
+    """A copy without contents, which takes no memory."""
+    memo: dict[int, Any] = {}
+    for tensor in (*network.parameters(), *network.buffers()):  # hollow before it is copied
+        hollow = tensor.detach().to("meta")
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        memo[id(tensor)] = torch.nn.Parameter(hollow, tensor.requires_grad) if is_parameter else hollow
+    return copy.deepcopy(network, memo)

@@ -152,11 +152,12 @@ def read_yaml(path: Path, lines: str = "option: value") -> dict[Any, Any]:
 
 
 def _shown(value: object) -> str:
-    """A value in a message: on one line, and not the whole of a long one."""
+    """A value in a message: on one line, and not the whole of a long one, which YAML's anchors make of a short file."""
+    spelling = reprlib.Repr()
+    spelling.maxlevel, spelling.maxlist, spelling.maxtuple, spelling.maxdict, spelling.maxset = 4, 8, 8, 8, 8
+    spelling.maxstring = spelling.maxlong = spelling.maxother = 200
     try:
-        short = reprlib.Repr()  # lists that name one another again and again would fill the memory
-        short.maxlevel, short.maxstring, short.maxother = 3, 90, 90
-        text = " ".join(short.repr(value).split())
+        text = " ".join(spelling.repr(value).split())
     except (ValueError, RecursionError):  # Python spells no number of more than 4,300 digits
         return f"a very large {type(value).__name__}"
     return text if len(text) <= 80 else text[:80] + "..."

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib.activations import activations
+from lib.activations import activations, takes
 
 CPU = torch.device("cpu")
 
@@ -51,3 +51,9 @@ def test_counting_leaves_the_network_as_it_was() -> None:
     assert not network.training and not network[1].training
     assert all(parameter.grad is None and parameter.device == CPU for parameter in network.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_images_too_small_for_a_network_s_kernels_do_not_pass_it() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 5), nn.BatchNorm2d(4))
+    assert takes(network, (5, 5)) and not takes(network, (4, 5))
+    assert network.training and all(parameter.device == CPU for parameter in network.parameters())

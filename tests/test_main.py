@@ -18,7 +18,9 @@ from PIL import Image
 
 import main
 import models
-from lib import curriculum
+from datasets import files
+from lib import curriculum, results
+from lib.options import Options
 
 ROOT = Path(__file__).parent.parent
 TINY = "--resize 8 --size 8 --scale 0.5 1 --network tiny --low-dim 8 --batch-size 8 --workers-num 0".split()
@@ -36,7 +38,7 @@ class Tiny(torch.nn.Module):
 
     def stages(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         maps = torch.relu(self.bn(self.conv(x)))
-        embeddings = torch.nn.functional.normalize(self.linear(maps.mean(dim=(2, 3))), dim=1)
+        embeddings = torch.nn.functional.normalize(self.linear(maps.mean(dim=(2, 3))).float(), dim=1)
         return {"conv1": maps, "fc": embeddings}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -531,6 +533,11 @@ BAD_OPTIONS = {
     "--pretrained none.pth": "none.pth",
     "--export-features out.txt": ".npz",
     "--export-model none/out.onnx": "none",
+    "--size 2 --resize 2": "--size 2: images of that size are too small for --network tiny",
+    "--max-epoch 9 --lr-decay-offset 0 --lr-decay-step 1 --lr-decay-rate 1e30": "--lr-decay-rate 1e+30",
+    f"--resume {'x' * 300}": "File name too long",
+    f"--query {'x' * 300}": "File name too long",
+    f"--report {'x' * 300}": "File name too long",
 }
 
 
@@ -540,6 +547,53 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(
 ) -> None:
     assert BAD_OPTIONS[words] in refused([*start, *words.split()], capsys)
     assert not (tmp_path / "sessions").exists()
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "two\u2028lines", "two\x85lines"])
+def test_a_name_of_several_lines_is_told_whole_on_one(
+    name: str, start: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    spelled = name.encode("unicode_escape").decode("ascii")
+    for option in ("--dataset", "--data-root", "--resume"):
+        assert spelled in refused([*start, option, name], capsys)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_is_gone_is_told_without_the_traceback_of_a_worker(
+    workers: int, start: list[str], photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone, load = photos / "train" / "dark" / "3.png", main.load_data
+
+    def load_and_lose(options: Options) -> Any:
+        splits = load(options)
+        gone.unlink()
+        return splits
+
+    monkeypatch.setattr(files, "IN_MEMORY", 0)
+    monkeypatch.setattr(main, "load_data", load_and_lose)
+    assert refused([*start, "--workers-num", str(workers)], capsys).startswith(f"{gone}: could be read at the start")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_ran_out_is_told(
+    error: Exception, start: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(setting: object) -> None:
+        raise error
+
+    monkeypatch.setattr(results, "test", fail)
+    assert "--batch-size" in refused([*start, "--test-only"], capsys)
+
+
+def test_an_error_of_the_program_keeps_its_traceback(start: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(setting: object) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(results, "test", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        main.main([*start, "--test-only"])
 
 
 def test_a_place_where_no_session_can_be_written_is_refused(

@@ -60,12 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint could not be saved; 130 and 143 stopped by Ctrl-C and SIGTERM.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    world = World.join()
     try:
-        options = resolve(words)
+        options = agreement.together(world, lambda: resolve(words))
         if options.print_args:
             print(config.to_yaml(options), end="")
             return 0
         if len(options.gpus) > 1 and not launch.is_launched() and not is_for_one(options):
+            device.select(options.gpus)  # before it is refused once for each
             return launch.run(Path(__file__), words, len(options.gpus))
         start_logging(options.brief)
         if options.compare:
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if is_for_one(options) and launch.is_launched():
             raise UsageError("--report, --query and --compare are for one process; start them without a launcher")
-        setting = prepare(options)
+        setting = prepare(options, world)
         if isinstance(options.report, Path):
             load_network(setting)
             results.write_report(setting, options.report, setting.loaded)
@@ -108,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; --resume with the session's folder goes on after its last whole epoch", file=sys.stderr)
         return 130
+    finally:
+        world.leave()
     return 0
 
 
@@ -138,11 +142,11 @@ def resolve(argv: Sequence[str]) -> Options:
     return config.read_options(argv, base=session / "config.yaml") if session else options
 
 
-def prepare(options: Options) -> Setting:
-    """Checks everything that can be checked before anything is written; processes that train together meet here."""
+def prepare(options: Options, world: World | None = None) -> Setting:
+    """Checks everything that can be checked before anything is written, in all processes that train together."""
+    world = world or World()
     device.allow_nondeterminism(not options.deterministic)
-    place = device.select(options.gpus)
-    world = World.join(place)
+    place = agreement.together(world, lambda: device.select(options.gpus))
     if options.download and world.size > 1:  # one process of each machine fetches
         here = int(os.environ.get("LOCAL_RANK", 0))
         agreement.together(world, lambda: load_data(options) if here == 0 else None, (datasets.DataError,))

@@ -11,18 +11,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lib.world import World
 
 
-def over_processes(network: torch.nn.Module, world: World, *, joined: bool, device: torch.device) -> torch.nn.Module:
+def over_processes(network: torch.nn.Module, world: World, *, joined: bool) -> torch.nn.Module:
     """The network with batch normalisation that bears a process without images, and joins all their statistics or none.
 
-    Names of parameters stay. On a GPU joined statistics are PyTorch's, whose ``SyncBatchNorm`` knows no CPU.
+    Names of parameters stay. PyTorch's own ``SyncBatchNorm`` knows no CPU.
     """
     if world.size == 1:
         return network
-    if joined and device.type == "cuda":
-        converted: torch.nn.Module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        return converted
     for name, child in network.named_children():
-        setattr(network, name, over_processes(child, world, joined=joined, device=device))
+        setattr(network, name, over_processes(child, world, joined=joined))
     return _Shared(network, world, joined) if isinstance(network, _BatchNorm) else network
 
 

@@ -61,8 +61,10 @@ def place(
     """The network on its device, channels-last, with batch normalisation of this process's images or, with
     ``sync_bn``, of all processes'.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # for what names none
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    network = batch_norm.over_processes(network, world or World(), joined=sync_bn, device=device)
+    network = batch_norm.over_processes(network, world or World(), joined=sync_bn)
     if compile:
         network.compile()
     return network

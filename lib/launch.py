@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -48,6 +49,7 @@ def run(program: Path, words: Sequence[str], processes: int) -> int:
         signal.signal(signal.SIGUSR1, _pass_on)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
+        run_id=uuid.uuid4().hex,
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=processes,

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=1)
@@ -39,24 +41,28 @@ class World:
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank = rank
         self.size = size
-        self._control: Any = None  # a group on the host, for what is no tensor
 
     @classmethod
-    def join(cls, device: torch.device) -> World:
-        """Meets the others, over NCCL on GPUs and gloo on CPUs; alone where no launcher started this process."""
+    def join(cls) -> World:
+        """Meets the others, over gloo, and between GPUs over NCCL; alone where no launcher started this process."""
         world = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
         if world.size > 1:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-            world._control = dist.new_group(backend="gloo", timeout=PATIENCE)
+            store, _, _ = next(rendezvous("env://", timeout=PATIENCE))
+            # a launcher that starts its processes anew keeps the store, and in it where those before could be reached
+            store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
         return world
 
     def leave(self) -> None:
         """Ends the group; each process goes on alone."""
-        if self.size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
         self.rank, self.size = 0, 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> World:
+        """A copy of what talks to others, such as a network, is of this process alone."""
+        return World()
 
     @property
     def is_first(self) -> bool:
@@ -133,7 +139,7 @@ class World:
         if self.size == 1:
             return flag
         told = torch.tensor(int(flag))
-        dist.all_reduce(told, dist.ReduceOp.MAX, group=self._control)
+        dist.all_reduce(told, dist.ReduceOp.MAX)
         return bool(told)
 
     def collect(self, item: T) -> list[T]:
@@ -141,7 +147,7 @@ class World:
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item, group=self._control)
+        dist.all_gather_object(items, item)
         return items
 
 

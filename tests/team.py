@@ -58,7 +58,7 @@ def _serve(environment: dict[str, Any], pipe: Connection) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123  # gloo's chatter at the end
-    world = World.join(torch.device("cpu"))
+    world = World.join()
     while True:
         work, arguments = pipe.recv()
         try:

@@ -1,0 +1,175 @@
+"""Runs of several processes: started by torchrun and by the program itself, gone on with, broken and stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from runs import ROOT, assert_alike, content, finished, metrics, save_photos, start, until, words_of, written
+from test_parallel import assert_alike as assert_near
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there")
+LAUNCH = "import sys; from lib import launch; sys.exit(launch.run('main.py', sys.argv[1:], 2))"
+"""What ``--gpus 0,1`` does, on CPUs."""
+
+
+def torchrun(processes: int, *flags: str) -> tuple[str, ...]:
+    return "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *flags
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    save_photos(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The session of two processes that nobody stopped."""
+    folder = tmp_path_factory.mktemp("two")
+    process = start("main.py", *words_of(photos, folder, "two"), program=torchrun(2))
+    shown, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, shown
+    assert shown.count("round 1 done") == 1 and "Traceback" not in shown and "Warning" not in shown
+    return folder / "two"
+
+
+def launched(words: list[str], *flags: str, processes: int = 2) -> tuple[int, str]:
+    process = start("main.py", *words, program=torchrun(processes, *flags))
+    shown, _ = process.communicate(timeout=300)
+    return process.returncode, shown
+
+
+def test_a_session_is_written_once_and_whole(two: Path) -> None:
+    assert [(row["round"], row["epoch"]) for row in metrics(two)] == [(r, e) for r in range(2) for e in range(4)]
+    assert {path.name for path in two.parent.iterdir()} == {"two"} and not list(two.rglob("*.part"))
+    saved = content(two)
+    assert saved["npc"]["memory"].shape == (100, 16) and saved["npc"]["memory"].norm(dim=1).sub(1).abs().max() < 1e-5
+    assert (two / "log.txt").read_text().count("processes: 2") == 1
+
+
+def test_its_checkpoint_is_judged_the_same_by_any_number_of_processes(two: Path) -> None:
+    alone = finished("--resume", str(two), "--test-only", "--protocol", "knn", "linear", "cluster", "--brief")
+    for processes in (2, 3):
+        status, shown = launched(
+            ["--resume", str(two), "--test-only", "--protocol", "knn", "linear", "cluster", "--brief"],
+            processes=processes,
+        )
+        assert status == 0
+        table = [line.split() for line in alone.splitlines() if "%" in line]
+        assert len(table) >= 4 and [line.split() for line in shown.splitlines() if "%" in line] == table
+
+
+def test_another_number_of_processes_goes_on_with_it(two: Path, photos: Path, tmp_path: Path) -> None:
+    words = ["--resume", str(two), "--restart", "--sess-dir", str(tmp_path), "--max-round", "3", "--max-epoch", "4"]
+    finished(*words, "--session", "one", "--brief")
+    status, shown = launched([*words, "--session", "three", "--brief"], processes=3)
+    assert status == 0, shown
+    for name in ("one", "three"):
+        assert [row["round"] for row in metrics(tmp_path / name)] == [2] * 4
+    one, three = content(tmp_path / "one"), content(tmp_path / "three")
+    for part in ("anchor_indexes", "neighbours", "entropy"):  # of the discovery that both began with
+        assert_near(three["ANs_discovery"][part], one["ANs_discovery"][part], part)
+
+
+def test_one_that_is_killed_goes_on_to_the_same_end(two: Path, photos: Path, tmp_path: Path) -> None:
+    session = tmp_path / "killed"
+    process = start("main.py", *words_of(photos, tmp_path, "killed"), program=torchrun(2))
+    until(lambda: written(session) > 0, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    status, shown = launched(["--resume", str(session), "--brief"])
+    assert status == 0, shown
+    assert_alike(session, two)
+
+
+def workers_of(process: Any) -> dict[str, psutil.Process]:
+    """The processes that train, by rank."""
+    found = {}
+    for child in psutil.Process(process.pid).children():
+        if rank := child.environ().get("RANK"):
+            found[rank] = child
+    return found
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_one_that_dies_takes_the_others_along_and_the_launcher_may_start_anew(
+    restarts: int, two: Path, photos: Path, tmp_path: Path
+) -> None:
+    session = tmp_path / "broken"
+    words = words_of(photos, tmp_path, "broken")
+    process = start("main.py", *words, program=torchrun(2, "--max-restarts", str(restarts)))
+    until(lambda: written(session) > 0, process)
+    died, before = time.monotonic(), workers_of(process)
+    before["1"].kill()
+    if restarts == 0:
+        shown, _ = process.communicate(timeout=30)
+        assert process.returncode != 0 and time.monotonic() - died < 30
+        assert "another process of the run has ended" in shown and "exitcode  : -9" in shown
+        assert not psutil.wait_procs(list(before.values()), timeout=5)[1]
+        status, shown = launched(["--resume", str(session), "--brief"])
+        assert status == 0, shown
+    else:
+        shown, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, shown
+        assert len((session / "starts.jsonl").read_text().splitlines()) == 2
+        assert {path.name for path in tmp_path.iterdir()} == {"broken"}
+    assert_alike(session, two)
+
+
+@pytest.mark.parametrize(("which", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 0)])
+@pytest.mark.parametrize("group", [True, False])
+def test_a_signal_stops_all_at_one_step_and_they_go_on_from_there(
+    which: str, status: int, group: bool, two: Path, photos: Path, tmp_path: Path
+) -> None:
+    """From a terminal everyone gets it, and from a scheduler the launcher alone."""
+    session = tmp_path / "stopped"
+    process = start(*words_of(photos, tmp_path, "stopped"), program=("-c", LAUNCH))
+    until(lambda: written(session) > 0, process)
+    time.sleep(0.2)
+    asked = time.monotonic()
+    (os.killpg if group else os.kill)(process.pid, getattr(signal, which))
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == status and time.monotonic() - asked < 10, shown
+    assert f"stopped by {which}" in shown and f"--resume {session}" in shown and "Traceback" not in shown
+    again = start("--resume", str(session), "--brief", program=("-c", LAUNCH))
+    shown, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, shown
+    assert_alike(session, two)
+
+
+def test_bad_input_is_told_once_and_by_its_status(photos: Path, tmp_path: Path) -> None:
+    words = words_of(photos, tmp_path, "bad")
+    for wrong, said in {
+        ("--data-root", "nowhere"): "error: nowhere: no such folder",
+        ("--batch-size", "3"): "error: --batch-size 3: is of all 2 processes together",
+        ("--ANs-size", "100"): "error: --ANs-size 100",
+        ("--resume", "nowhere.ckpt", "--restart"): "error: nowhere.ckpt: no such checkpoint",
+    }.items():
+        process = start(*words, *wrong, program=("-c", LAUNCH))
+        shown, _ = process.communicate(timeout=60)
+        assert process.returncode == 2, shown
+        (line,) = [line for line in shown.splitlines() if line.startswith("error")]
+        assert line.startswith(said) and "Traceback" not in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_with_other_options_is_refused_at_the_start(photos: Path, tmp_path: Path) -> None:
+    program = tmp_path / "odd.py"
+    program.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport main\n"
+        "sys.exit(main.main([*sys.argv[1:], *(['--npc-momentum', '0.7'] if os.environ['RANK'] == '1' else [])]))\n"
+    )
+    process = start(str(program), *words_of(photos, tmp_path / "sessions", "odd"), program=torchrun(2))
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "error: --npc-momentum: process 1 has 0.7, and process 0 has 0.5; give all processes the same" in shown
+    assert not (tmp_path / "sessions").exists()

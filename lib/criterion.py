@@ -1,6 +1,6 @@
 """The neighbourhood loss over the memory bank. Layer 2.
 
-Letters: B batch, N samples, n rows of this process, D embedding, K neighbours, G processes.
+Letters: B batch, N samples, n rows of this process, D embedding, K neighbours.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def neighbourhood_loss(
     "FlashAttention"). The gradient, (sum_j p_ij m_j - sum_{j in neighbourhood} q_ij m_j) / (tau B) where q is p
     within the neighbourhood, falls off on the way, so that nothing has to be computed again for it.
 
-    Each process looks at its own rows; what is exchanged is a maximum and a sum for the whole bank and for the
-    neighbourhood, (B, 4), and the gradient (B, D): nothing of order N.
+    Each process looks at its own rows; what is put together is a maximum and then a sum for the whole bank and for the
+    neighbourhood, (B, 2) each, and the gradient (B, D): nothing of order N.
 
     Args:
         embeddings: (B, D) of the whole batch, unit length, the same in every process; the gradient goes to these alone.
@@ -51,10 +51,9 @@ class _Loss(torch.autograd.Function):
         scaled = embeddings / temperature
         wanted = ctx.needs_input_grad[0]
         parts = [_over_all(scaled, bank.own, wanted), _over_members(scaled, bank, neighbourhoods, wanted)]
-        told = torch.stack([torch.stack([greatest, total], dim=1) for greatest, total, _ in parts], dim=1)  # (B, 2, 2)
-        greatest, total = bank.world.stack(told).unbind(3)  # (G, B, 2)
-        highest = greatest.amax(dim=0)  # (B, 2)
-        total = (total * (greatest - highest).exp()).sum(dim=0)
+        greatest, total = (torch.stack([part[i] for part in parts], dim=1) for i in (0, 1))  # (B, 2) each
+        highest = bank.world.max(greatest.clone())
+        total = bank.world.sum(total * (greatest - highest).exp())
         if wanted:
             gradient = torch.zeros_like(embeddings)
             for part, sign in ((0, 1), (1, -1)):

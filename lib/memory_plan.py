@@ -5,7 +5,8 @@
                   a batch, gradients included, or gradients and temporaries of the optimiser's step
     memory bank   the bank, the neighbourhoods, and the rows that the health figures compare
     logits        the criterion's blocks
-    discovery     in place of logits and passes, where the blocks of discovery and evaluation take more than those
+    discovery     in place of logits and passes, where the blocks of discovery and evaluation take more than those, or
+                  with several processes another's part of the bank, or the whole of it in a checkpoint
     data          decoded images that lie in memory, batches under way, worker processes
 
 Passes are not estimated but walked through (``lib/activations.py``).
@@ -261,7 +262,9 @@ def _computing(training: Training, passes: int, weights: int, bank: int) -> dict
     compared = 2 * min(training.samples, health.ROWS) * training.low_dim * FLOAT
     logits = 3 * FLOAT * training.batch_size * min(training.block, training.samples)
     parts = {"network": network, "memory bank": bank + neighbourhoods + compared}
-    scratch = training.scratch + (bank if training.processes > 1 else 0)  # a part of another process comes by
+    scratch = training.scratch
+    if training.processes > 1:  # a part of another process comes by; the first has the whole bank when it saves
+        scratch = max(scratch + bank, training.samples * training.low_dim * FLOAT if _on_host(training) else 0)
     if scratch > moment + logits:
         return {**parts, "discovery": scratch}
     return {**parts, "network": network + moment, "logits": logits}

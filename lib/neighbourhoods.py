@@ -167,7 +167,7 @@ def survey(memory: torch.Tensor | Rows, *, temperature: float, size: int) -> tup
     own, samples = bank.own, len(bank.own)
     lengths = torch.linalg.vector_norm(own, dim=1).square()
     extremes = torch.stack([lengths.amax(), -lengths.amin()]) if samples else own.new_full((2,), -torch.inf)
-    bound, minus_least = bank.world.stack(extremes).amax(dim=0).tolist()  # waits for the device, once a discovery
+    bound, minus_least = bank.world.max(extremes).tolist()  # waits for the device, once a discovery
     if (bound * (1 + ROUNDING) + minus_least) / temperature > SPREAD:
         return look_around(bank, temperature=temperature, size=size)
     sums = torch.zeros(2, samples, dtype=torch.float64, device=own.device)  # of exp z and z exp z

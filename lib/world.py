@@ -109,6 +109,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The greatest over the processes, number by number, in place, which takes a contiguous tensor."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
     def sum_with_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the processes; what any of them makes of it has a gradient for each one's part."""
         summed: torch.Tensor = _Sum.apply(tensor, self)

@@ -80,6 +80,14 @@ def test_parts_on_the_host_counted_by_hand() -> None:
     assert made.host.peak == sum(parts.values())
 
 
+def test_each_of_several_processes_plans_its_part_and_another_s_in_discovery() -> None:
+    bank, many = 100_000 * 64 * 4, {"samples": 100_000, "low_dim": 64}
+    alone, four = plan(training(**many)).host, plan(training(**many, processes=4)).host
+    assert alone.parts["memory bank"] - four.parts["memory bank"] == bank * 3 // 4
+    assert four.parts["discovery"] == bank  # the first one, when it saves
+    assert plan(training(**many, processes=4, scratch=2**30)).host.parts["discovery"] == 2**30 + bank // 4
+
+
 def test_workers_take_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = 16 * 3 * 4 * 4
     for method, own in (("fork", WORKER), ("forkserver", memory_plan.SPAWNED)):

@@ -1,0 +1,101 @@
+"""What each of 1, 2 and 4 processes holds and takes for bank, step, discovery and kNN, over gloo on one host."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import measure
+
+ROOT = Path(__file__).parent.parent
+SAMPLES, LOW_DIM, BATCH, QUERIES = 100_000, 256, 128, 1_000
+PROCESSES = (1, 2, 4)
+PARTS = ("memory bank", "loss, gradient and update", "discovery", "kNN")
+MEASURED = """
+import json, sys
+import torch
+import torch.nn.functional as F
+from benchmarks import measure, parallel
+from lib.criterion import neighbourhood_loss
+from lib.knn import weighted_knn
+from lib.memory_bank import MemoryBank
+from lib.neighbourhoods import Neighbourhoods, discover
+from lib.world import World
+
+device, low_dim = torch.device("cpu"), parallel.LOW_DIM
+world, made = World.join(), []
+embeddings = F.normalize(torch.randn(parallel.BATCH, low_dim, generator=torch.Generator().manual_seed(0)), dim=1)
+index = torch.randperm(parallel.SAMPLES, generator=torch.Generator().manual_seed(1))[:parallel.BATCH]
+shares = world.shares(parallel.BATCH)
+own = embeddings[sum(shares[:world.rank]):][:shares[world.rank]]
+queries = embeddings.repeat(8, 1)[slice(*world.bounds(parallel.QUERIES))]
+labels = torch.arange(parallel.SAMPLES) % 10
+constants = dict(temperature=0.1, momentum=0.5, seed=0, device=device, world=world)
+
+
+def bank():
+    made.append(MemoryBank(parallel.SAMPLES, low_dim, **constants))
+    made[0].memory.copy_(F.normalize(made[0].memory, dim=1))
+
+
+def step():
+    everyone = world.gather(own.clone().requires_grad_(), shares)
+    members = Neighbourhoods.none(parallel.SAMPLES).of(index)
+    neighbourhood_loss(everyone, made[0].rows, members, temperature=0.1).backward()
+    made[0].update(everyone.detach(), index)
+
+
+def find():
+    discover(made[0].rows, temperature=0.1, anchors=parallel.SAMPLES // 4, size=1)
+
+
+def vote():
+    weighted_knn(queries, made[0].rows, labels, classes=10, k=200, sigma=0.1)
+
+
+found, taken = [], []
+for way in (bank, step, find, vote):
+    world.any(False)
+    peak = measure.peak_memory(lambda: taken.append(measure.once(way, device)), device)
+    found.append([peak, taken[-1]])
+everyone = world.collect(found)
+if world.is_first:
+    print(json.dumps(everyone))
+world.leave()
+"""
+
+
+def run(repeats: int, device: torch.device) -> str:
+    """Tables of memory and seconds. There are as many threads as processes, so seconds of more processes than cores
+    tell nothing of other machines."""
+    memory: list[list[object]] = [[part] for part in PARTS]
+    seconds: list[list[object]] = [[part] for part in PARTS]
+    for processes in PROCESSES:
+        runs = [_measure(processes) for _ in range(repeats)]
+        for part in range(len(PARTS)):
+            peaks = [max(process[part][0] for process in found) for found in runs]
+            times = [max(process[part][1] for process in found) for found in runs]
+            memory[part].append(f"{statistics.median(peaks) / 2**20:,.0f}")
+            seconds[part].append(measure.spread(times))
+    header = ["part", *(f"G = {processes}" for processes in PROCESSES)]
+    return (
+        f"N = {SAMPLES:,}, D = {LOW_DIM}, batch {BATCH}, k = 1; the bank is {SAMPLES * LOW_DIM * 4 / 2**20:.0f} MiB."
+        f"\n\nMiB that the process that takes the most adds at its peak:\n\n{measure.table(header, memory)}"
+        f"\n\nSeconds, one thread a process, {os.cpu_count()} cores:\n\n{measure.table(header, seconds)}"
+    )
+
+
+def _measure(processes: int) -> list[list[list[float]]]:
+    """Of each process, for each part: bytes and seconds."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--no-python"]
+    words = [sys.executable, *launcher, sys.executable, "-c", MEASURED]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    found: list[list[list[float]]] = json.loads(done.stdout.splitlines()[-1])
+    return found

@@ -86,7 +86,7 @@ def _look_up(index: object, memory: torch.Tensor) -> tuple[torch.Tensor, torch.T
         place = torch.searchsorted(known, drawn.expand(len(rows), -1).contiguous()).clamp(max=NEAR - 1)
         far.masked_fill_(known.gather(1, place) == drawn, -torch.inf)  # is counted already
         left = SAMPLES - (which >= 0).sum(dim=1)
-        scale = left / far.isfinite().sum(dim=1)
+        scale = left / far.isfinite().sum(dim=1).clamp(min=1)
         total = near.exp().sum(1) + scale * far.exp().sum(1)
         product = sum(
             factor * (z.exp() * z.masked_fill(z.isinf(), 0)).sum(1) for factor, z in ((1.0, near), (scale, far))

@@ -21,38 +21,39 @@ MEASURED = """
 import json, sys
 import torch
 import torch.nn.functional as F
-from benchmarks import measure, parallel
+from benchmarks import measure
 from lib.criterion import neighbourhood_loss
 from lib.knn import weighted_knn
 from lib.memory_bank import MemoryBank
 from lib.neighbourhoods import Neighbourhoods, discover
 from lib.world import World
 
-device, low_dim = torch.device("cpu"), parallel.LOW_DIM
+samples, low_dim, batch, queried = map(int, sys.argv[1:])
+device = torch.device("cpu")
 world, made = World.join(), []
-embeddings = F.normalize(torch.randn(parallel.BATCH, low_dim, generator=torch.Generator().manual_seed(0)), dim=1)
-index = torch.randperm(parallel.SAMPLES, generator=torch.Generator().manual_seed(1))[:parallel.BATCH]
-shares = world.shares(parallel.BATCH)
+embeddings = F.normalize(torch.randn(batch, low_dim, generator=torch.Generator().manual_seed(0)), dim=1)
+index = torch.randperm(samples, generator=torch.Generator().manual_seed(1))[:batch]
+shares = world.shares(batch)
 own = embeddings[sum(shares[:world.rank]):][:shares[world.rank]]
-queries = embeddings.repeat(8, 1)[slice(*world.bounds(parallel.QUERIES))]
-labels = torch.arange(parallel.SAMPLES) % 10
+queries = embeddings.repeat(-(-queried // batch), 1)[:queried][slice(*world.bounds(queried))]
+labels = torch.arange(samples) % 10
 constants = dict(temperature=0.1, momentum=0.5, seed=0, device=device, world=world)
 
 
 def bank():
-    made.append(MemoryBank(parallel.SAMPLES, low_dim, **constants))
+    made.append(MemoryBank(samples, low_dim, **constants))
     made[0].memory.copy_(F.normalize(made[0].memory, dim=1))
 
 
 def step():
     everyone = world.gather(own.clone().requires_grad_(), shares)
-    members = Neighbourhoods.none(parallel.SAMPLES).of(index)
+    members = Neighbourhoods.none(samples).of(index)
     neighbourhood_loss(everyone, made[0].rows, members, temperature=0.1).backward()
     made[0].update(everyone.detach(), index)
 
 
 def find():
-    discover(made[0].rows, temperature=0.1, anchors=parallel.SAMPLES // 4, size=1)
+    discover(made[0].rows, temperature=0.1, anchors=samples // 4, size=1)
 
 
 def vote():
@@ -94,7 +95,8 @@ def run(repeats: int, device: torch.device) -> str:
 def _measure(processes: int) -> list[list[list[float]]]:
     """Of each process, for each part: bytes and seconds."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--no-python"]
-    words = [sys.executable, *launcher, sys.executable, "-c", MEASURED]
+    sizes = map(str, (SAMPLES, LOW_DIM, BATCH, QUERIES))
+    words = [sys.executable, *launcher, sys.executable, "-c", MEASURED, *sizes]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     found: list[list[list[float]]] = json.loads(done.stdout.splitlines()[-1])

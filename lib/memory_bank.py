@@ -53,8 +53,9 @@ class MemoryBank:
         step = max(1, PARCEL // low_dim)
         for first in range(0, stop, step):  # on the CPU and from the first row on: the same whatever device and part
             noise = torch.rand(min(step, stop - first), low_dim, generator=draw).mul_(2 * bound).sub_(bound)
-            skipped = max(0, start - first)
-            self.memory[first + skipped - start : first + len(noise) - start] = noise[skipped:]
+            if first + len(noise) > start:
+                skipped = max(0, start - first)
+                self.memory[first + skipped - start : first + len(noise) - start] = noise[skipped:]
 
     @property
     def rows(self) -> Rows:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ import torch.nn.functional as F
 from numpy.testing import assert_allclose
 
 import models
-from lib import checkpoint, curriculum, device, health, linear_probe, schedule
+from lib import checkpoint, curriculum, device, health, linear_probe, memory_bank, schedule
+from lib import world as world_module
 from lib.agreement import ToldElsewhereError, agree, together
 from lib.augment import Augmentation
 from lib.checkpoint import TrainingState
@@ -43,17 +46,32 @@ def rows_of(samples: int, low_dim: int = 5, seed: int = 0) -> torch.Tensor:
 # what processes say to each other
 
 
-def parts_of(world: World, samples: int) -> Any:
+@contextmanager
+def parcels_of(numbers: int) -> Iterator[None]:
+    """Rows are drawn and passed on in parcels of so many numbers."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (world_module, memory_bank):
+            patch.setattr(module, "PARCEL", numbers)
+        yield
+
+
+def parts_of(world: World, samples: int, parcel: int) -> Any:
+    with parcels_of(parcel):
+        return parts_in_parcels(world, samples)
+
+
+def parts_in_parcels(world: World, samples: int) -> Any:
     rows = Rows.part_of(torch.arange(2.0 * samples).view(samples, 2), world)
     seen = {start: part.clone() for start, part in rows.ring()}
     index = torch.arange(samples).flip(0)[::2]
     return rows.own, seen, rows.whole(), rows.take(index), world.parts(samples), world.any(world.rank == 1)
 
 
+@pytest.mark.parametrize("parcel", [1, 5, 2**22])
 @pytest.mark.parametrize("samples", [1, 3, 4, 9, 23])
-def test_every_row_is_with_one_process_and_comes_round_to_all(samples: int, team: Team) -> None:
+def test_every_row_is_with_one_process_and_comes_round_to_all(samples: int, parcel: int, team: Team) -> None:
     whole = torch.arange(2.0 * samples).view(samples, 2)
-    answers = team.run(parts_of, samples)
+    answers = team.run(parts_of, samples, parcel)
     assert torch.equal(torch.cat([own for own, *_ in answers]), whole)
     sizes = [len(own) for own, *_ in answers]
     assert max(sizes) - min(sizes) <= 1
@@ -149,7 +167,12 @@ def oracles_loss(embeddings: torch.Tensor, memory: torch.Tensor, members: torch.
     return -torch.stack(inside).log().mean().item()
 
 
-def banked(world: World, samples: int, whole: torch.Tensor) -> Any:
+def banked(world: World, samples: int, whole: torch.Tensor, parcel: int) -> Any:
+    with parcels_of(parcel):
+        return banked_in_parcels(world, samples, whole)
+
+
+def banked_in_parcels(world: World, samples: int, whole: torch.Tensor) -> Any:
     bank = MemoryBank(samples, 5, temperature=0.1, momentum=0.3, seed=4, device="cpu", world=world)
     first = bank.state_dict()["memory"].clone()
     index = torch.randperm(samples, generator=torch.Generator().manual_seed(2))[: max(1, samples // 2)]
@@ -159,11 +182,12 @@ def banked(world: World, samples: int, whole: torch.Tensor) -> Any:
     return first, updated, bank.state_dict()["memory"].clone(), len(bank.memory)
 
 
+@pytest.mark.parametrize("parcel", [7, 2**22])
 @pytest.mark.parametrize("samples", [3, 24, 25])
-def test_the_bank_is_drawn_updated_saved_and_loaded_as_by_one_process(samples: int, team: Team) -> None:
+def test_the_bank_is_drawn_updated_saved_and_loaded_as_by_one_process(samples: int, parcel: int, team: Team) -> None:
     whole = rows_of(samples)
-    expected = banked(ALONE, samples, whole)
-    answers = team.run(banked, samples, whole)
+    expected = banked(ALONE, samples, whole, 2**22)
+    answers = team.run(banked, samples, whole, parcel)
     for ours, theirs in zip(answers[0][:3], expected[:3], strict=True):
         assert torch.equal(ours, theirs)
     assert sum(part for *_, part in answers) == samples

@@ -42,7 +42,8 @@ constants = dict(temperature=0.1, momentum=0.5, seed=0, device=device, world=wor
 
 def bank():
     made.append(MemoryBank(samples, low_dim, **constants))
-    made[0].memory.copy_(F.normalize(made[0].memory, dim=1))
+    for rows in made[0].memory.split(1_000):
+        rows.copy_(F.normalize(rows, dim=1))
 
 
 def step():

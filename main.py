@@ -110,8 +110,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; --resume with the session's folder goes on after its last whole epoch", file=sys.stderr)
         return 130
-    finally:
-        world.leave()
     return 0
 
 
@@ -386,4 +384,4 @@ def describe(setting: Setting, session: Session, memory: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.end(main())

@@ -22,6 +22,7 @@ import json, sys
 import torch
 import torch.nn.functional as F
 from benchmarks import measure
+from lib import launch
 from lib.criterion import neighbourhood_loss
 from lib.knn import weighted_knn
 from lib.memory_bank import MemoryBank
@@ -34,8 +35,8 @@ world, made = World.join(), []
 embeddings = F.normalize(torch.randn(batch, low_dim, generator=torch.Generator().manual_seed(0)), dim=1)
 index = torch.randperm(samples, generator=torch.Generator().manual_seed(1))[:batch]
 shares = world.shares(batch)
-own = embeddings[sum(shares[:world.rank]):][:shares[world.rank]]
-queries = embeddings.repeat(-(-queried // batch), 1)[:queried][slice(*world.bounds(queried))]
+own = embeddings[world.among(shares)]
+queries = embeddings.repeat(-(-queried // batch), 1)[:queried][world.part(queried)]
 labels = torch.arange(samples) % 10
 constants = dict(temperature=0.1, momentum=0.5, seed=0, device=device, world=world)
 
@@ -69,7 +70,7 @@ for way in (bank, step, find, vote):
 everyone = world.collect(found)
 if world.is_first:
     print(json.dumps(everyone))
-world.leave()
+launch.end(0)
 """
 
 

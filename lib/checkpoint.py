@@ -279,12 +279,12 @@ def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> N
         raise UsageError(f"{where}: is of {name}, not of the one chosen by --network (they differ in {first}, {side})")
     head = weights.head(network)
     for name, value in own.items():
-        reason = weights.refusal(state[name], value)
-        if reason is None:
+        fault = weights.refusal(state[name], value)
+        if fault is None:
             continue
         there = tuple(state[name].shape)
         if there == tuple(value.shape):
-            raise UsageError(f"{where}: cannot be gone on with: {name} is {reason}; choose another checkpoint")
+            raise UsageError(f"{where}: cannot be gone on with: {name} is {fault}; choose another checkpoint")
         if name == head and len(there) == 2 and there[1] == value.shape[1]:
             raise UsageError(f"{where}: has embedding size {there[0]}, not {value.shape[0]}; set --low-dim to it")
         raise UsageError(f"{where}: is of another network: {name} is {list(there)} there and {list(value.shape)} here")

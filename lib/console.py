@@ -34,16 +34,11 @@ CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-
 """Characters that a terminal obeys, and does not show."""
 
 
-def visible(text: str) -> str:
-    """Text for a terminal, whatever names are in it: what it would obey stands there in words."""
-    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
-
-
 class _Formatter(logging.Formatter):
-    """Lines that are shown and not obeyed."""
+    """Lines that a terminal shows, whatever names are in them: what it would obey stands there in words."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
+        return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), super().format(record))
 
 
 class _LogFile(logging.FileHandler):

@@ -77,6 +77,7 @@ def extract_stages(
     stages_of: Callable[[torch.Tensor], dict[str, torch.Tensor]] = network.stages  # type: ignore[assignment]
     network.eval()
     found: dict[str, torch.Tensor] = {}
+    part = batches.world.part(batches.samples)
     try:
         for images, index in progress(batches.epoch(), what, "batch", total=len(batches)):
             stages = stages_of(images)
@@ -85,9 +86,8 @@ def extract_stages(
             for layer in layers:
                 features = pool(stages[layer]).float().cpu()
                 if layer not in found:
-                    start, stop = batches.world.bounds(batches.samples)
-                    found[layer] = _storage(stop - start, features.shape[1], layer)
-                found[layer][index.cpu() - start] = features.to(found[layer].dtype)
+                    found[layer] = _storage(part.stop - part.start, features.shape[1], layer)
+                found[layer][index.cpu() - part.start] = features.to(found[layer].dtype)
     finally:
         network.train(was_training)
     return found
@@ -125,7 +125,7 @@ def probe(
         what: what the progress bar says.
     """
     train, test = Rows.of(train), Rows.of(test)
-    world, labels = train.world, train_labels[slice(*train.world.bounds(train.samples))]
+    world, labels = train.world, train_labels[train.world.part(train.samples)]
     mean, scale = (value.to(device) for value in _moments(train))
     layer = torch.nn.Linear(train.shape[1], classes, device=device)
     torch.nn.init.zeros_(layer.weight)
@@ -170,7 +170,7 @@ def _judge(
 ) -> tuple[float, float]:
     """Top-1 and top-5 accuracy."""
     right = torch.zeros(2, dtype=torch.long)
-    labels = labels[slice(*features.world.bounds(features.samples))]
+    labels = labels[features.world.part(features.samples)]
     for rows, truth in zip(features.own.split(BLOCK), labels.split(BLOCK), strict=True):
         scores = layer((rows.to(mean.device).float() - mean) / scale)
         hits = scores.topk(min(5, layer.out_features)).indices.cpu() == truth[:, None]  # waits for the device

@@ -75,7 +75,7 @@ class _Plans(Sampler[Plan]):
         order = np.random.default_rng(seed_for(self.seed, Stream.ORDER, round, epoch)).permutation(self.samples)
         for number, (start, stop) in list(enumerate(self.bounds()))[first:]:
             shares = self.world.shares(stop - start)
-            mine = slice(sum(shares[: self.world.rank]), sum(shares[: self.world.rank + 1]))
+            mine = self.world.among(shares)
             seed = seed_for(self.seed, Stream.AUGMENTATION, round, epoch, number)
             draws = np.random.default_rng(seed).random((stop - start, DRAWS))
             yield Plan(order[start:stop], order[start:stop][mine], draws[mine])
@@ -83,7 +83,8 @@ class _Plans(Sampler[Plan]):
     def bounds(self) -> list[tuple[int, int]]:
         """First and last of each batch. A single image left over joins the batch before it: batch
         normalisation over one image of one pixel is undefined."""
-        start, stop = (0, self.samples) if self.seed is not None else self.world.bounds(self.samples)
+        part = slice(0, self.samples) if self.seed is not None else self.world.part(self.samples)
+        start, stop = part.start, part.stop
         starts = list(range(start, stop, self.batch_size)) or [start]  # one without images, where there are none
         if len(starts) > 1 and stop - starts[-1] == 1:
             starts.pop()

@@ -47,7 +47,8 @@ class MemoryBank:
         self.momentum = momentum
         self.samples = samples
         self.world = world or World()
-        start, stop = self.world.bounds(samples)
+        part = self.world.part(samples)
+        start, stop = part.start, part.stop
         self.memory = torch.empty(stop - start, low_dim, device=device)
         bound, draw = 1 / math.sqrt(low_dim / 3), torch.Generator().manual_seed(seed)
         step = max(1, PARCEL // low_dim)

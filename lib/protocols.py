@@ -62,7 +62,7 @@ class Evaluator:
         self._world = world or World()
         self._test = test
         self.device = device
-        self._test_labels = torch.from_numpy(test_labels[slice(*self._world.bounds(len(test_labels)))]).to(device)
+        self._test_labels = torch.from_numpy(test_labels[self._world.part(len(test_labels))]).to(device)
         self._train_labels = torch.from_numpy(train_labels).to(device)
         voters = min(k, len(train_labels))
         if protocol == "nn":

@@ -28,7 +28,7 @@ from tensorboardX import SummaryWriter
 
 from lib.console import UsageError, log_to_file, logger
 from lib.events import EventFile
-from lib.files import reason
+from lib.files import reason, write_whole
 from lib.metrics import METRICS
 
 LATEST, PREVIOUS = "latest.ckpt", "previous.ckpt"
@@ -111,11 +111,14 @@ class Session:
         """Writes config.yaml; one that a continued run changes is kept under another name."""
         assert self.folder is not None
         path = self.folder / "config.yaml"
-        if path.exists() and path.read_bytes() != text.encode("utf-8"):
+        if path.exists():
+            if path.read_bytes() == text.encode("utf-8"):
+                return
             before = next(p for i in range(1, 10**6) if not (p := self.folder / f"config.{i}.yaml").exists())
             path.rename(before)
             logger().info("the options differ from the session's: the former config.yaml is now %s", before.name)
-        path.write_text(text, encoding="utf-8")
+        with write_whole(path) as file:
+            file.write(text.encode("utf-8"))
 
     @contextmanager
     def spare(self, what: str) -> Iterator[None]:
@@ -209,9 +212,8 @@ class Session:
         if not path.exists():
             return
         kept = [line for line in path.read_bytes().split(b"\n") if _is_before(line, start)]
-        beside = path.with_suffix(".part")
-        beside.write_bytes(b"".join(line + b"\n" for line in kept))
-        beside.replace(path)
+        with write_whole(path) as file:
+            file.write(b"".join(line + b"\n" for line in kept))
 
 
 def _round_name(round: int, anchors: int) -> str:

@@ -54,12 +54,6 @@ class World:
             dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
         return world
 
-    def leave(self) -> None:
-        """Ends the group; each process goes on alone."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        self.rank, self.size = 0, 1
-
     def __deepcopy__(self, memo: dict[int, Any]) -> World:
         """A copy of what talks to others, such as a network, is of this process alone."""
         return World()
@@ -69,21 +63,24 @@ class World:
         """Whether this process writes what is written once."""
         return self.rank == 0
 
-    def bounds(self, samples: int, rank: int | None = None) -> tuple[int, int]:
-        """First and last row of a process's part of N, by default this one's; parts differ by one row at most."""
-        rank = self.rank if rank is None else rank
-        least, more = divmod(samples, self.size)
-        start = rank * least + min(rank, more)
-        return start, start + least + (rank < more)
-
     def parts(self, samples: int) -> list[int]:
-        """Rows of each process, of N."""
-        return [stop - start for start, stop in (self.bounds(samples, rank) for rank in range(self.size))]
+        """Rows of each process, of N: they differ by one at most, the first ones having more."""
+        least, more = divmod(samples, self.size)
+        return [least + (rank < more) for rank in range(self.size)]
+
+    def part(self, samples: int, rank: int | None = None) -> slice:
+        """Which of N rows are a process's, by default this one's."""
+        return self.among(self.parts(samples), rank)
 
     def shares(self, batch: int) -> list[int]:
         """How many of B images each process takes: alike, and two at least or none, for batch normalisation."""
         active = max(1, min(self.size, batch // 2))
         return [batch // active + (rank < batch % active) if rank < active else 0 for rank in range(self.size)]
+
+    def among(self, shares: Sequence[int], rank: int | None = None) -> slice:
+        """Where a process's rows lie, by default this one's, when each has as many as ``shares`` says, in order."""
+        rank = self.rank if rank is None else rank
+        return slice(sum(shares[:rank]), sum(shares[: rank + 1]))
 
     def gather(self, own: torch.Tensor, shares: Sequence[int]) -> torch.Tensor:
         """Rows (b, D) of every process, in order, in all: (B, D). The gradient of own rows is that part of the whole's.
@@ -160,7 +157,7 @@ class World:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: torch.Tensor, world: World, shares: list[int]) -> torch.Tensor:
-        ctx.part = slice(sum(shares[: world.rank]), sum(shares[: world.rank + 1]))
+        ctx.part = world.among(shares)
         if world.size == 1:
             return own.view_as(own)
         padded = own.new_zeros(max(shares), *own.shape[1:])
@@ -205,13 +202,13 @@ class Rows:
     @classmethod
     def part_of(cls, whole: torch.Tensor, world: World) -> Rows:
         """This process's part of rows (N, D) that it has all of, as a copy where it is not all."""
-        start, stop = world.bounds(len(whole))
-        return cls(whole if world.size == 1 else whole[start:stop].clone(), len(whole), world)
+        return cls(whole if world.size == 1 else whole[world.part(len(whole))].clone(), len(whole), world)
 
     @property
     def start(self) -> int:
         """Number of the first row held here."""
-        return self.world.bounds(self.samples)[0]
+        start: int = self.world.part(self.samples).start
+        return start
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -256,7 +253,7 @@ class Rows:
         size, rank = self.world.size, self.world.rank
         if size == 1:
             return
-        longest = self.world.bounds(self.samples, 0)[1]
+        longest = max(self.world.parts(self.samples))
         visiting = self.own.new_zeros(longest, self.own.shape[1])
         visiting[: len(self.own)] = self.own
         parcel = torch.empty_like(visiting[: max(1, PARCEL // self.own.shape[1])])
@@ -268,8 +265,8 @@ class Rows:
                 for request in dist.batch_isend_irecv([sending, receiving]):
                     request.wait()
                 part.copy_(coming)
-            start, stop = self.world.bounds(self.samples, (rank - step) % size)
-            yield start, visiting[: stop - start]
+            theirs = self.world.part(self.samples, (rank - step) % size)
+            yield theirs.start, visiting[: theirs.stop - theirs.start]
 
     def whole(self) -> torch.Tensor:
         """All rows (N, D) in the host's memory of the first process, part after part; of others (0, D)."""
@@ -282,8 +279,7 @@ class Rows:
         everyone = torch.empty(self.samples, self.own.shape[1], dtype=self.own.dtype)
         everyone[: len(self.own)] = self.own
         for rank in range(1, self.world.size):
-            start, stop = self.world.bounds(self.samples, rank)
-            for part in self._parcels(everyone[start:stop]):
+            for part in self._parcels(everyone[self.world.part(self.samples, rank)]):
                 coming = torch.empty_like(part, device=self.own.device)
                 dist.recv(coming, rank)
                 part.copy_(coming)

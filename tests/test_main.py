@@ -21,6 +21,7 @@ import models
 from datasets import files
 from lib import curriculum, results
 from lib.options import Options
+from runs import content, equal, metrics
 
 ROOT = Path(__file__).parent.parent
 TINY = "--resize 8 --size 8 --scale 0.5 1 --network tiny --low-dim 8 --batch-size 8 --workers-num 0".split()
@@ -74,28 +75,6 @@ def session_in(folder: Path) -> Path:
     return found
 
 
-def metrics_of(session: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (session / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def latest(session: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(session / "checkpoint" / "latest.ckpt", weights_only=True)
-    return content
-
-
-TIMES = {"images_per_s", "train_s", "evaluate_s"}
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one if k not in {*TIMES, "session"})
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
-
-
 def test_a_run_leaves_what_the_readme_says(
     start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,7 +97,7 @@ def test_a_run_leaves_what_the_readme_says(
         "neighbours/0001-00012.png",
         "neighbours/0002-00024.png",
     }
-    assert [(row["round"], row["epoch"], row["anchors"]) for row in metrics_of(session)] == [
+    assert [(row["round"], row["epoch"], row["anchors"]) for row in metrics(session)] == [
         (0, 0, 0), (0, 1, 0), (1, 0, 12), (1, 1, 12), (2, 0, 24), (2, 1, 24),
     ]  # fmt: skip
     screen = capsys.readouterr().out
@@ -136,7 +115,7 @@ def test_the_best_checkpoint_of_a_round_is_its_best_epoch(start: list[str], tmp_
     session = session_in(tmp_path)
     for file in (session / "checkpoint").glob("0*.ckpt"):
         kept = torch.load(file, weights_only=True)
-        epochs = [row for row in metrics_of(session) if row["round"] == kept["round"]]
+        epochs = [row for row in metrics(session) if row["round"] == kept["round"]]
         best = max(range(len(epochs)), key=lambda i: (epochs[i]["top1"], -i))
         assert (kept["epoch"], kept["acc"]) == (best + 1, epochs[best]["top1"])
 
@@ -146,7 +125,7 @@ def test_the_session_s_config_repeats_the_run(start: list[str], tmp_path: Path) 
     session = session_in(tmp_path)
     again = tmp_path / "again"
     assert main.main(["--cfgs", str(session / "config.yaml"), "--sess-dir", str(again)]) == 0
-    assert same(latest(session), latest(next(again.iterdir())))
+    assert equal(content(session), content(next(again.iterdir())))
 
 
 def test_a_deterministic_run_gives_the_same_numbers_twice_and_leaves_the_next_run_free(
@@ -163,10 +142,8 @@ def test_a_deterministic_run_gives_the_same_numbers_twice_and_leaves_the_next_ru
     for name in ("one", "two"):
         assert main.main([*start, "--session", name, "--deterministic", "--workers-num", "2"]) == 0
     one, two = (tmp_path / "sessions" / name for name in ("one", "two"))
-    assert [{**row, **dict.fromkeys(TIMES)} for row in metrics_of(one)] == [
-        {**row, **dict.fromkeys(TIMES)} for row in metrics_of(two)
-    ]
-    assert same(latest(one), latest(two))
+    assert metrics(one) == metrics(two)
+    assert equal(content(one), content(two))
     assert main.main([*start, "--session", "three"]) == 0
     assert during == [True, True, False]
 
@@ -174,7 +151,7 @@ def test_a_deterministic_run_gives_the_same_numbers_twice_and_leaves_the_next_ru
 def test_another_seed_gives_another_run(start: list[str], tmp_path: Path) -> None:
     main.main([*start, "--session", "one"])
     main.main([*start, "--session", "two", "--seed", "4"])
-    one, two = (latest(tmp_path / "sessions" / name) for name in ("one", "two"))
+    one, two = (content(tmp_path / "sessions" / name) for name in ("one", "two"))
     assert not torch.equal(one["npc"]["memory"], two["npc"]["memory"])
 
 
@@ -206,19 +183,19 @@ def test_an_interrupted_run_goes_on_in_its_session_to_the_same_end(
     assert "--resume" in capsys.readouterr().err
     cut, whole = tmp_path / "sessions" / "cut", tmp_path / "sessions" / "whole"
     assert main.main(["--resume", str(cut)]) == 0
-    assert same(latest(whole), latest(cut))
-    assert same(metrics_of(whole), metrics_of(cut))
+    assert equal(content(whole), content(cut))
+    assert equal(metrics(whole), metrics(cut))
     assert [p.name for p in cut.glob("config*")] == ["config.yaml"]
 
 
 def test_going_on_from_an_older_checkpoint_leaves_no_epoch_twice(start: list[str], tmp_path: Path) -> None:
     main.main(start)
     session = session_in(tmp_path)
-    before = metrics_of(session)
+    before = metrics(session)
     older = torch.load(session / "checkpoint" / "0001-00012.ckpt", weights_only=True)
     assert main.main(["--resume", str(session / "checkpoint" / "0001-00012.ckpt")]) == 0
     assert older["round"] == 1
-    assert same(metrics_of(session), before)
+    assert equal(metrics(session), before)
 
 
 def test_restart_goes_on_in_a_new_session(start: list[str], tmp_path: Path) -> None:
@@ -228,7 +205,7 @@ def test_restart_goes_on_in_a_new_session(start: list[str], tmp_path: Path) -> N
     first_round = str(old / "checkpoint" / "0000-00000.ckpt")
     assert main.main(["--resume", first_round, "--restart", "--session", "new"]) == 0
     assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
-    assert same(latest(old)["npc"], latest(tmp_path / "sessions" / "new")["npc"])
+    assert equal(content(old)["npc"], content(tmp_path / "sessions" / "new")["npc"])
 
 
 def test_options_changed_on_resuming_are_kept_beside_the_former_ones(start: list[str], tmp_path: Path) -> None:
@@ -237,7 +214,7 @@ def test_options_changed_on_resuming_are_kept_beside_the_former_ones(start: list
     assert main.main(["--resume", str(session), "--max-round", "4"]) == 0
     former, now = (yaml.safe_load((session / name).read_text()) for name in ("config.1.yaml", "config.yaml"))
     assert (former["max_round"], now["max_round"]) == (3, 4)
-    assert metrics_of(session)[-1]["round"] == 3
+    assert metrics(session)[-1]["round"] == 3
 
 
 def test_a_test_run_shows_the_accuracy_of_the_training_run_and_the_recomputed_one(
@@ -250,10 +227,10 @@ def test_a_test_run_shows_the_accuracy_of_the_training_run_and_the_recomputed_on
     assert main.main(["--resume", str(session), "--test-only"]) == 0
     screen = capsys.readouterr().out
     (bank,) = (line for line in screen.splitlines() if line.startswith("memory bank"))
-    assert bank.split()[-2:] == [f"{metrics_of(session)[-1][name]:.2%}" for name in ("top1", "top5")]
+    assert bank.split()[-2:] == [f"{metrics(session)[-1][name]:.2%}" for name in ("top1", "top5")]
     assert "recomputed with the test transform" in screen
     kept = json.loads((session / "evaluation.json").read_text(encoding="utf-8"))
-    assert kept["results"][1]["top1"] == metrics_of(session)[-1]["top1"] and kept["round"] == 2
+    assert kept["results"][1]["top1"] == metrics(session)[-1]["top1"] and kept["round"] == 2
     (session / "evaluation.json").unlink()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -279,9 +256,9 @@ def test_held_out_images_are_not_trained_on(
     start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main([*start, "--val-fraction", "0.25", "--max-round", "2"]) == 0
-    rows = metrics_of(session_in(tmp_path))
+    rows = metrics(session_in(tmp_path))
     assert all(0 <= row["val_top1"] <= 1 for row in rows)
-    assert len(latest(session_in(tmp_path))["npc"]["memory"]) == 18
+    assert len(content(session_in(tmp_path))["npc"]["memory"]) == 18
     assert "best: chosen by held-out training images" in capsys.readouterr().out
 
 
@@ -386,7 +363,7 @@ def test_images_without_class_folders_train_without_anything_that_needs_labels(
         file.rename(flat / f"{number}.png")
     assert main.main([*start, "--data-root", str(flat)]) == 0
     session = session_in(tmp_path)
-    assert all(row["top1"] is None and row["consistency"] is None for row in metrics_of(session))
+    assert all(row["top1"] is None and row["consistency"] is None for row in metrics(session))
     screen = capsys.readouterr().out
     assert screen.count("no labels") == 1 and "top-1" not in screen
     assert len(list((session / "checkpoint").iterdir())) == 5
@@ -410,7 +387,7 @@ def test_every_optimiser_schedule_and_protocol_trains(optimizer: str, start: lis
     rates.write_text("0: 1e-3\n1: 0.0001\n", encoding="utf-8")
     words = f"--optimizer {optimizer} --lr-policy multistep --lr-schedule {rates} --protocol nn --iter-size 2"
     assert main.main([*start, *words.split(), "--max-round", "2"]) == 0
-    assert [row["learning_rate"] for row in metrics_of(session_in(tmp_path))] == [1e-3, 1e-4] * 2
+    assert [row["learning_rate"] for row in metrics(session_in(tmp_path))] == [1e-3, 1e-4] * 2
 
 
 def test_a_run_ends_with_what_is_to_be_exported_and_that_is_the_network_again(
@@ -471,13 +448,13 @@ def test_training_starts_from_pretrained_weights_unless_it_goes_on(
 
     monkeypatch.setattr(curriculum, "run", watch)
     assert main.main([*start, "--pretrained", str(tmp_path / "weights.pth")]) == 0
-    assert same(seen[0], weights)
+    assert equal(seen[0], weights)
     session = session_in(tmp_path)
     assert yaml.safe_load((session / "config.yaml").read_text())["pretrained"] == str(tmp_path / "weights.pth")
     (tmp_path / "weights.pth").unlink()
-    trained = latest(session)["net"]
+    trained = content(session)["net"]
     assert main.main(["--resume", str(session), "--max-round", "4"]) == 0
-    assert same(seen[1], trained)
+    assert equal(seen[1], trained)
     assert str(tmp_path / "weights.pth") in refused([*start, "--pretrained", str(tmp_path / "weights.pth")], capsys)
 
 
@@ -491,7 +468,7 @@ def test_a_checkpoint_of_weights_alone_is_gone_on_with(
     capsys.readouterr()
     assert main.main(["--resume", str(session), "--test-only"]) == 0
     rows = [line.split()[-2:] for line in capsys.readouterr().out.splitlines() if line.startswith(("reco", "memory"))]
-    assert len(rows) == 2 and metrics_of(session)[0]["round"] == 0
+    assert len(rows) == 2 and metrics(session)[0]["round"] == 0
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:

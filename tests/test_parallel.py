@@ -134,7 +134,7 @@ def test_a_process_with_other_data_is_refused_with_both(team: Team) -> None:
 
 def lost(world: World, embeddings: torch.Tensor, memory: torch.Tensor, members: torch.Tensor) -> Any:
     shares = world.shares(len(embeddings))
-    own = embeddings[sum(shares[: world.rank]) :][: shares[world.rank]].clone().requires_grad_()
+    own = embeddings[world.among(shares)].clone().requires_grad_()
     everyone = world.gather(own, shares)
     with blocks_of(64):
         loss = neighbourhood_loss(everyone, Rows.part_of(memory, world), members, temperature=0.1)
@@ -220,7 +220,7 @@ def test_anchors_and_neighbours_are_those_of_one_process(
 
 
 def voted(world: World, queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor) -> Any:
-    mine = slice(*world.bounds(len(queries)))
+    mine = world.part(len(queries))
     scores = weighted_knn(queries[mine], Rows.part_of(bank, world), labels, classes=4, k=7, sigma=0.1)
     return scores, top_k_accuracy(scores, truth[mine], 1, world)
 

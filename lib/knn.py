@@ -34,7 +34,7 @@ def weighted_knn(
         (Q, C), the greatest first choice.
     """
     rows = Rows.of(bank)
-    best = Best(len(queries), min(k, rows.samples), queries)
+    best = Best.none(len(queries), min(k, rows.samples), queries)
     for first, part in rows.ring():
         step = block_rows(max(1, len(part)), part.device)
         for start in progress(range(0, len(queries), step), "kNN", "block"):

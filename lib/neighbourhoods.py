@@ -7,7 +7,7 @@ block, P parts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -150,8 +150,8 @@ def survey(memory: torch.Tensor | Rows, *, temperature: float, size: int) -> tup
     Entropy H_i = -sum_j p_ij log p_ij with m_i in place of x_i, from shifted logits z and S = sum exp z as
     log S - sum(z exp z) / S, which stays finite where p underflows (the reference's log of softmax does not).
 
-    The similarities among a process's own rows are symmetric, so half of them are computed, tile by tile, each
-    serving its rows and its columns. That takes one shift for all rows: the greatest squared length, 1 once all rows
+    Similarities are symmetric, so half of them are computed, tile by tile, each serving its rows and its columns, those
+    of two processes by one of the two. That takes one shift for all rows: the greatest squared length, 1 once all rows
     are of unit length, which no similarity exceeds. Where the lengths differ so much that a row might underflow, each
     row is shifted by its own maximum instead, and all similarities are computed.
 
@@ -164,44 +164,86 @@ def survey(memory: torch.Tensor | Rows, *, temperature: float, size: int) -> tup
         (n,) entropies in nats; (n, K) the most similar others, most similar first.
     """
     bank = Rows.of(memory)
-    own, samples = bank.own, len(bank.own)
+    own, world = bank.own, bank.world
     lengths = torch.linalg.vector_norm(own, dim=1).square()
-    extremes = torch.stack([lengths.amax(), -lengths.amin()]) if samples else own.new_full((2,), -torch.inf)
-    bound, minus_least = bank.world.max(extremes).tolist()  # waits for the device, once a discovery
+    extremes = torch.stack([lengths.amax(), -lengths.amin()]) if len(own) else own.new_full((2,), -torch.inf)
+    bound, minus_least = world.max(extremes).tolist()  # waits for the device, once a discovery
     if (bound * (1 + ROUNDING) + minus_least) / temperature > SPREAD:
         return look_around(bank, temperature=temperature, size=size)
-    sums = torch.zeros(2, samples, dtype=torch.float64, device=own.device)  # of exp z and z exp z
-    best = Best(samples, size, own)
-    side = max(1, math.isqrt(block_size(own.device) // 4))
-    for first, others in bank.ring():
-        symmetric = first == bank.start
-        tops, lefts = range(0, samples, side), range(0, len(others), side)
-        tiles = ((top, left) for top in tops for left in (lefts[top // side :] if symmetric else lefts))
-        count = len(tops) * (len(tops) + 1) // 2 if symmetric else len(tops) * len(lefts)
-        for top, left in progress(tiles, "discovery", "tile", count):
-            tile = own[top : top + side] @ others[left : left + side].t()  # (R, R)
-            themselves = tile.diagonal().clone() if symmetric and top == left else None
-            if themselves is not None:
-                tile.fill_diagonal_(-torch.inf)
-            best.offer(tile, top, first + left)
-            if themselves is not None:
-                tile.diagonal().copy_(themselves)
-            elif symmetric:
-                best.offer(tile.t(), left, first + top)
-            logits = tile.sub_(bound).div_(temperature)
-            weights = logits.exp()
-            for kind, values in enumerate((weights, logits.mul_(weights))):
-                sums[kind, top : top + side] += values.sum(dim=1)
-                if symmetric and themselves is None:
-                    sums[kind, left : left + side] += values.sum(dim=0)
-    entropy = sums[0].log() - sums[1] / sums[0]
-    return entropy.to(own.dtype), best.samples
+    home = _Group(own, bank.start, _blank(len(own), size, own))
+    away = _blank(bank.abroad, size, own)  # what other processes find out about these rows
+    _meet(home, home, bound=bound, temperature=temperature)
+    for visit in bank.visits(away):
+        guests = _Group(visit.rows, visit.start, visit.tables)
+        _meet(home.of(visit.own), guests.of(visit.theirs), bound=bound, temperature=temperature)
+    known = home.of(slice(0, len(away[0])))
+    noted = _Group(own, bank.start, away).of(slice(0, len(known.rows)))
+    for ours, theirs in zip(known.sums, noted.sums, strict=True):
+        ours.add_(theirs)
+    known.best.merge(noted.best)
+    total, product = home.sums
+    return (total.log() - product / total).to(own.dtype), home.best.samples
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows (n, D), the number of the first one, and what is known about each so far: the sums (n,) of exp z and of
+    z exp z, and the most similar others, their similarities (n, K) and their numbers (n, K).
+    """
+
+    rows: torch.Tensor
+    first: int
+    tables: Sequence[torch.Tensor]
+
+    def of(self, which: slice) -> _Group:
+        """Some of them, with the same memory."""
+        return _Group(self.rows[which], self.first + which.start, [table[which] for table in self.tables])
+
+    @property
+    def sums(self) -> Sequence[torch.Tensor]:
+        return self.tables[:2]
+
+    @property
+    def best(self) -> Best:
+        return Best(*self.tables[2:])
+
+
+def _blank(rows: int, size: int, like: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The tables of a group of which nothing is known yet."""
+    best = Best.none(rows, size, like)
+    total, product = torch.zeros(2, rows, dtype=torch.float64, device=like.device)
+    return total, product, best.similarities, best.samples
+
+
+def _meet(group: _Group, others: _Group, *, bound: float, temperature: float) -> None:
+    """Compares two groups, or one with itself, and adds to what is known about both."""
+    itself = group is others
+    side = max(1, math.isqrt(block_size(group.rows.device) // 4))
+    tops, lefts = range(0, len(group.rows), side), range(0, len(others.rows), side)
+    tiles = ((top, left) for top in tops for left in (lefts[top // side :] if itself else lefts))
+    count = len(tops) * (len(tops) + 1) // 2 if itself else len(tops) * len(lefts)
+    for top, left in progress(tiles, "discovery", "tile", count):
+        tile = group.rows[top : top + side] @ others.rows[left : left + side].t()  # (R, R)
+        themselves = tile.diagonal().clone() if itself and top == left else None
+        if themselves is not None:
+            tile.fill_diagonal_(-torch.inf)
+        group.best.offer(tile, top, others.first + left)
+        if themselves is not None:
+            tile.diagonal().copy_(themselves)
+        else:
+            others.best.offer(tile.t(), left, group.first + top)
+        logits = tile.sub_(bound).div_(temperature)
+        weights = logits.exp()
+        for ours, theirs, values in zip(group.sums, others.sums, (weights, logits.mul_(weights)), strict=True):
+            ours[top : top + side] += values.sum(dim=1)
+            if themselves is None:
+                theirs[left : left + side] += values.sum(dim=0)
 
 
 def look_around(bank: Rows, *, temperature: float, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """``survey``, every row with its own maximum."""
     own = bank.own
-    moments, best = _no_moments(own), Best(len(own), size, own)
+    moments, best = _no_moments(own), Best.none(len(own), size, own)
     rows = torch.arange(len(own), device=own.device)
     for first, others in bank.ring():
         for block, similarity in _blocks(own, others, "discovery"):
@@ -230,7 +272,7 @@ def measure(
     """
     queries = bank.take(index)  # (M, D)
     place, here = bank.places(index)
-    moments, best = _no_moments(queries), Best(len(queries), size, queries)
+    moments, best = _no_moments(queries), Best.none(len(queries), size, queries)
     for block, similarity in _blocks(queries, bank.own, what):
         moments[block] = softmax_moments(similarity / temperature)
         column = place[block][:, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ def top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ordered, members.gather(1, best.gather(1, order))
 
 
+@dataclass(frozen=True)
 class Best:
     """The K most similar samples of each of R rows, among those offered so far.
 
@@ -47,9 +49,14 @@ class Best:
         samples: (R, K), their numbers.
     """
 
-    def __init__(self, rows: int, size: int, like: torch.Tensor) -> None:
-        self.similarities = like.new_full((rows, size), -torch.inf)
-        self.samples = torch.zeros(rows, size, dtype=torch.long, device=like.device)
+    similarities: torch.Tensor
+    samples: torch.Tensor
+
+    @classmethod
+    def none(cls, rows: int, size: int, like: torch.Tensor) -> Best:
+        """Of samples that will be offered, on the device of ``like``."""
+        samples = torch.zeros(rows, size, dtype=torch.long, device=like.device)
+        return cls(like.new_full((rows, size), -torch.inf), samples)
 
     def offer(self, similarity: torch.Tensor, first_row: int, first_column: int) -> None:
         """Similarities (r, S) of r rows, from ``first_row`` on, to S samples, from ``first_column`` on."""
@@ -62,9 +69,16 @@ class Best:
             return
         values, columns = top_k(similarity[better], min(size, similarity.shape[1]))
         rows = better + first_row
+        self._put_together(rows, values, columns + first_column)
+
+    def merge(self, other: Best) -> None:
+        """What was offered to another one for the same rows."""
+        self._put_together(slice(None), other.similarities, other.samples)
+
+    def _put_together(self, rows: torch.Tensor | slice, values: torch.Tensor, samples: torch.Tensor) -> None:
         values = torch.cat([self.similarities[rows], values], dim=1)
-        samples = torch.cat([self.samples[rows], columns + first_column], dim=1)
-        self.similarities[rows], order = values.topk(size, dim=1)
+        samples = torch.cat([self.samples[rows], samples], dim=1)
+        self.similarities[rows], order = values.topk(self.samples.shape[1], dim=1)
         self.samples[rows] = samples.gather(1, order)
 
 

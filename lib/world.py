@@ -181,6 +181,25 @@ class _Sum(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
+class Visit:
+    """A part of another process that has come by.
+
+    Attributes:
+        start: number of its first row.
+        rows: (m, D), all of it.
+        tables: (m, ...) each, that it has with it.
+        own: which of this process's rows meet it.
+        theirs: which of its rows they meet.
+    """
+
+    start: int
+    rows: torch.Tensor
+    tables: Sequence[torch.Tensor]
+    own: slice
+    theirs: slice
+
+
+@dataclass(frozen=True)
 class Rows:
     """N rows, of which each process holds a part.
 
@@ -253,20 +272,49 @@ class Rows:
         size, rank = self.world.size, self.world.rank
         if size == 1:
             return
-        longest = max(self.world.parts(self.samples))
-        visiting = self.own.new_zeros(longest, self.own.shape[1])
-        visiting[: len(self.own)] = self.own
-        parcel = torch.empty_like(visiting[: max(1, PARCEL // self.own.shape[1])])
+        visiting = self._padded()
         for step in range(1, size):
-            for part in visiting.split(len(parcel)):
-                coming = parcel[: len(part)]
-                sending = dist.P2POp(dist.isend, part, (rank + 1) % size)
-                receiving = dist.P2POp(dist.irecv, coming, (rank - 1) % size)
-                for request in dist.batch_isend_irecv([sending, receiving]):
-                    request.wait()
-                part.copy_(coming)
+            _pass_on(visiting, (rank + 1) % size, (rank - 1) % size)
             theirs = self.world.part(self.samples, (rank - step) % size)
             yield theirs.start, visiting[: theirs.stop - theirs.start]
+
+    def visits(self, tables: Sequence[torch.Tensor]) -> Iterator[Visit]:
+        """The parts of others that come by, for every two rows of different processes to meet once; to be seen through
+        to the end. Each goes half-way round the ring with tables of its own, and at the end these are home.
+
+        Args:
+            tables: (m, ...) each, m = ``abroad``, in which others write down what concerns the rows of this process;
+                when the iteration ends, they have.
+        """
+        size, rank = self.world.size, self.world.rank
+        if size == 1:
+            return
+        visiting, theirs, half = self._padded(), [table.clone() for table in tables], size // 2
+        for step in range(1, half + 1):
+            for travelling in (visiting, *theirs):
+                _pass_on(travelling, (rank + 1) % size, (rank - 1) % size)
+            other = (rank - step) % size
+            part = self.world.part(self.samples, other)
+            count, own = part.stop - part.start, slice(0, len(self.own))
+            rows = slice(0, count)
+            if 2 * step == size:  # these two visit each other at the same time, so each takes half of the pairs
+                middle = len(self.own if rank < other else visiting[:count]) // 2
+                own, rows = (slice(0, middle), rows) if rank < other else (own, slice(middle, count))
+            yield Visit(part.start, visiting[:count], [table[:count] for table in theirs], own, rows)
+        for table, travelled in zip(tables, theirs, strict=True):
+            _pass_on(travelled, (rank - half) % size, (rank + half) % size)
+            table.copy_(travelled)
+
+    @property
+    def abroad(self) -> int:
+        """Rows m of what goes round with this process's part: those of the largest part; 0 where there is nobody."""
+        return max(self.world.parts(self.samples)) if self.world.size > 1 else 0
+
+    def _padded(self) -> torch.Tensor:
+        """A copy of the own rows, as many as the largest part has."""
+        padded = self.own.new_zeros(self.abroad, self.own.shape[1])
+        padded[: len(self.own)] = self.own
+        return padded
 
     def whole(self) -> torch.Tensor:
         """All rows (N, D) in the host's memory of the first process, part after part; of others (0, D)."""
@@ -287,3 +335,16 @@ class Rows:
 
     def _parcels(self, rows: torch.Tensor) -> Sequence[torch.Tensor]:
         return rows.split(max(1, PARCEL // rows.shape[1])) if len(rows) else []
+
+
+def _pass_on(tensor: torch.Tensor, receiver: int, sender: int) -> None:
+    """Sends a tensor to one process and puts what comes from another in its place, in parcels."""
+    if not tensor.numel():
+        return
+    parcel = torch.empty_like(tensor[: max(1, PARCEL // tensor[0].numel())])
+    for part in tensor.split(len(parcel)):
+        coming = parcel[: len(part)]
+        both = [dist.P2POp(dist.isend, part, receiver), dist.P2POp(dist.irecv, coming, sender)]
+        for request in dist.batch_isend_irecv(both):
+            request.wait()
+        part.copy_(coming)

@@ -27,9 +27,9 @@ def no_remembered_files(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytes
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-@pytest.fixture(scope="session", params=[2, 4])
+@pytest.fixture(scope="session", params=[2, 3, 4])
 def team(request: pytest.FixtureRequest) -> Iterator[Team]:
-    """Two processes, and four."""
+    """Two processes, three and four: with even numbers two parts visit each other at the same time."""
     made = Team(request.param)
     yield made
     made.close()

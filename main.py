@@ -145,31 +145,40 @@ def prepare(options: Options, world: World | None = None) -> Setting:
     world = world or World()
     device.allow_nondeterminism(not options.deterministic)
     place = agreement.together(world, lambda: device.select(options.gpus))
+    agreement.together(world, lambda: check(options))
     if options.download and world.size > 1:  # one process of each machine fetches
         here = int(os.environ.get("LOCAL_RANK", 0))
         agreement.together(world, lambda: load_data(options) if here == 0 else None, (datasets.DataError,))
     begun = None
     if launch.restarts():
-        begun = world.collect(of_job(options.sess_dir, launch.job()))[0]
+        begun = world.tell(of_job(options.sess_dir, launch.job()))
         if begun and checkpoint.latest(begun).is_file():
             options = options.model_copy(update={"resume": begun, "restart": False, "session": None})
-    seed = world.collect(options.seed if options.seed is not None else int(time.time()))[0]
-    setting = agreement.together(world, lambda: assemble(options, place, world, seed), (datasets.DataError,))
+    source, loaded = checkpoint.load_resumed(options.resume, world) if options.resume else (None, {})
+    seed = seeding.choose(options.seed, loaded.get("seed"), world.tell(int(time.time())))
+    options = options.model_copy(update={"seed": seed})
+    read = partial(assemble, options, place, world, source=source, loaded=loaded)
+    setting = agreement.together(world, read, (datasets.DataError,))
     agreement.agree(world, facts(setting))
     return replace(setting, begun=begun)
 
 
-def assemble(options: Options, place: torch.device, world: World, time_seed: int) -> Setting:
-    """Reads what a run starts from."""
-    data_source = config.choose(datasets.DATASETS, options.dataset, "--dataset")
+def check(options: Options) -> None:
+    """Refuses what can be refused before anything is read."""
+    config.choose(datasets.DATASETS, options.dataset, "--dataset")
     config.choose(models.NETWORKS, options.network, "--network")
     export.check(options)
     if options.export_neighbourhoods:
         lookup.check(options.export_neighbourhoods)
-    source, loaded = checkpoint.load_resumed(options.resume) if options.resume else (None, {})
-    seed = seeding.choose(options.seed, loaded.get("seed"), time_seed)
-    options = options.model_copy(update={"seed": seed})
-    torch.manual_seed(seeding.seed_for(seed, Stream.WEIGHTS))  # the network's first weights
+
+
+def assemble(
+    options: Options, place: torch.device, world: World, *, source: Path | None, loaded: checkpoint.Checkpoint
+) -> Setting:
+    """Reads what a run starts from, beside its checkpoint."""
+    data_source = datasets.DATASETS[options.dataset]
+    assert options.seed is not None
+    torch.manual_seed(seeding.seed_for(options.seed, Stream.WEIGHTS))  # the network's first weights
     network = models.build(options.network, low_dim=options.low_dim)
     if not activations.takes(network, height_and_width(options.size)):
         raise UsageError(
@@ -190,8 +199,7 @@ def facts(setting: Setting) -> dict[str, str]:
     options = {config.flag(name): str(value) for name, value in setting.options if not config.is_path(name)}
     named = {"training images": setting.splits.train, "test images": setting.splits.test}
     images = {name: datasets.fingerprint(split) if split else "none" for name, split in named.items()}
-    position = str({name: setting.loaded.get(name) for name in ("round", "epoch", "step", "acc", "network")})
-    return {**options, **images, "checkpoint": position, "PyTorch": torch.__version__}
+    return {**options, **images, "PyTorch": torch.__version__}
 
 
 def load_data(options: Options) -> datasets.Splits:
@@ -235,6 +243,7 @@ def train(setting: Setting) -> int:
         batches = setting.loader(splits.train, train=False)
         embed = partial(features.extract, setting.network, batches, "filling the memory bank")
         state.restore(setting.loaded, setting.source, embed=embed)
+        setting.loaded.clear()  # the whole bank is in it
     session = agreement.together(world, lambda: open_session(setting, start=(state.round, state.epoch)))
 
     def show(round: int, found: Neighbourhoods) -> None:

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 
 from lib import health, weights
+from lib.agreement import together
 from lib.console import UsageError, logger
 from lib.files import keep, reason, write_whole
 from lib.memory_bank import MemoryBank
 from lib.neighbourhoods import Neighbourhoods
 from lib.session import LATEST, PREVIOUS
+from lib.world import World
 
 Checkpoint = dict[str, Any]
 
@@ -197,12 +199,28 @@ def locate(resume: Path) -> Path:
     return path
 
 
-def load_resumed(resume: Path) -> tuple[Path, Checkpoint]:
+def load_resumed(resume: Path, world: World | None = None) -> tuple[Path, Checkpoint]:
     """What ``--resume`` means, and its content; where a session's latest is damaged, the one before it.
 
+    The first process alone reads, and tells the others; in place of the memory bank these get a table of its shape
+    that holds no numbers (device "meta"), as the rows would fill each one's memory.
+
     Raises:
-        UsageError: there is none, or none that can be used.
+        UsageError: there is none, or none that can be used; as ``agreement.together``.
     """
+    world = world or World()
+    read = together(world, lambda: _latest_whole(resume) if world.is_first else None)
+    told = world.tell(read and (read[0], _without_rows(read[1])))
+    return read or told
+
+
+def _without_rows(loaded: Checkpoint) -> Checkpoint:
+    if not isinstance(memory := loaded.get("npc", {}).get("memory"), torch.Tensor):
+        return loaded
+    return {**loaded, "npc": {**loaded["npc"], "memory": memory.to("meta")}}
+
+
+def _latest_whole(resume: Path) -> tuple[Path, Checkpoint]:
     path = locate(resume)
     previous = path.with_name(PREVIOUS)
     if not resume.is_dir() or path == previous or not previous.is_file():
@@ -219,9 +237,14 @@ def load(path: Path) -> Checkpoint:
     """Reads a checkpoint, or somebody's weights (as ``weights``), tensors and plain containers only, onto the CPU.
 
     Raises:
-        UsageError: the file is damaged, holds anything else, or no weights.
+        UsageError: the file is damaged, holds anything else, or no weights, or its memory bank is no table.
     """
-    return weights.read(path)
+    loaded = weights.read(path)
+    if "npc" in loaded:
+        memory = loaded["npc"].get("memory") if isinstance(loaded["npc"], dict) else None
+        if not isinstance(memory, torch.Tensor) or memory.layout != torch.strided or memory.is_nested or memory.is_meta:
+            raise UsageError(f"{path}: its memory bank is no table of numbers; choose another checkpoint")
+    return loaded
 
 
 def discoveries(folder: Path | None, current: Checkpoint, samples: int) -> list[tuple[int, Neighbourhoods]]:

@@ -46,7 +46,7 @@ class Subject:
         train, test: the images in order, with the test transform; test is None where there are none.
         train_labels, test_labels: (N,) and (M,), or None.
         classes: their number, 0 without labels.
-        memory: (N, D) of the checkpoint, or None.
+        memory: (N, D) of the checkpoint, of which the first process has the numbers, or None.
         world: the processes that share the work.
         evaluators: kNN and NN over the test images, as far as they are asked for.
         seed: of the linear probe's order and k-means' starts.
@@ -118,7 +118,7 @@ def _features(subject: Subject, batches: Loader, layers: Sequence[str], what: st
 def _neighbours(subject: Subject, evaluator: Evaluator, train: torch.Tensor, test: torch.Tensor) -> list[Row]:
     sources = {RECOMPUTED: Rows(train, subject.train.samples, subject.world)}
     if subject.memory is not None and subject.memory.shape == sources[RECOMPUTED].shape:
-        sources[BANK] = Rows.part_of(subject.memory, subject.world).to(subject.device)
+        sources[BANK] = Rows.deal(subject.memory, subject.world, subject.device)
     rows = []
     for source, rows_of_training in sources.items():
         got = evaluator.classify(test, rows_of_training)

@@ -85,11 +85,13 @@ class MemoryBank:
         return {"params": torch.tensor([self.temperature, self.momentum]), "memory": self.rows.whole()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes over ``memory`` (N, D); temperature and momentum stay what the options say.
+        """Takes over ``memory`` (N, D) of the first process; temperature and momentum stay what the options say.
+
+        To be called in every process; of others only the shape counts.
 
         Raises:
             ValueError: the rows are of another number or size.
         """
         if state["memory"].shape != self.rows.shape:
             raise ValueError(f"the memory is {list(state['memory'].shape)}, and should be {list(self.rows.shape)}")
-        self.memory.copy_(Rows.part_of(state["memory"], self.world).own)
+        self.rows.fill(state["memory"])

@@ -80,21 +80,33 @@ def read(path: Path) -> dict[str, Any]:
 def seal(file: BinaryIO) -> None:
     """Adds the checksum of all that was written to a file of PyTorch's old format, whose readers stop before it."""
     file.flush()
-    digest = hashlib.sha256()
     with Path(file.name).open("rb") as written:
-        while part := written.read(2**24):
-            digest.update(part)
-    file.write(SEAL + digest.hexdigest().encode("ascii"))
+        digest = _digest(written, file.tell())
+    file.write(SEAL + digest)
 
 
-def _unsealed(content: bytes) -> bytes:
-    """Without the checksum; ValueError where it does not fit. Files of others have none."""
-    start = len(content) - SEALED
-    if content[start : start + len(SEAL)] != SEAL:
-        return content
-    if hashlib.sha256(memoryview(content)[:start]).hexdigest().encode("ascii") != content[-64:]:
+def _is_sealed(file: BinaryIO) -> bool:
+    """Whether the checksum stands at the end; ValueError where it does not fit. Files of others have none."""
+    size = file.seek(0, io.SEEK_END) - SEALED
+    if size < 0:
+        return False
+    file.seek(size)
+    if file.read(len(SEAL)) != SEAL:
+        return False
+    expected = file.read()
+    file.seek(0)
+    if _digest(file, size) != expected:
         raise ValueError("the checksum does not fit")
-    return content[:start]
+    return True
+
+
+def _digest(file: BinaryIO, size: int) -> bytes:
+    """SHA-256 of the next ``size`` bytes, as it is written down."""
+    digest = hashlib.sha256()
+    while size > 0 and (part := file.read(min(size, 2**20))):
+        digest.update(part)
+        size -= len(part)
+    return digest.hexdigest().encode("ascii")
 
 
 def _open(path: Path) -> Any:
@@ -107,9 +119,10 @@ def _open(path: Path) -> Any:
             file.seek(0)
             if start != OLD_FORMAT:
                 return torch.load(file, map_location="cpu", weights_only=True)
-            source = _python_3(_unsealed(file.read()))
+            is_sealed = _is_sealed(file)
+            source = _python_3(file)
             content = torch.load(source, map_location="cpu", weights_only=True)
-            if 0 < len(source.read()) <= SEALED:
+            if not is_sealed and 0 < len(source.read(SEALED + 1)) <= SEALED:
                 raise ValueError("what stands behind the content is no whole checksum")
             return content
     except FileNotFoundError:
@@ -124,24 +137,31 @@ def _open(path: Path) -> Any:
         raise UsageError(f"{path}: {what}; choose another file") from None
 
 
-def _python_3(content: bytes) -> io.BytesIO:
-    """A file in the old format, with what Python 2 alone pickled that way as PyTorch's safe reader takes it.
+def _python_3(file: BinaryIO) -> BinaryIO:
+    """A file in the old format, with what Python 2 alone pickled that way as PyTorch's safe reader takes it: itself,
+    or a copy where there is such a thing.
 
     Python 2 wrote integers beyond 32 bits as text, among them the parameters' names in PyTorch 1.0's optimisers, and
     strings of more than 255 bytes with a code of their own. Codes are listed here and never followed.
     """
-    stream, parts, start = io.BytesIO(content), [], 0
+    other: dict[int, tuple[int, bytes]] = {}  # where a code starts: where it ends, and what is to stand there
+    start = file.seek(0)
     for _ in range(5):  # magic number, version, machine, content, names of the storages; raw numbers follow
-        for code, value, _ in pickletools.genops(stream):
-            end = stream.tell()
+        for code, value, _ in pickletools.genops(file):
+            end = file.tell()
             if code.name == "INT":
-                parts.append(pickle.dumps(value, protocol=2)[2:-1])  # without its head and its full stop
+                other[start] = end, pickle.dumps(value, protocol=2)[2:-1]  # without its head and its full stop
             elif code.name == "BINSTRING":
-                parts.append(b"X" + content[start + 1 : end])  # BINUNICODE, which has the same form
-            else:
-                parts.append(content[start:end])
+                other[start] = start + 1, b"X"  # BINUNICODE, which has the same form
             start = end
-    return io.BytesIO(b"".join([*parts, content[start:]]))
+    file.seek(0)
+    if not other:
+        return file
+    parts = []
+    for start, (end, instead) in other.items():
+        parts += [file.read(start - file.tell()), instead]
+        file.seek(end)
+    return io.BytesIO(b"".join([*parts, file.read()]))
 
 
 def bare(name: str) -> str:

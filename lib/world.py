@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -153,6 +153,14 @@ class World:
         dist.all_gather_object(items, item)
         return items
 
+    def tell(self, item: T | None) -> T:
+        """What the first process has to tell, in all; anything that can be pickled, which others need not have."""
+        told: list[Any] = [item]
+        if self.size > 1:
+            dist.broadcast_object_list(told, 0)
+        found: T = told[0]
+        return found
+
 
 class _Gather(torch.autograd.Function):
     @staticmethod
@@ -219,9 +227,16 @@ class Rows:
         return cls(rows, len(rows), World()) if isinstance(rows, torch.Tensor) else rows
 
     @classmethod
-    def part_of(cls, whole: torch.Tensor, world: World) -> Rows:
-        """This process's part of rows (N, D) that it has all of, as a copy where it is not all."""
-        return cls(whole if world.size == 1 else whole[world.part(len(whole))].clone(), len(whole), world)
+    def deal(cls, whole: torch.Tensor, world: World, device: torch.device | str = "cpu") -> Rows:
+        """Rows (N, D) of the first process in parts, onto a device; others pass a tensor of that shape and type, which
+        need hold no numbers (device "meta").
+        """
+        if world.size == 1:
+            return cls(whole.to(device), len(whole), world)
+        part = world.part(len(whole))
+        rows = cls(whole.new_empty(part.stop - part.start, whole.shape[1], device=device), len(whole), world)
+        rows.fill(whole)
+        return rows
 
     @property
     def start(self) -> int:
@@ -238,10 +253,6 @@ class Rows:
     def device(self) -> torch.device:
         """Where the own ones lie."""
         return self.own.device
-
-    def to(self, device: torch.device) -> Rows:
-        """The same, the own ones on a device."""
-        return replace(self, own=self.own.to(device))
 
     def places(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Where rows lie among the own ones, of the same shape as ``index``; 0 where they do not, and whether."""
@@ -315,6 +326,19 @@ class Rows:
         padded = self.own.new_zeros(self.abroad, self.own.shape[1])
         padded[: len(self.own)] = self.own
         return padded
+
+    def fill(self, whole: torch.Tensor) -> None:
+        """Takes over rows (N, D) of the first process, part after part; what others pass is not looked at."""
+        if not self.world.is_first:
+            for part in self._parcels(self.own):
+                coming = torch.empty_like(part)
+                dist.recv(coming, 0)
+                part.copy_(coming)
+            return
+        self.own.copy_(whole[self.world.part(self.samples)])
+        for rank in range(1, self.world.size):
+            for part in self._parcels(whole[self.world.part(self.samples, rank)]):
+                dist.send(part.to(self.own).contiguous(), rank)
 
     def whole(self) -> torch.Tensor:
         """All rows (N, D) in the host's memory of the first process, part after part; of others (0, D)."""

@@ -63,7 +63,7 @@ def parts_of(world: World, samples: int, parcel: int) -> Any:
 
 
 def parts_in_parcels(world: World, samples: int) -> Any:
-    rows = Rows.part_of(torch.arange(2.0 * samples).view(samples, 2), world)
+    rows = Rows.deal(torch.arange(2.0 * samples).view(samples, 2), world)
     seen = {start: part.clone() for start, part in rows.ring()}
     index = torch.arange(samples).flip(0)[::2]
     return rows.own, seen, rows.whole(), rows.take(index), world.parts(samples), world.any(world.rank == 1)
@@ -86,7 +86,7 @@ def test_every_row_is_with_one_process_and_comes_round_to_all(samples: int, parc
 
 def meetings(world: World, samples: int, parcel: int) -> Any:
     """Pairs that met here, and how many others the own rows met elsewhere, by what these wrote down."""
-    rows = Rows.part_of(torch.arange(2.0 * samples).view(samples, 2), world)
+    rows = Rows.deal(torch.arange(2.0 * samples).view(samples, 2), world)
     noted, met = torch.zeros(rows.abroad, 3, dtype=torch.long), []
     with parcels_of(parcel):
         for visit in rows.visits([noted]):
@@ -172,7 +172,7 @@ def lost(world: World, embeddings: torch.Tensor, memory: torch.Tensor, members: 
     own = embeddings[world.among(shares)].clone().requires_grad_()
     everyone = world.gather(own, shares)
     with blocks_of(64):
-        loss = neighbourhood_loss(everyone, Rows.part_of(memory, world), members, temperature=0.1)
+        loss = neighbourhood_loss(everyone, Rows.deal(memory, world), members, temperature=0.1)
     (3 * loss).backward()
     assert own.grad is not None
     return loss.item(), own.grad
@@ -231,7 +231,7 @@ def test_the_bank_is_drawn_updated_saved_and_loaded_as_by_one_process(samples: i
 
 def found(world: World, memory: torch.Tensor, size: int, block: int, temperature: float) -> Any:
     with blocks_of(block):
-        given = Rows.part_of(memory, world)
+        given = Rows.deal(memory, world)
         return discover(given, temperature=temperature, anchors=len(memory) // 3, size=size)
 
 
@@ -256,7 +256,7 @@ def test_anchors_and_neighbours_are_those_of_one_process(
 
 def voted(world: World, queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor) -> Any:
     mine = world.part(len(queries))
-    scores = weighted_knn(queries[mine], Rows.part_of(bank, world), labels, classes=4, k=7, sigma=0.1)
+    scores = weighted_knn(queries[mine], Rows.deal(bank, world), labels, classes=4, k=7, sigma=0.1)
     return scores, top_k_accuracy(scores, truth[mine], 1, world)
 
 
@@ -276,7 +276,7 @@ def measured(world: World, memory: torch.Tensor, rows: int) -> Any:
         patch.setattr(health, "ROWS", rows)
         before = None
         for round in range(2):
-            figures, before = health.measure(Rows.part_of(memory, world), before, round=round, temperature=0.1, size=3)
+            figures, before = health.measure(Rows.deal(memory, world), before, round=round, temperature=0.1, size=3)
             memory = F.normalize(memory + 0.1, dim=1)
     return figures
 
@@ -293,9 +293,9 @@ def probed(world: World, train: torch.Tensor, labels: torch.Tensor, test: torch.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear_probe, "STEPS", (30, 60))
         return linear_probe.probe(
-            Rows.part_of(train, world),
+            Rows.deal(train, world),
             labels,
-            Rows.part_of(test, world),
+            Rows.deal(test, world),
             truth,
             classes=3,
             seed=1,
@@ -448,3 +448,44 @@ def test_processes_that_normalise_for_themselves_train_too(team: Team) -> None:
     content, features = team.run(trained, "own", 8, 1, None, None)[0]
     assert features.isfinite().all() and all(value.isfinite().all() for value in content["net"].values())
     assert content["history"][-1]["loss"] > 0
+
+
+def resumed(world: World, there: Path, samples: int) -> Any:
+    """What a process knows of a checkpoint that only the first one sees."""
+    source, loaded = checkpoint.load_resumed(there if world.is_first else there.parent / "not here.ckpt", world)
+    bank = MemoryBank(samples, 5, temperature=0.1, momentum=0.3, seed=4, device="cpu", world=world)
+    memory = loaded["npc"]["memory"]
+    bank.load_state_dict(loaded["npc"])
+    return source, loaded["net"], memory.is_meta, memory.shape, bank.memory, Rows.deal(memory, world).own
+
+
+@pytest.mark.parametrize("samples", [3, 10])
+def test_a_checkpoint_is_read_by_the_first_process_and_its_rows_are_dealt_out(
+    samples: int, team: Team, tmp_path: Path
+) -> None:
+    there, memory = tmp_path / "a.ckpt", rows_of(samples)
+    net = {"weight": torch.arange(3.0)}
+    checkpoint.save({"net": net, "npc": {"params": torch.zeros(2), "memory": memory}}, there)
+    answers = team.run(resumed, there, samples)
+    for rank, (source, theirs, is_meta, shape, _, _) in enumerate(answers):
+        assert source == there and torch.equal(theirs["weight"], net["weight"])
+        assert is_meta == (rank > 0) and shape == memory.shape
+    for part in (4, 5):
+        assert torch.equal(torch.cat([answer[part] for answer in answers]), memory)
+
+
+def damaged(world: World, there: Path) -> str:
+    try:
+        checkpoint.load_resumed(there, world)
+    except ToldElsewhereError:
+        return "elsewhere"
+    except UsageError as error:
+        return str(error)
+    return "read"
+
+
+@pytest.mark.parametrize("memory", [torch.eye(3).to_sparse(), None, [1.0]])
+def test_a_bank_that_is_no_table_is_refused_by_all(memory: Any, team: Team, tmp_path: Path) -> None:
+    checkpoint.save({"net": {}, "npc": {"memory": memory}}, tmp_path / "a.ckpt")
+    said, *others = team.run(damaged, tmp_path / "a.ckpt")
+    assert "its memory bank is no table of numbers" in said and set(others) == {"elsewhere"}

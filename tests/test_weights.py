@@ -9,6 +9,7 @@ import pickle
 import pickletools
 import struct
 import subprocess
+import tracemalloc
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -496,6 +497,18 @@ def test_a_safetensors_header_that_lies_is_refused(tmp_path: Path) -> None:
     header = json.dumps({"conv.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     refusal(path)
+
+
+def test_a_checkpoint_is_read_without_a_copy_of_it(tmp_path: Path) -> None:
+    """Of a bank of many gigabytes one is enough; what PyTorch allocates for tensors is not traced."""
+    path = tmp_path / "large.ckpt"
+    checkpoint.save({"net": {"a": torch.zeros(3)}, "npc": {"memory": torch.ones(2**16, 128)}}, path)
+    tracemalloc.start()
+    loaded = checkpoint.load(path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert loaded["npc"]["memory"].sum() == 2**23
+    assert most < 4e6 < path.stat().st_size
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:

@@ -52,7 +52,8 @@ def _holds() -> str:
             part = samples / processes * LOW_DIM * 4
             tables = samples * (8 + 8 + 4 + 8 * NEIGHBOURS)
             step = BATCH * LOW_DIM * 4 * 3 + BATCH * 4 * 8 + 2 * PARAMETERS * 4
-            around = samples * LOW_DIM * 4 * (processes - 1) / processes
+            halfway = processes // 2  # steps of the ring, with eight-byte sums and, for each neighbour, two numbers
+            around = samples / processes * (LOW_DIM * 4 * halfway + (16 + 12 * NEIGHBOURS) * (halfway + 1))
             rows.append((name, processes, *(f"{size / 2**30:.3g}" for size in (part, 2 * part, tables, step, around))))
     header = ["N", "G", "bank", "in discovery", "neighbourhoods", "traffic a step", "traffic a discovery"]
     return measure.table([header[0], header[1], *(f"{title}, GiB" for title in header[2:])], rows)
@@ -64,7 +65,7 @@ def _takes(costs: dict[str, float]) -> str:
         loss = 4 * samples * LOW_DIM
         for processes in PROCESSES:
             step = BATCH * samples / processes * costs["loss and gradient"]
-            once = (samples / processes) ** 2 / 2 + samples / processes * (samples - samples / processes)
+            once = samples * samples / 2 / processes
             epoch = step * samples / BATCH / 3600
             discovery = once * costs["discovery"] / 3600
             share = loss / (loss + PASSES)

@@ -13,8 +13,8 @@ import models
 from benchmarks import measure
 from lib import device as placing
 from lib.criterion import neighbourhood_loss
+from lib.discovery import discover
 from lib.knn import weighted_knn
-from lib.neighbourhoods import discover
 
 LARGE = 1_281_167
 SAMPLES = (1_000, 3_000, 10_000, 30_000, 100_000)

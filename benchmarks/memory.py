@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 from benchmarks import measure
-from lib import neighbourhoods
+from lib import discovery
 from lib.blocks import block_size
 
 ROOT = Path(__file__).parent.parent
@@ -87,9 +87,9 @@ def _discovery(device: torch.device) -> str:
 
     def survey() -> None:
         nonlocal seconds
-        seconds = measure.once(lambda: neighbourhoods.survey(memory, temperature=0.1, size=1), device)
+        seconds = measure.once(lambda: discovery.survey(memory, temperature=0.1, size=1), device)
 
-    with mock.patch.object(neighbourhoods, "progress", some):
+    with mock.patch.object(discovery, "progress", some):
         peak = measure.peak_memory(survey, device)
     bank = memory.nbytes
     hours = seconds / (tiles / (tiles // TILES)) * tiles / 3600

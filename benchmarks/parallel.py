@@ -26,7 +26,8 @@ from lib import launch
 from lib.criterion import neighbourhood_loss
 from lib.knn import weighted_knn
 from lib.memory_bank import MemoryBank
-from lib.neighbourhoods import Neighbourhoods, discover
+from lib.discovery import discover
+from lib.neighbourhoods import Neighbourhoods
 from lib.world import World
 
 samples, low_dim, batch, queried = map(int, sys.argv[1:])

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks import measure
 from lib.criterion import neighbourhood_loss
-from lib.neighbourhoods import survey
+from lib.discovery import survey
 
 LOW_DIM, BATCH, NEIGHBOURS, PARAMETERS = 128, 128, 1, 11_230_000
 """The paper's; parameters of a ResNet18."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lib.blocks import block_size
-from lib.world import Rows
+from lib.rows import Rows
 
 
 def neighbourhood_loss(

@@ -22,10 +22,11 @@ from lib.checkpoint import TrainingState
 from lib.console import SUMMARY, UsageError, logger, progress, table
 from lib.criterion import neighbourhood_loss
 from lib.device import PRECISIONS
+from lib.discovery import discover
 from lib.files import reason
 from lib.interrupt import Interrupts, Stopped
 from lib.loader import Loader
-from lib.neighbourhoods import Neighbourhoods, consistency, discover, num_anchors
+from lib.neighbourhoods import Neighbourhoods, consistency, num_anchors
 from lib.options import Options
 from lib.protocols import Accuracy, Evaluator
 from lib.seeding import Stream, seed_for

@@ -20,7 +20,8 @@ from lib.files import write_whole
 from lib.loader import Loader
 from lib.options import Options
 from lib.protocols import Evaluator
-from lib.world import Rows, World
+from lib.rows import Rows
+from lib.world import World
 
 RECOMPUTED, BANK = "recomputed with the test transform", "memory bank of the checkpoint"
 TITLES = {

@@ -3,7 +3,7 @@
 Measured are all samples up to ``ROWS``, and of more a fixed sample of that many, each against all N: an epoch
 of a million images pays for two products (S, D) x (D, N), not for a discovery.
 
-Letters: N samples, D embedding, S measured samples, K neighbours, P partners, R rows of a block.
+Letters: N samples, G processes, D embedding, S measured samples, M some samples, K neighbours, P partners.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lib import neighbourhoods
-from lib.world import Rows
+from lib.entropy import entropy_of, merge_moments, no_moments, softmax_moments
+from lib.rows import Rows, similarities
+from lib.top_k import Best
 
 ROWS = 2**13
 """Samples measured at most; a share of them is within 1.1 points of that of all samples, 19 times of 20."""
@@ -113,7 +114,7 @@ def measure(
     bank = Rows.of(memory)
     rows = measured(bank.samples).to(bank.device)
     own = bank.take(rows)  # (S, D), a copy
-    look = partial(neighbourhoods.measure, temperature=temperature, what="health")
+    look = partial(_look, temperature=temperature)
     entropy, nearest = look(bank, rows, size=min(size, bank.samples - 1))
     among = nearest  # (S, K), by place in ``rows``
     if len(rows) < bank.samples:
@@ -135,6 +136,32 @@ def measure(
     figures["hubness"], figures["orphans"] = _hubs(among)
     figures["largest_hub"] = nearest.flatten().bincount().max().item() / len(rows) if nearest.numel() else None
     return figures, State(round, own, nearest, before)
+
+
+def _look(bank: Rows, index: torch.Tensor, *, temperature: float, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entropy (M,) and nearest others (M, K) of some samples, the same in every process.
+
+    Each compares them with its own rows, and what it found is put together.
+
+    Args:
+        bank: (N, D).
+        index: (M,) which samples, the same in every process.
+        temperature: tau.
+        size: K.
+    """
+    queries = bank.take(index)  # (M, D)
+    place, here = bank.places(index)
+    moments, best = no_moments(queries), Best.none(len(queries), size, queries)
+    for block, similarity in similarities(queries, bank.own, "health"):
+        moments[block] = softmax_moments(similarity / temperature)
+        column = place[block][:, None]
+        itself = torch.where(here[block][:, None], -torch.inf, similarity.gather(1, column))
+        best.offer(similarity.scatter_(1, column, itself), block.start, bank.start)
+    values, samples = (  # (M, G * K)
+        bank.world.stack(part).transpose(0, 1).flatten(1) for part in (best.similarities, best.samples)
+    )
+    nearest = samples.gather(1, values.topk(size, dim=1).indices)
+    return entropy_of(merge_moments(bank.world.stack(moments))), nearest
 
 
 def measured(samples: int) -> torch.Tensor:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from lib.blocks import block_rows
-from lib.console import progress
+from lib.rows import Rows, similarities
 from lib.top_k import Best
-from lib.world import Rows, World
+from lib.world import World
 
 
 @torch.no_grad()
@@ -36,9 +35,8 @@ def weighted_knn(
     rows = Rows.of(bank)
     best = Best.none(len(queries), min(k, rows.samples), queries)
     for first, part in rows.ring():
-        step = block_rows(max(1, len(part)), part.device)
-        for start in progress(range(0, len(queries), step), "kNN", "block"):
-            best.offer(queries[start : start + step] @ part.t(), start, first)
+        for block, similarity in similarities(queries, part, "kNN"):
+            best.offer(similarity, block.start, first)
     weights = ((best.similarities - best.similarities[:, :1]) / sigma).exp()  # (Q, K)
     scores = queries.new_zeros(len(queries) * classes)  # in one row, which GPUs can add up in one order
     place = torch.arange(len(queries), device=queries.device)[:, None] * classes + labels[best.samples]

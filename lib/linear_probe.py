@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from lib.console import UsageError, logger, progress
 from lib.features import Batches
-from lib.world import Rows
+from lib.rows import Rows
 
 POOLED = 9000
 """Numbers that a map is pooled to at most, where one position does not take more."""

@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from lib.blocks import block_rows
 from lib.console import SUMMARY, UsageError, logger, progress, table
+from lib.discovery import discover
 from lib.files import check_ending, check_place, new_files, printable
-from lib.neighbourhoods import Neighbourhoods, discover
+from lib.neighbourhoods import Neighbourhoods
 from lib.top_k import top_k
 
 NEVER = -1

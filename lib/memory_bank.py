@@ -10,7 +10,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from lib.world import PARCEL, Rows, World
+from lib.rows import Rows
+from lib.world import PARCEL, World
 
 
 class MemoryBank:

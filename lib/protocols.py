@@ -14,7 +14,8 @@ import torch
 from lib import features, knn
 from lib.console import logger
 from lib.loader import Loader
-from lib.world import Rows, World
+from lib.rows import Rows
+from lib.world import World
 
 
 @dataclass(frozen=True)

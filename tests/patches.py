@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from lib import blocks
+from lib import blocks, memory_bank, rows, world
 
 
 @contextmanager
@@ -16,4 +16,13 @@ def blocks_of(numbers: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "CACHED", numbers)
         patch.setattr(blocks, "LEAST", 1)
+        yield
+
+
+@contextmanager
+def parcels_of(numbers: int) -> Iterator[None]:
+    """Rows are drawn and passed on in parcels of so many numbers."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (world, rows, memory_bank):
+            patch.setattr(module, "PARCEL", numbers)
         yield

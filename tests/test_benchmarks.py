@@ -14,8 +14,8 @@ from benchmarks import augmentation, ivf, measure, reference
 from lib import environment
 from lib.augment import DRAWS
 from lib.criterion import neighbourhood_loss
+from lib.discovery import discover, survey
 from lib.knn import weighted_knn
-from lib.neighbourhoods import discover, survey
 
 CPU = torch.device("cpu")
 SMALL = {

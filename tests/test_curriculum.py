@@ -17,8 +17,9 @@ from lib import checkpoint, curriculum, schedule
 from lib.checkpoint import TrainingState
 from lib.console import UsageError
 from lib.curriculum import Helpers, Plan
+from lib.discovery import discover
 from lib.memory_bank import MemoryBank
-from lib.neighbourhoods import Neighbourhoods, discover
+from lib.neighbourhoods import Neighbourhoods
 from lib.options import Options
 from lib.protocols import Accuracy
 from lib.session import Session

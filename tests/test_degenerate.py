@@ -17,8 +17,9 @@ import made
 import main
 from lib import health
 from lib.criterion import neighbourhood_loss
+from lib.discovery import discover
 from lib.knn import weighted_knn
-from lib.neighbourhoods import Neighbourhoods, discover
+from lib.neighbourhoods import Neighbourhoods
 
 RUN = """
 --dataset folder --network resnet10 --resize 8 --size 8 --scale 0.3 1 --colorjitter 0.4 0.4 0.4 0.1 --low-dim 4

@@ -17,9 +17,10 @@ import torch
 import oracles
 from lib.config import read_options
 from lib.criterion import neighbourhood_loss
+from lib.discovery import discover
 from lib.knn import nearest_neighbour, top_k_accuracy, weighted_knn
 from lib.memory_bank import MemoryBank
-from lib.neighbourhoods import Neighbourhoods, consistency, discover, num_anchors
+from lib.neighbourhoods import Neighbourhoods, consistency, num_anchors
 from lib.schedule import build_schedule, step
 
 FOLDER = Path(__file__).parent / "golden"

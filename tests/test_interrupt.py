@@ -76,7 +76,7 @@ PLACES = {
     "with a checkpoint half written": ("lib.weights", "seal", 1),
     "with a checkpoint written and not renamed": ("os", "replace", 1),
     "between the names of the last checkpoint": ("os", "link", 1),
-    "in the evaluation": ("lib.knn", "block_rows", 1),
+    "in the evaluation": ("lib.knn", "similarities", 1),
     "in the health figures": ("lib.health", "_hubs", 1),
     "with the metrics written and no checkpoint": ("lib.curriculum", "save", 1),
     "with the latest checkpoint written and not the best": ("lib.weights", "seal", 4),

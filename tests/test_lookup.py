@@ -18,8 +18,9 @@ from PIL import Image
 import oracles
 from lib import files, lookup
 from lib.console import UsageError
+from lib.discovery import discover
 from lib.lookup import NEVER, TILE, Gallery, Query, became_anchor, describe, draw, query, save_neighbourhoods
-from lib.neighbourhoods import Neighbourhoods, discover
+from lib.neighbourhoods import Neighbourhoods
 from patches import blocks_of
 
 many = settings(max_examples=40, deadline=None)

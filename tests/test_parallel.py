@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,23 +13,24 @@ import torch.nn.functional as F
 from numpy.testing import assert_allclose
 
 import models
-from lib import checkpoint, curriculum, device, health, linear_probe, memory_bank, schedule
-from lib import world as world_module
-from lib.agreement import ToldElsewhereError, agree, together
+from lib import checkpoint, curriculum, device, health, linear_probe, schedule
+from lib.agreement import ToldElsewhereError
 from lib.augment import Augmentation
 from lib.checkpoint import TrainingState
 from lib.console import UsageError
 from lib.criterion import neighbourhood_loss
 from lib.curriculum import Helpers, Plan
+from lib.discovery import discover
 from lib.features import extract
 from lib.knn import top_k_accuracy, weighted_knn
 from lib.loader import Loader
 from lib.memory_bank import MemoryBank
-from lib.neighbourhoods import Neighbourhoods, discover
+from lib.neighbourhoods import Neighbourhoods
 from lib.protocols import Evaluator
+from lib.rows import Rows
 from lib.session import Session
-from lib.world import Rows, World
-from patches import blocks_of
+from lib.world import World
+from patches import blocks_of, parcels_of
 from team import Team
 
 CPU = torch.device("cpu")
@@ -43,125 +40,6 @@ near = {"rtol": 1e-5, "atol": 1e-5}
 
 def rows_of(samples: int, low_dim: int = 5, seed: int = 0) -> torch.Tensor:
     return F.normalize(torch.randn(samples, low_dim, generator=torch.Generator().manual_seed(seed)), dim=1)
-
-
-# what processes say to each other
-
-
-@contextmanager
-def parcels_of(numbers: int) -> Iterator[None]:
-    """Rows are drawn and passed on in parcels of so many numbers."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (world_module, memory_bank):
-            patch.setattr(module, "PARCEL", numbers)
-        yield
-
-
-def parts_of(world: World, samples: int, parcel: int) -> Any:
-    with parcels_of(parcel):
-        return parts_in_parcels(world, samples)
-
-
-def parts_in_parcels(world: World, samples: int) -> Any:
-    rows = Rows.deal(torch.arange(2.0 * samples).view(samples, 2), world)
-    seen = {start: part.clone() for start, part in rows.ring()}
-    index = torch.arange(samples).flip(0)[::2]
-    return rows.own, seen, rows.whole(), rows.take(index), world.parts(samples), world.any(world.rank == 1)
-
-
-@pytest.mark.parametrize("parcel", [1, 5, 2**22])
-@pytest.mark.parametrize("samples", [1, 3, 4, 9, 23])
-def test_every_row_is_with_one_process_and_comes_round_to_all(samples: int, parcel: int, team: Team) -> None:
-    whole = torch.arange(2.0 * samples).view(samples, 2)
-    answers = team.run(parts_of, samples, parcel)
-    assert torch.equal(torch.cat([own for own, *_ in answers]), whole)
-    sizes = [len(own) for own, *_ in answers]
-    assert max(sizes) - min(sizes) <= 1
-    for own, seen, gathered, taken, parts, any_ in answers:
-        assert torch.equal(torch.cat([seen[start] for start in sorted(seen) if len(seen[start])]), whole)
-        assert torch.equal(taken, whole.flip(0)[::2]) and parts == sizes and any_
-        assert own is answers[0][0] or not len(gathered)
-    assert torch.equal(answers[0][2], whole)
-
-
-def meetings(world: World, samples: int, parcel: int) -> Any:
-    """Pairs that met here, and how many others the own rows met elsewhere, by what these wrote down."""
-    rows = Rows.deal(torch.arange(2.0 * samples).view(samples, 2), world)
-    noted, met = torch.zeros(rows.abroad, 3, dtype=torch.long), []
-    with parcels_of(parcel):
-        for visit in rows.visits([noted]):
-            numbers = (visit.rows[:, 0] / 2).long()
-            assert numbers.tolist() == list(range(visit.start, visit.start + len(visit.rows)))
-            own = range(rows.start, rows.start + len(rows.own))[visit.own]
-            met += [(i, j) for i in own for j in numbers[visit.theirs].tolist()]
-            visit.tables[0][visit.theirs] += len(own)
-    assert (noted == noted[:, :1]).all()
-    return met, noted[: len(rows.own), 0].tolist()
-
-
-@pytest.mark.parametrize("samples", [1, 3, 4, 9, 23])
-@pytest.mark.parametrize("parcel", [1, 5, 2**22])
-def test_rows_of_different_processes_meet_once(samples: int, parcel: int, team: Team) -> None:
-    answers, parts = team.run(meetings, samples, parcel), team.run(part_of, samples)
-    pairs = Counter(tuple(sorted(pair)) for met, _ in answers for pair in met)
-    home = {row: rank for rank, part in enumerate(parts) for row in range(samples)[part]}
-    everyone = itertools.combinations(range(samples), 2)
-    assert pairs == Counter(pair for pair in everyone if home[pair[0]] != home[pair[1]])
-    visited = Counter(j for met, _ in answers for _, j in met)
-    assert [count for _, noted in answers for count in noted] == [visited[row] for row in range(samples)]
-    most = max(len(met) for met, _ in answers)
-    assert samples < 9 or most <= 1.5 * len(pairs) / len(answers)  # the work is shared out
-
-
-def part_of(world: World, samples: int) -> slice:
-    return world.part(samples)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
-def test_shares_of_a_batch_are_two_images_at_least_or_none(size: int) -> None:
-    for batch in range(1, 60):
-        shares = World(0, size).shares(batch)
-        assert sum(shares) == batch and len(shares) == size
-        active = [share for share in shares if share]
-        assert max(active) - min(active) <= 1 and (min(active) >= 2 or batch == 1)
-        assert len(active) == min(size, max(1, batch // 2))
-
-
-def refusing(world: World, which: list[int], text: str) -> str:
-    def work() -> str:
-        if world.rank in which:
-            raise UsageError(text.format(rank=world.rank))
-        return "done"
-
-    try:
-        return together(world, work)
-    except ToldElsewhereError:
-        return "elsewhere"
-    except UsageError as error:
-        return str(error)
-
-
-def test_what_one_process_refuses_all_refuse_and_the_first_one_says(team: Team) -> None:
-    others = ["elsewhere"] * (len(team.run(refusing, [], "no")) - 1)
-    assert team.run(refusing, [], "no") == ["done"] * (len(others) + 1)
-    assert team.run(refusing, [1], "no image") == ["process 1: no image", *others]
-    assert team.run(refusing, [0, 1, 2, 3], "no image") == ["no image", *others]
-
-
-def agreeing(world: World, odd: int) -> str:
-    try:
-        agree(world, {"--low-dim": "64", "training images": "9" if world.rank != odd else "8"})
-        return "agreed"
-    except ToldElsewhereError:
-        return "elsewhere"
-    except UsageError as error:
-        return str(error)
-
-
-def test_a_process_with_other_data_is_refused_with_both(team: Team) -> None:
-    assert set(team.run(agreeing, -1)) == {"agreed"}
-    said, *others = team.run(agreeing, 1)
-    assert said.startswith("training images: process 1 has 8, and process 0 has 9; ") and set(others) == {"elsewhere"}
 
 
 # the parts of the method

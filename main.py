@@ -5,53 +5,45 @@ Wires options to data, network, memory bank and session, then trains or evaluate
 
 from __future__ import annotations
 
-import os
 import sys
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 import datasets
-import models
 from lib import (
-    activations,
     agreement,
-    augment,
     checkpoint,
     compare,
     config,
     curriculum,
     device,
     environment,
-    export,
     features,
     gallery,
     launch,
-    lookup,
     memory_plan,
+    records,
     results,
     schedule,
     seeding,
-    weights,
 )
 from lib.checkpoint import TrainingState
-from lib.console import FIRST, SUMMARY, UsageError, logger, progress, start_logging
+from lib.console import FIRST, SUMMARY, UsageError, logger, start_logging
 from lib.files import printable, reason
 from lib.free_memory import free
 from lib.interrupt import STATUS, Interrupts, Stopped
 from lib.memory_bank import MemoryBank
 from lib.neighbourhoods import Neighbourhoods
-from lib.options import Options, height_and_width
+from lib.options import Options
+from lib.plan import Helpers, build_plan
 from lib.seeding import Stream
-from lib.session import Session, create_folder, folder_of, of_job
-from lib.setting import Setting
+from lib.session import Session, create_folder, folder_of
+from lib.setting import Setting, prepare
 from lib.world import World, is_loss
 
 
@@ -140,103 +132,12 @@ def resolve(argv: Sequence[str]) -> Options:
     return config.read_options(argv, base=session / "config.yaml") if session else options
 
 
-def prepare(options: Options, world: World | None = None) -> Setting:
-    """Checks everything that can be checked before anything is written, in all processes that train together."""
-    world = world or World()
-    device.allow_nondeterminism(not options.deterministic)
-    place = agreement.together(world, lambda: device.select(options.gpus))
-    agreement.together(world, lambda: check(options))
-    if options.download and world.size > 1:  # one process of each machine fetches
-        here = int(os.environ.get("LOCAL_RANK", 0))
-        agreement.together(world, lambda: load_data(options) if here == 0 else None, (datasets.DataError,))
-    begun = None
-    if launch.restarts():
-        begun = world.tell(of_job(options.sess_dir, launch.job()))
-        if begun and checkpoint.latest(begun).is_file():
-            options = options.model_copy(update={"resume": begun, "restart": False, "session": None})
-    source, loaded = checkpoint.load_resumed(options.resume, world) if options.resume else (None, {})
-    seed = seeding.choose(options.seed, loaded.get("seed"), world.tell(int(time.time())))
-    options = options.model_copy(update={"seed": seed})
-    read = partial(assemble, options, place, world, source=source, loaded=loaded)
-    setting = agreement.together(world, read, (datasets.DataError,))
-    agreement.agree(world, facts(setting))
-    return replace(setting, begun=begun)
-
-
-def check(options: Options) -> None:
-    """Refuses what can be refused before anything is read."""
-    config.choose(datasets.DATASETS, options.dataset, "--dataset")
-    config.choose(models.NETWORKS, options.network, "--network")
-    export.check(options)
-    if options.export_neighbourhoods:
-        lookup.check(options.export_neighbourhoods)
-
-
-def assemble(
-    options: Options, place: torch.device, world: World, *, source: Path | None, loaded: checkpoint.Checkpoint
-) -> Setting:
-    """Reads what a run starts from, beside its checkpoint."""
-    data_source = datasets.DATASETS[options.dataset]
-    assert options.seed is not None
-    torch.manual_seed(seeding.seed_for(options.seed, Stream.WEIGHTS))  # the network's first weights
-    network = models.build(options.network, low_dim=options.low_dim)
-    if not activations.takes(network, height_and_width(options.size)):
-        raise UsageError(
-            f"--size {options.size}: images of that size are too small for --network {options.network}; set it higher"
-        )
-    if options.pretrained and not source:
-        weights.load_pretrained(network, options.pretrained)
-    splits = load_data(options)
-    colours = options.means or data_source.means, options.stds or data_source.stds
-    augmentations = augment.for_training(options, *colours), augment.for_testing(options, *colours)
-    device.allow_tf32(options.tf32)
-    network = device.place(network, place, world, sync_bn=options.sync_bn, compile=options.compile)
-    return Setting(options, splits, colours, augmentations, place, network, source, loaded, world)
-
-
-def facts(setting: Setting) -> dict[str, str]:
-    """What all processes of a run must have alike, in words."""
-    options = {config.flag(name): str(value) for name, value in setting.options if not config.is_path(name)}
-    named = {"training images": setting.splits.train, "test images": setting.splits.test}
-    images = {name: datasets.fingerprint(split) if split else "none" for name, split in named.items()}
-    return {**options, **images, "PyTorch": torch.__version__}
-
-
-def load_data(options: Options) -> datasets.Splits:
-    """The splits, with what the user should know about them said once."""
-
-    def bar(items: Iterable[Any], what: str, total: int, unit: str) -> Iterable[Any]:
-        return progress(items, what, unit, total)
-
-    splits = datasets.load(
-        options.dataset,
-        options.data_root,
-        strict=options.strict_data,
-        download=options.download,
-        boxes=options.bounding_boxes,
-        progress=bar,
-    )
-    if options.val_fraction:
-        splits = datasets.hold_out(splits, options.val_fraction)
-    for note in splits.notes:
-        logger().info("%s", note)
-    for name, why in splits.skipped:
-        logger().warning("unreadable, left out: %s: %s", name, why)
-    if splits.skipped:
-        logger().warning("%d unreadable images were left out; --strict-data refuses them", len(splits.skipped))
-    if splits.train.labels is None:
-        logger().info("the training images have no labels: accuracy and consistency are not computed")
-    elif splits.test is None or splits.test.labels is None:
-        logger().info("there are no labelled test images: accuracy is not computed")
-    return splits
-
-
 def train(setting: Setting) -> int:
     """Trains in a new session, or goes on in the checkpoint's; the exit status."""
     options, splits, world = setting.options, setting.splits, setting.world
     images, labels = splits.train.images, splits.train.labels
     learning_rate = agreement.together(world, lambda: schedule.build_schedule(options))
-    plan = agreement.together(world, lambda: curriculum.build_plan(options, learning_rate, len(images), world.size))
+    plan = agreement.together(world, lambda: build_plan(options, learning_rate, len(images), world.size))
     memory = agreement.together(world, lambda: plan_memory(setting))
     state = build_state(setting)
     if setting.source:
@@ -253,7 +154,7 @@ def train(setting: Setting) -> int:
                 session.write_picture("ANs/Neighbours", np.asarray(picture), round)
 
     interrupts = Interrupts(world)
-    helpers = curriculum.Helpers(
+    helpers = Helpers(
         batches=setting.loader(splits.train, train=True),
         evaluate=setting.evaluator(splits.test),
         validate=setting.evaluator(splits.val),
@@ -270,7 +171,7 @@ def train(setting: Setting) -> int:
             curriculum.run(state, plan, helpers)
         final = state.checkpoint(options.network, session.name)
         if alone := setting.alone():
-            finish(alone, session, final, curriculum.summary(state.history, helpers), bool(state.unsaved))
+            finish(alone, session, final, records.summary(state.history, helpers), bool(state.unsaved))
     except Stopped as stop:
         again = f"go on with: python main.py --resume {session.folder}" if session.folder else "nothing is stored"
         step = f"round {state.round}, epoch {state.epoch + 1}, step {state.step}"

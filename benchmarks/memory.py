@@ -33,6 +33,7 @@ import numpy as np, torch
 import main
 from benchmarks import measure
 from lib import config, curriculum, memory_plan, schedule, seeding
+from lib.plan import Helpers, build_plan
 import datasets
 
 name, size, batch, gpu = sys.argv[1], *map(int, sys.argv[2:])
@@ -46,8 +47,8 @@ on_gpu = setting.device.type == "cuda"
 planned = memory_plan.of_options(setting.options, setting.network, setting.device, samples=len(images),
     images=images.nbytes, resident=images.nbytes if on_gpu else 0)
 state = main.build_state(setting)
-plan = curriculum.build_plan(setting.options, schedule.build_schedule(setting.options), samples=len(images))
-helpers = curriculum.Helpers(setting.loader(setting.splits.train, train=True), None, None, None, main.Session(None),
+plan = build_plan(setting.options, schedule.build_schedule(setting.options), samples=len(images))
+helpers = Helpers(setting.loader(setting.splits.train, train=True), None, None, None, main.Session(None),
     lambda *found: None, "")
 curriculum.train_epoch(state, plan, helpers)
 peak = torch.cuda.max_memory_allocated() if on_gpu else measure.status("VmHWM")

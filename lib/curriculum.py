@@ -1,4 +1,4 @@
-"""The algorithm of the paper: rounds of discovery and training, from sure anchors to all. Layer 4.
+"""The algorithm of the paper: rounds of discovery and training, from sure anchors to all. Layer 6.
 
     round 0                every sample is its own neighbourhood
     round r >= 1           entropies from the memory bank -> the int(N * select_rate * r) samples of lowest
@@ -11,121 +11,21 @@ Letters: B batch, b images of it of this process, N samples, D embedding, K neig
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 
-from lib import checkpoint, health, schedule
+from lib import health, schedule
 from lib.checkpoint import TrainingState
-from lib.console import SUMMARY, UsageError, logger, progress, table
+from lib.console import logger, progress
 from lib.criterion import neighbourhood_loss
-from lib.device import PRECISIONS
 from lib.discovery import discover
-from lib.files import reason
-from lib.interrupt import Interrupts, Stopped
-from lib.loader import Loader
-from lib.neighbourhoods import Neighbourhoods, consistency, num_anchors
-from lib.options import Options
-from lib.protocols import Accuracy, Evaluator
+from lib.interrupt import Stopped
+from lib.neighbourhoods import consistency, num_anchors
+from lib.plan import Helpers, Plan
+from lib.records import finish_epoch, finish_round, report_epoch, save
 from lib.seeding import Stream, seed_for
-from lib.session import Session
 from lib.world import World
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the curriculum does, in numbers.
-
-    Attributes:
-        rounds: counting round 0.
-        epochs: a round.
-        select_rate: share of the samples that become anchors, times the round.
-        size: K.
-        iter_size: batches to an optimiser step.
-        learning_rate: epoch within the round -> rate.
-        display_freq: steps between updates of the loss beside the bar.
-        autocast: precision of the steps' mixed precision; None: float32.
-        ckpt_every: optimiser steps between checkpoints within an epoch; 0: none there.
-        skip_nonfinite: a batch whose loss is not finite is left out, in place of stopping the run.
-    """
-
-    rounds: int
-    epochs: int
-    select_rate: float
-    size: int
-    iter_size: int
-    learning_rate: schedule.Schedule
-    display_freq: int
-    autocast: torch.dtype | None = None
-    ckpt_every: int = 0
-    skip_nonfinite: bool = False
-
-
-def build_plan(options: Options, learning_rate: schedule.Schedule, samples: int, processes: int = 1) -> Plan:
-    """The plan of the options for N = ``samples``.
-
-    Raises:
-        UsageError: there are fewer samples than a batch or a neighbourhood takes, or fewer images in a batch than its
-            processes take.
-    """
-    if options.batch_size < 2 * processes:
-        raise UsageError(
-            f"--batch-size {options.batch_size}: is of all {processes} processes together, and each takes two images "
-            f"at least; set it to {2 * processes} or more"
-        )
-    if samples < options.batch_size:
-        raise UsageError(
-            f"{options.data_root or options.dataset}: {samples} training images are fewer than a batch of "
-            f"{options.batch_size}; set --batch-size to {samples} or less, or bring more images"
-        )
-    if options.ANs_size >= samples:
-        raise UsageError(
-            f"--ANs-size {options.ANs_size}: {samples} training images leave an anchor only {samples - 1} "
-            f"neighbours; set it to {samples - 1} or less"
-        )
-    return Plan(
-        rounds=options.max_round,
-        epochs=options.max_epoch,
-        select_rate=options.ANs_select_rate,
-        size=options.ANs_size,
-        iter_size=options.iter_size,
-        learning_rate=learning_rate,
-        display_freq=options.display_freq,
-        autocast=PRECISIONS[options.amp] if options.amp else None,
-        ckpt_every=options.ckpt_every,
-        skip_nonfinite=options.on_nonfinite == "skip",
-    )
-
-
-@dataclass(frozen=True)
-class Helpers:
-    """Whom the curriculum works with.
-
-    Attributes:
-        batches: the training images.
-        evaluate: accuracy of the test images, or None where there are no labels.
-        validate: accuracy of training images held out, which then choose the best epoch; None: the test images do,
-            as in the reference.
-        labels: (N,) on the bank's device, for the consistency alone; None where there are none.
-        session: where results go.
-        on_discovery: told the round and its neighbourhoods, when it starts or goes on.
-        network_name: for the checkpoints.
-        interrupts: whoever asks the run to stop.
-        world: the processes that train together.
-    """
-
-    batches: Loader
-    evaluate: Evaluator | None
-    validate: Evaluator | None
-    labels: torch.Tensor | None
-    session: Session
-    on_discovery: Callable[[int, Neighbourhoods], None]
-    network_name: str
-    interrupts: Interrupts = field(default_factory=Interrupts)
-    world: World = field(default_factory=World)
-
 
 CHECKED = 100
 """Steps on a GPU after which it is asked whether all losses were finite."""
@@ -216,39 +116,6 @@ def run_epoch(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
         record, is_best = finish_epoch(state, accuracy, held_out, trained_by, {**figures, **times})
         report_epoch(record, accuracy, plan, helpers)
         save(state, helpers, is_best)
-
-
-def finish_epoch(
-    state: TrainingState,
-    accuracy: Accuracy | None,
-    held_out: Accuracy | None,
-    trained: dict[str, float],
-    figures: dict[str, float | None],
-) -> tuple[dict[str, Any], bool]:
-    """Moves the state on to the next epoch; the record of this one, and whether it is the round's best so far."""
-    chooser = held_out or accuracy
-    state.acc = chooser.top1 if chooser else None
-    is_best = state.acc is None or state.best_acc is None or state.acc > state.best_acc
-    top1 = accuracy.top1 if accuracy else None
-    before = state.history[-1] if state.history else {}
-    best_top1 = top1 if is_best else before["best_top1"] if before.get("round") == state.round else state.best_acc
-    state.best_acc = state.acc if is_best else state.best_acc
-    record = {
-        "round": state.round,
-        "epoch": state.epoch,
-        "anchors": state.neighbourhoods.num_anchors,
-        "consistency": state.neighbourhoods.consistency,
-        **trained,
-        "top1": top1,
-        "top5": accuracy.top5 if accuracy else None,
-        "best_top1": best_top1,
-        "val_top1": held_out.top1 if held_out else None,
-        "skipped": state.skipped,
-        **figures,
-    }
-    state.epoch, state.step = state.epoch + 1, 0
-    state.history = [row for row in state.history if row["round"] < state.round] + [record]
-    return record, is_best
 
 
 def train_epoch(state: TrainingState, plan: Plan, helpers: Helpers) -> float:
@@ -356,80 +223,3 @@ def refuse_nonfinite_weights(state: TrainingState, step: int) -> None:
             f"{step + 1}, at a learning rate of {state.optimizer.param_groups[0]['lr']:g}; lower --base-lr; the last "
             "checkpoint is from before"
         )
-
-
-def report_epoch(record: dict[str, Any], accuracy: Accuracy | None, plan: Plan, helpers: Helpers) -> None:
-    """The epoch's line, its record in metrics.jsonl and its TensorBoard scalars."""
-    judged = ""
-    if helpers.evaluate and accuracy:
-        judged = f"  {helpers.evaluate.name} {accuracy} (best top-1 {record['best_top1']:.2%})"
-    if record["val_top1"] is not None:
-        judged += f"  held out top-1 {record['val_top1']:.2%}"
-    logger().info(
-        "round %d/%d epoch %d/%d  loss %.4f  lr %.4g  %.0f images/s%s",
-        record["round"],
-        plan.rounds - 1,
-        record["epoch"] + 1,
-        plan.epochs,
-        record["loss"],
-        record["learning_rate"],
-        record["images_per_s"],
-        judged,
-    )
-    helpers.session.write_metrics(record)
-    tags = {"Train/Loss": "loss", "Train/Learning_Rate": "learning_rate", "Evaluate/Rank-1": "top1"}
-    scalars = {tag: record[name] for tag, name in tags.items()}
-    scalars |= {f"Health/{name}": value for name, value in record.items() if name in health.FIGURES}
-    helpers.session.write_scalars(scalars, record["epoch"], (record["round"], record["anchors"]))
-
-
-def save(state: TrainingState, helpers: Helpers, is_best: bool) -> None:
-    """The latest checkpoint, and the round's best where this is it (without labels: the last).
-
-    Where they cannot be written the log says so, the last good ones stay, and the next epoch tries again.
-    """
-    session = helpers.session
-    content = state.checkpoint(helpers.network_name, session.name)  # of all processes together
-    best = session.of_round("checkpoint", state.round, state.neighbourhoods.num_anchors, "ckpt") if is_best else None
-    state.unsaved = None
-    for path in (session.latest(), best):
-        if path:
-            try:
-                with helpers.interrupts.shield():
-                    checkpoint.save(content, path)
-            except OSError as error:
-                state.unsaved = f"{path}: could not be saved: {reason(error)}"
-                logger().warning("%s; the last good one stays, and the next epoch tries again", state.unsaved)
-
-
-def finish_round(state: TrainingState, helpers: Helpers) -> None:
-    """The round's line and its global scalars."""
-    last = state.history[-1] if state.history else {}
-    if last.get("round") != state.round:  # a finished round of a checkpoint that tells nothing of it
-        return
-    helpers.session.write_scalars({"Evaluate/best_acc": last["best_top1"]}, state.round)
-    accuracy = f", top-1 {last['top1']:.2%} at the last epoch, best {last['best_top1']:.2%}" if helpers.evaluate else ""
-    logger().info(
-        "round %d done: %d anchors, loss %.4f%s", state.round, last["anchors"], last["loss"], accuracy, extra=SUMMARY
-    )
-
-
-def summary(history: list[dict[str, Any]], helpers: Helpers) -> str:
-    """The table of all rounds and how its figures came about; no columns that need labels without them."""
-    columns: list[tuple[str, str, str]] = [
-        ("round", "round", "d"),
-        ("anchors", "anchors", "d"),
-        ("consistency", "consistency", ".1%"),
-        ("loss", "loss", ".4f"),
-        ("top-1 last", "top1", ".2%"),
-        ("top-1 best", "best_top1", ".2%"),
-        ("top-5 last", "top5", ".2%"),
-        ("held-out last", "val_top1", ".2%"),
-    ]
-    shown = [c for c in columns if any(row.get(c[1]) is not None for row in history)]
-    rows = [["-" if row.get(key) is None else format(row[key], form) for _, key, form in shown] for row in history]
-    text = table([title for title, _, _ in shown], rows)
-    if helpers.evaluate:
-        chooser = "held-out training images" if helpers.validate else "the test labels"
-        text += f"\ntop-1, top-5: {helpers.evaluate.name} against the memory bank; best: chosen by {chooser}"
-    return text

@@ -1,24 +1,45 @@
-"""What a run starts from, be it to train, to test or to show something. Layer 4.
+"""What a run starts from, be it to train, to test or to show something, and how it comes together. Layer 4.
 
 Letters: N training samples, D embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import datasets
-from lib import features, lookup
+import models
+from lib import (
+    activations,
+    agreement,
+    augment,
+    checkpoint,
+    config,
+    device,
+    export,
+    features,
+    launch,
+    lookup,
+    seeding,
+    weights,
+)
 from lib.augment import Augmentation, Colour
 from lib.checkpoint import Checkpoint
+from lib.console import UsageError, logger, progress
 from lib.loader import Loader
-from lib.options import Options
+from lib.options import Options, height_and_width
 from lib.protocols import Evaluator
+from lib.seeding import Stream
+from lib.session import of_job
 from lib.world import World
 
 
@@ -91,3 +112,94 @@ class Setting:
         """The training images by name and class."""
         train = self.splits.train
         return lookup.Gallery(train.images, train.names, train.labels, train.classes)
+
+
+def prepare(options: Options, world: World | None = None) -> Setting:
+    """Checks everything that can be checked before anything is written, in all processes that train together."""
+    world = world or World()
+    device.allow_nondeterminism(not options.deterministic)
+    place = agreement.together(world, lambda: device.select(options.gpus))
+    agreement.together(world, lambda: check(options))
+    if options.download and world.size > 1:  # one process of each machine fetches
+        here = int(os.environ.get("LOCAL_RANK", 0))
+        agreement.together(world, lambda: load_data(options) if here == 0 else None, (datasets.DataError,))
+    begun = None
+    if launch.restarts():
+        begun = world.tell(of_job(options.sess_dir, launch.job()))
+        if begun and checkpoint.latest(begun).is_file():
+            options = options.model_copy(update={"resume": begun, "restart": False, "session": None})
+    source, loaded = checkpoint.load_resumed(options.resume, world) if options.resume else (None, {})
+    seed = seeding.choose(options.seed, loaded.get("seed"), world.tell(int(time.time())))
+    options = options.model_copy(update={"seed": seed})
+    read = partial(assemble, options, place, world, source=source, loaded=loaded)
+    setting = agreement.together(world, read, (datasets.DataError,))
+    agreement.agree(world, facts(setting))
+    return replace(setting, begun=begun)
+
+
+def check(options: Options) -> None:
+    """Refuses what can be refused before anything is read."""
+    config.choose(datasets.DATASETS, options.dataset, "--dataset")
+    config.choose(models.NETWORKS, options.network, "--network")
+    export.check(options)
+    if options.export_neighbourhoods:
+        lookup.check(options.export_neighbourhoods)
+
+
+def assemble(
+    options: Options, place: torch.device, world: World, *, source: Path | None, loaded: Checkpoint
+) -> Setting:
+    """Reads what a run starts from, beside its checkpoint."""
+    data_source = datasets.DATASETS[options.dataset]
+    assert options.seed is not None
+    torch.manual_seed(seeding.seed_for(options.seed, Stream.WEIGHTS))  # the network's first weights
+    network = models.build(options.network, low_dim=options.low_dim)
+    if not activations.takes(network, height_and_width(options.size)):
+        raise UsageError(
+            f"--size {options.size}: images of that size are too small for --network {options.network}; set it higher"
+        )
+    if options.pretrained and not source:
+        weights.load_pretrained(network, options.pretrained)
+    splits = load_data(options)
+    colours = options.means or data_source.means, options.stds or data_source.stds
+    augmentations = augment.for_training(options, *colours), augment.for_testing(options, *colours)
+    device.allow_tf32(options.tf32)
+    network = device.place(network, place, world, sync_bn=options.sync_bn, compile=options.compile)
+    return Setting(options, splits, colours, augmentations, place, network, source, loaded, world)
+
+
+def facts(setting: Setting) -> dict[str, str]:
+    """What all processes of a run must have alike, in words."""
+    options = {config.flag(name): str(value) for name, value in setting.options if not config.is_path(name)}
+    named = {"training images": setting.splits.train, "test images": setting.splits.test}
+    images = {name: datasets.fingerprint(split) if split else "none" for name, split in named.items()}
+    return {**options, **images, "PyTorch": torch.__version__}
+
+
+def load_data(options: Options) -> datasets.Splits:
+    """The splits, with what the user should know about them said once."""
+
+    def bar(items: Iterable[Any], what: str, total: int, unit: str) -> Iterable[Any]:
+        return progress(items, what, unit, total)
+
+    splits = datasets.load(
+        options.dataset,
+        options.data_root,
+        strict=options.strict_data,
+        download=options.download,
+        boxes=options.bounding_boxes,
+        progress=bar,
+    )
+    if options.val_fraction:
+        splits = datasets.hold_out(splits, options.val_fraction)
+    for note in splits.notes:
+        logger().info("%s", note)
+    for name, why in splits.skipped:
+        logger().warning("unreadable, left out: %s: %s", name, why)
+    if splits.skipped:
+        logger().warning("%d unreadable images were left out; --strict-data refuses them", len(splits.skipped))
+    if splits.train.labels is None:
+        logger().info("the training images have no labels: accuracy and consistency are not computed")
+    elif splits.test is None or splits.test.labels is None:
+        logger().info("there are no labelled test images: accuracy is not computed")
+    return splits

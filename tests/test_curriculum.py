@@ -13,14 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import checkpoint, curriculum, schedule
+from lib import checkpoint, curriculum, records, schedule
 from lib.checkpoint import TrainingState
 from lib.console import UsageError
-from lib.curriculum import Helpers, Plan
 from lib.discovery import discover
 from lib.memory_bank import MemoryBank
 from lib.neighbourhoods import Neighbourhoods
 from lib.options import Options
+from lib.plan import Helpers, Plan, build_plan
 from lib.protocols import Accuracy
 from lib.session import Session
 
@@ -174,9 +174,9 @@ def test_held_out_images_choose_the_best_epoch_where_there_are_some() -> None:
     ]
     assert saved == [True, True, True, False, True, False]
     assert (state.acc, state.best_acc) == (0.2, 0.3)
-    text = curriculum.summary(state.history, helpers)
+    text = records.summary(state.history, helpers)
     assert "best: chosen by held-out training images" in text and "held-out last" in text
-    assert "best: chosen by the test labels" in curriculum.summary(state.history, replace(helpers, validate=None))
+    assert "best: chosen by the test labels" in records.summary(state.history, replace(helpers, validate=None))
 
 
 def test_held_out_images_choose_where_there_are_no_test_images() -> None:
@@ -185,7 +185,7 @@ def test_held_out_images_choose_where_there_are_no_test_images() -> None:
     curriculum.run(state, plan_of(), helpers)
     assert all(row["top1"] is None and row["best_top1"] is None for row in state.history)
     assert [row["val_top1"] for row in state.history] == [0.7] * 3 and state.best_acc == 0.7
-    assert "top-1" not in curriculum.summary(state.history, helpers).splitlines()[0]
+    assert "top-1" not in records.summary(state.history, helpers).splitlines()[0]
 
 
 class Judge:
@@ -410,7 +410,7 @@ def test_a_run_that_stopped_after_any_epoch_goes_on_as_if_it_had_not(stop: int, 
 def test_the_summary_leaves_out_what_needs_labels() -> None:
     state = state_of()
     curriculum.run(state, plan_of(), helpers_of())
-    text = curriculum.summary(state.history, helpers_of())
+    text = records.summary(state.history, helpers_of())
     assert text.splitlines()[0].split() == ["round", "anchors", "loss"]
     assert [line.split()[:2] for line in text.splitlines()[2:]] == [["0", "0"], ["1", "5"], ["2", "11"]]
 
@@ -424,5 +424,5 @@ def test_the_summary_leaves_out_what_needs_labels() -> None:
 )
 def test_too_few_samples_are_refused_with_the_option_that_mends_it(changes: dict[str, int], words: list[str]) -> None:
     with pytest.raises(UsageError) as refused:
-        curriculum.build_plan(Options(**changes), schedule.fixed(0.1), SAMPLES)
+        build_plan(Options(**changes), schedule.fixed(0.1), SAMPLES)
     assert all(word in str(refused.value) for word in words)

@@ -19,7 +19,7 @@ from PIL import Image
 import main
 import models
 from datasets import files
-from lib import curriculum, results
+from lib import curriculum, results, setting
 from lib.options import Options
 from runs import content, equal, metrics
 
@@ -156,9 +156,9 @@ def test_another_seed_gives_another_run(start: list[str], tmp_path: Path) -> Non
 
 
 def test_the_first_weights_and_the_bank_s_noise_are_drawn_apart(start: list[str]) -> None:
-    setting = main.prepare(main.resolve(start))
-    bank = main.build_state(setting).bank.memory.flatten()
-    weights = next(setting.network.parameters()).detach().flatten()
+    built = main.prepare(main.resolve(start))
+    bank = main.build_state(built).bank.memory.flatten()
+    weights = next(built.network.parameters()).detach().flatten()
     count = min(len(bank), len(weights))
     assert abs(torch.corrcoef(torch.stack([bank[:count], weights[:count]]))[0, 1]) < 0.5
 
@@ -539,7 +539,7 @@ def test_a_name_of_several_lines_is_told_whole_on_one(
 def test_an_image_that_is_gone_is_told_without_the_traceback_of_a_worker(
     workers: int, start: list[str], photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gone, load = photos / "train" / "dark" / "3.png", main.load_data
+    gone, load = photos / "train" / "dark" / "3.png", setting.load_data
 
     def load_and_lose(options: Options) -> Any:
         splits = load(options)
@@ -547,7 +547,7 @@ def test_an_image_that_is_gone_is_told_without_the_traceback_of_a_worker(
         return splits
 
     monkeypatch.setattr(files, "IN_MEMORY", 0)
-    monkeypatch.setattr(main, "load_data", load_and_lose)
+    monkeypatch.setattr(setting, "load_data", load_and_lose)
     assert refused([*start, "--workers-num", str(workers)], capsys).startswith(f"{gone}: could be read at the start")
 
 

@@ -19,13 +19,13 @@ from lib.augment import Augmentation
 from lib.checkpoint import TrainingState
 from lib.console import UsageError
 from lib.criterion import neighbourhood_loss
-from lib.curriculum import Helpers, Plan
 from lib.discovery import discover
 from lib.features import extract
 from lib.knn import top_k_accuracy, weighted_knn
 from lib.loader import Loader
 from lib.memory_bank import MemoryBank
 from lib.neighbourhoods import Neighbourhoods
+from lib.plan import Helpers, Plan
 from lib.protocols import Evaluator
 from lib.rows import Rows
 from lib.session import Session

@@ -204,8 +204,9 @@ def _pass_on(tensor: torch.Tensor, receiver: int, sender: int) -> None:
 
 
 def similarities(rows: torch.Tensor, others: torch.Tensor, what: str) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Similarities (R, S) of blocks of rows to others (S, D), of which there are some; a bar says what for."""
+    """Similarities (R, S) of blocks of rows to others (S, D), all in the same memory; a bar says what for."""
     step = block_rows(max(1, len(others)), others.device)
+    room = rows.new_empty(min(step, len(rows)), len(others))
     for start in progress(range(0, len(rows) if len(others) else 0, step), what, "block"):
         block = slice(start, min(start + step, len(rows)))
-        yield block, rows[block] @ others.t()
+        yield block, torch.mm(rows[block], others.t(), out=room[: block.stop - start])

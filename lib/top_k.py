@@ -67,7 +67,8 @@ class Best:
         (better,) = (similarity.amax(dim=1) > worst).nonzero(as_tuple=True)  # few, once many have been offered
         if not len(better):
             return
-        values, columns = top_k(similarity[better], min(size, similarity.shape[1]))
+        found = similarity if len(better) == len(similarity) else similarity[better]  # without a copy, if all
+        values, columns = top_k(found, min(size, similarity.shape[1]))
         rows = better + first_row
         self._put_together(rows, values, columns + first_column)
 

@@ -5,16 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 
 def top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``values.topk(k, dim=1)`` gives, exactly, and on a CPU several times faster.
-
-    The K greatest of a row lie in the K groups of columns whose maxima are the greatest. So the maxima are taken,
-    which is one fast pass, and only the members of those groups are compared: about 2 sqrt(N K) numbers in place
-    of N. Which of equal values come in is arbitrary, as in PyTorch.
+    """What ``values.topk(k, dim=1)`` gives, exactly, and on a CPU faster; which of equal values is arbitrary there, too.
 
     Args:
         values: (R, N).
@@ -23,21 +18,29 @@ def top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         (R, K) values, the greatest first, and their columns.
     """
+    found, columns = _candidates(values, k)
+    best = found.topk(k, dim=1)
+    return best.values, columns.gather(1, best.indices)
+
+
+def _candidates(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values (R, M) among which are the K greatest of each row (R, N), and their columns.
+
+    These lie in the K groups of columns whose maxima are the greatest. So the maxima are taken, which is one fast pass,
+    and the members of those groups are left: with the maxima about 2 sqrt(N K) numbers in place of N.
+    """
     columns = values.shape[1]
     size = round(math.sqrt(columns / max(k, 1)))  # G
     if values.device.type != "cpu" or size < 4 or k == 0:
-        found = values.topk(k, dim=1)
+        found = values.topk(k, dim=1, sorted=False)
         return found.values, found.indices
     groups = columns // size
     maxima = values[:, : size * groups].unflatten(1, (size, groups)).amax(dim=1)  # a group: every groups-th column
-    chosen = _greatest(maxima, k)  # (R, K)
+    chosen = maxima.topk(k, dim=1, sorted=False).indices  # (R, K)
     members = (chosen[:, :, None] + torch.arange(size) * groups).flatten(1)  # (R, K * G)
     left_over = torch.arange(size * groups, columns).expand(len(values), -1)
     members = torch.cat([members, left_over], dim=1)
-    theirs = values.gather(1, members)
-    best = _greatest(theirs, k)  # (R, K)
-    ordered, order = theirs.gather(1, best).sort(dim=1, descending=True)
-    return ordered, members.gather(1, best.gather(1, order))
+    return values.gather(1, members), members
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Best:
         if not len(better):
             return
         found = similarity if len(better) == len(similarity) else similarity[better]  # without a copy, if all
-        values, columns = top_k(found, min(size, similarity.shape[1]))
+        values, columns = _candidates(found, min(size, similarity.shape[1]))
         rows = better + first_row
         self._put_together(rows, values, columns + first_column)
 
@@ -81,9 +84,3 @@ class Best:
         samples = torch.cat([self.samples[rows], samples], dim=1)
         self.similarities[rows], order = values.topk(self.samples.shape[1], dim=1)
         self.samples[rows] = samples.gather(1, order)
-
-
-def _greatest(values: torch.Tensor, k: int) -> torch.Tensor:
-    """Columns (R, K) of the K greatest of each row, in any order."""
-    split = values.shape[1] - k
-    return torch.from_numpy(np.argpartition(values.numpy(), split, axis=1)[:, split:].copy())

@@ -9,7 +9,7 @@ import torch
 
 
 def top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``values.topk(k, dim=1)`` gives, exactly, and on a CPU faster; which of equal values is arbitrary there, too.
+    """What ``values.topk(k, dim=1)`` gives, exactly, and on a CPU faster. Which of equal values is arbitrary in both.
 
     Args:
         values: (R, N).

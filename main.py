@@ -65,8 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.compare:
             show_comparison(options)
             return 0
-        if is_for_one(options) and launch.is_launched():
-            raise UsageError("--report, --query and --compare are for one process; start them without a launcher")
         setting = prepare(options, world)
         if isinstance(options.report, Path):
             load_network(setting)
@@ -119,6 +117,8 @@ def is_for_one(options: Options) -> bool:
 def resolve(argv: Sequence[str]) -> Options:
     """The options; a run that goes on without ``--cfgs``, and a report, start from their session's own."""
     options = config.read_options(argv)
+    if is_for_one(options) and launch.is_launched():
+        raise UsageError("--report, --query and --compare are for one process; start them without a launcher")
     if isinstance(options.report, Path):
         folder = options.report
         if not (folder / "config.yaml").is_file():

@@ -80,11 +80,7 @@ def survey(memory: torch.Tensor | Rows, *, temperature: float, size: int) -> tup
     for visit in bank.visits(away):
         guests = _Group(visit.rows, visit.start, visit.tables)
         _meet(home.of(visit.own), guests.of(visit.theirs), bound=bound, temperature=temperature)
-    known = home.of(slice(0, len(away[0])))
-    noted = _Group(own, bank.start, away).of(slice(0, len(known.rows)))
-    for ours, theirs in zip(known.sums, noted.sums, strict=True):
-        ours.add_(theirs)
-    known.best.merge(noted.best)
+    home.learn(away)
     total, product = home.sums
     return (total.log() - product / total).to(own.dtype), home.best.samples
 
@@ -102,6 +98,13 @@ class _Group:
     def of(self, which: slice) -> _Group:
         """Some of them, with the same memory."""
         return _Group(self.rows[which], self.first + which.start, [table[which] for table in self.tables])
+
+    def learn(self, tables: Sequence[torch.Tensor]) -> None:
+        """What is known elsewhere; the tables may have more rows, or none where nobody else has looked."""
+        known, noted = self.of(slice(0, len(tables[0]))), [table[: len(self.rows)] for table in tables]
+        for ours, theirs in zip(known.sums, noted[:2], strict=True):
+            ours.add_(theirs)
+        known.best.merge(Best(*noted[2:]))
 
     @property
     def sums(self) -> Sequence[torch.Tensor]:

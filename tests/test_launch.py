@@ -162,6 +162,15 @@ def test_bad_input_is_told_once_and_by_its_status(photos: Path, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_for_one_process_is_refused_once_by_several(two: Path, tmp_path: Path) -> None:
+    for words in (["--compare", str(two)], ["--report", str(two)], ["--query", str(two / "a.png")]):
+        before = sorted(tmp_path.rglob("*")), sorted(two.rglob("*"))
+        status, shown = launched([*words, "--sess-dir", str(tmp_path)])
+        assert status != 0 and 'Traceback (most recent call last):\n  File "main' not in shown
+        assert shown.count("error: --report, --query and --compare are for one process") == 1
+        assert (sorted(tmp_path.rglob("*")), sorted(two.rglob("*"))) == before
+
+
 def test_a_process_with_other_options_is_refused_at_the_start(photos: Path, tmp_path: Path) -> None:
     program = tmp_path / "odd.py"
     program.write_text(

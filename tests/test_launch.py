@@ -166,7 +166,7 @@ def test_what_is_for_one_process_is_refused_once_by_several(two: Path, tmp_path:
     for words in (["--compare", str(two)], ["--report", str(two)], ["--query", str(two / "a.png")]):
         before = sorted(tmp_path.rglob("*")), sorted(two.rglob("*"))
         status, shown = launched([*words, "--sess-dir", str(tmp_path)])
-        assert status != 0 and 'Traceback (most recent call last):\n  File "main' not in shown
+        assert status != 0 and 'main.py", line' not in shown
         assert shown.count("error: --report, --query and --compare are for one process") == 1
         assert (sorted(tmp_path.rglob("*")), sorted(two.rglob("*"))) == before
 

@@ -41,7 +41,7 @@ def together(world: World, work: Callable[[], T], refusals: tuple[type[Exception
         return done
     if not world.is_first:
         raise ToldElsewhereError("the first process tells")
-    raise UsageError(told[0] if len(set(told)) == 1 else f"process {failed[0]}: {told[failed[0]]}")
+    raise UsageError(told[0] or f"process {failed[0]}: {told[failed[0]]}")
 
 
 def agree(world: World, facts: Mapping[str, str]) -> None:

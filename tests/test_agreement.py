@@ -26,6 +26,7 @@ def test_what_one_process_refuses_all_refuse_and_the_first_one_says(team: Team) 
     others = ["elsewhere"] * (len(team.run(refusing, [], "no")) - 1)
     assert team.run(refusing, [], "no") == ["done"] * (len(others) + 1)
     assert team.run(refusing, [1], "no image") == ["process 1: no image", *others]
+    assert team.run(refusing, [0], "no image") == ["no image", *others]
     assert team.run(refusing, [0, 1, 2, 3], "no image") == ["no image", *others]
 
 

@@ -117,6 +117,7 @@ class Setting:
 def prepare(options: Options, world: World | None = None) -> Setting:
     """Checks everything that can be checked before anything is written, in all processes that train together."""
     world = world or World()
+    agreement.agree(world, asked(options))  # first of all: what is done together hangs on them
     device.allow_nondeterminism(not options.deterministic)
     place = agreement.together(world, lambda: device.select(options.gpus))
     agreement.together(world, lambda: check(options))
@@ -126,14 +127,14 @@ def prepare(options: Options, world: World | None = None) -> Setting:
     begun = None
     if launch.restarts():
         begun = world.tell(of_job(options.sess_dir, launch.job()))
-        if begun and checkpoint.latest(begun).is_file():
+        if begun and world.tell(checkpoint.latest(begun).is_file()):  # it is the first process that reads it
             options = options.model_copy(update={"resume": begun, "restart": False, "session": None})
     source, loaded = checkpoint.load_resumed(options.resume, world) if options.resume else (None, {})
     seed = seeding.choose(options.seed, loaded.get("seed"), world.tell(int(time.time())))
     options = options.model_copy(update={"seed": seed})
     read = partial(assemble, options, place, world, source=source, loaded=loaded)
     setting = agreement.together(world, read, (datasets.DataError,))
-    agreement.agree(world, facts(setting))
+    agreement.agree(world, seen(setting))
     return replace(setting, begun=begun)
 
 
@@ -168,12 +169,19 @@ def assemble(
     return Setting(options, splits, colours, augmentations, place, network, source, loaded, world)
 
 
-def facts(setting: Setting) -> dict[str, str]:
-    """What all processes of a run must have alike, in words."""
-    options = {config.flag(name): str(value) for name, value in setting.options if not config.is_path(name)}
+def asked(options: Options) -> dict[str, str]:
+    """The options, in words; of paths, which may be others on every machine, whether there is one."""
+    return {
+        config.flag(name): ("a path" if value else "none") if config.is_path(name) else str(value)
+        for name, value in options
+    }
+
+
+def seen(setting: Setting) -> dict[str, str]:
+    """What all processes of a run must see alike beside their options, in words."""
     named = {"training images": setting.splits.train, "test images": setting.splits.test}
     images = {name: datasets.fingerprint(split) if split else "none" for name, split in named.items()}
-    return {**options, **images, "PyTorch": torch.__version__}
+    return {**images, "PyTorch": torch.__version__}
 
 
 def load_data(options: Options) -> datasets.Splits:

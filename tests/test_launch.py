@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -181,4 +182,23 @@ def test_a_process_with_other_options_is_refused_at_the_start(photos: Path, tmp_
     shown, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "error: --npc-momentum: process 1 has 0.7, and process 0 has 0.5; give all processes the same" in shown
+    assert not (tmp_path / "sessions").exists()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_process_alone_that_goes_on_is_refused_at_the_start(
+    rank: str, two: Path, photos: Path, tmp_path: Path
+) -> None:
+    """Otherwise it would wait for the others to read a checkpoint, and they for it."""
+    program = tmp_path / "odd.py"
+    more = f"['--resume', {str(two)!r}, '--restart'] if os.environ['RANK'] == {rank!r} else []"
+    program.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport main\n"
+        f"sys.exit(main.main([*sys.argv[1:], *({more})]))\n"
+    )
+    cfgs = ["--cfgs", str(two / "config.yaml")]
+    process = start(str(program), *cfgs, *words_of(photos, tmp_path / "sessions", "odd"), program=torchrun(2))
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert re.search("error: --re(sume|start): process 1 has .*, and process 0 has ", shown)
     assert not (tmp_path / "sessions").exists()

@@ -159,14 +159,14 @@ class Rows:
     def fill(self, whole: torch.Tensor) -> None:
         """Takes over rows (N, D) of the first process, part after part; what others pass is not looked at."""
         if not self.world.is_first:
-            for part in self._parcels(self.own):
+            for part in _parcels(self.own):
                 coming = torch.empty_like(part)
                 dist.recv(coming, 0)
                 part.copy_(coming)
             return
         self.own.copy_(whole[self.world.part(self.samples)])
         for rank in range(1, self.world.size):
-            for part in self._parcels(whole[self.world.part(self.samples, rank)]):
+            for part in _parcels(whole[self.world.part(self.samples, rank)]):
                 dist.send(part.to(self.own).contiguous(), rank)
 
     def whole(self) -> torch.Tensor:
@@ -174,29 +174,28 @@ class Rows:
         if self.world.size == 1:
             return self.own
         if not self.world.is_first:
-            for part in self._parcels(self.own):
+            for part in _parcels(self.own):
                 dist.send(part.contiguous(), 0)
             return self.own.new_empty(0, self.own.shape[1], device="cpu")
         everyone = torch.empty(self.samples, self.own.shape[1], dtype=self.own.dtype)
         everyone[: len(self.own)] = self.own
         for rank in range(1, self.world.size):
-            for part in self._parcels(everyone[self.world.part(self.samples, rank)]):
+            for part in _parcels(everyone[self.world.part(self.samples, rank)]):
                 coming = torch.empty_like(part, device=self.own.device)
                 dist.recv(coming, rank)
                 part.copy_(coming)
         return everyone
 
-    def _parcels(self, rows: torch.Tensor) -> Sequence[torch.Tensor]:
-        return rows.split(max(1, PARCEL // rows.shape[1])) if len(rows) else []
+
+def _parcels(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Its rows, as many at a time as are passed on; none of what holds no numbers."""
+    return tensor.split(max(1, PARCEL // tensor[0].numel())) if tensor.numel() else []
 
 
 def _pass_on(tensor: torch.Tensor, receiver: int, sender: int) -> None:
     """Sends a tensor to one process and puts what comes from another in its place, in parcels."""
-    if not tensor.numel():
-        return
-    parcel = torch.empty_like(tensor[: max(1, PARCEL // tensor[0].numel())])
-    for part in tensor.split(len(parcel)):
-        coming = parcel[: len(part)]
+    for part in _parcels(tensor):
+        coming = torch.empty_like(part)
         both = [dist.P2POp(dist.isend, part, receiver), dist.P2POp(dist.irecv, coming, sender)]
         for request in dist.batch_isend_irecv(both):
             request.wait()

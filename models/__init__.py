@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
 from models import alexnet, resnet_imagenet, resnet_small
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "resnet10-w16": partial(resnet_small.resnet10, width=16),
+    "resnet10-w32": partial(resnet_small.resnet10, width=32),
     "resnet10": resnet_small.resnet10,
+    "resnet18-w16": partial(resnet_small.resnet18, width=16),
+    "resnet18-w32": partial(resnet_small.resnet18, width=32),
     "resnet18": resnet_small.resnet18,
     "resnet34": resnet_small.resnet34,
     "resnet50": resnet_small.resnet50,

@@ -4,6 +4,10 @@ He et al., "Deep Residual Learning for Image Recognition", 2016, with the stem t
 pixels. Parameter names are the reference's, so that its checkpoints load here and ours there: conv1, bn1,
 layer1..layer4 with blocks of conv1, bn1, conv2, bn2, (conv3, bn3,) shortcut.0, shortcut.1, then linear.
 
+A narrow variant (``resnet10-w16``) has 16 channels in its stem in place of 64, and 16, 32, 64, 128 in its
+stages in place of 64, 128, 256, 512; everything else, parameter names included, is the same. It is for CPUs and
+for quick trials.
+
 Letters: B batch, H x W pixels, D embedding.
 """
 
@@ -82,18 +86,19 @@ class SmallResNet(nn.Module):
         block: the kind of block.
         depths: blocks in each of the four stages.
         low_dim: D, the size of the embedding.
+        width: channels of the stem and of the first stage; each later stage has twice as many.
     """
 
-    def __init__(self, block: Block, depths: tuple[int, ...], *, low_dim: int) -> None:
+    def __init__(self, block: Block, depths: tuple[int, ...], *, low_dim: int, width: int = 64) -> None:
         super().__init__()
-        self._inputs = 64
-        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = self._stage(block, 64, depths[0], stride=1)
-        self.layer2 = self._stage(block, 128, depths[1], stride=2)
-        self.layer3 = self._stage(block, 256, depths[2], stride=2)
-        self.layer4 = self._stage(block, 512, depths[3], stride=2)
-        self.linear = nn.Linear(512 * block.expansion, low_dim)
+        self._inputs = width
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = self._stage(block, width, depths[0], stride=1)
+        self.layer2 = self._stage(block, 2 * width, depths[1], stride=2)
+        self.layer3 = self._stage(block, 4 * width, depths[2], stride=2)
+        self.layer4 = self._stage(block, 8 * width, depths[3], stride=2)
+        self.linear = nn.Linear(8 * width * block.expansion, low_dim)
         self.l2norm = Normalize()
 
     def _stage(self, block: Block, width: int, depth: int, *, stride: int) -> nn.Sequential:
@@ -112,7 +117,7 @@ class SmallResNet(nn.Module):
         Returns:
             ``conv1`` (the stem) to ``conv5`` (layer4): maps (B, channels, h, w); ``fc``: embeddings (B, D).
         """
-        maps = {"conv1": F.relu(self.bn1(self.conv1(x)))}  # (B, 64, H, W)
+        maps = {"conv1": F.relu(self.bn1(self.conv1(x)))}  # (B, 64, H, W), 64 or a narrow variant's width
         maps["conv2"] = self.layer1(maps["conv1"])  # (B, 64 e, H, W), e the block's expansion
         maps["conv3"] = self.layer2(maps["conv2"])  # (B, 128 e, H/2, W/2)
         maps["conv4"] = self.layer3(maps["conv3"])  # (B, 256 e, H/4, W/4)

@@ -13,7 +13,8 @@ from models.head import Normalize
 
 BASIC = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 BOTTLENECK = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}
-WIDTHS = (64, 128, 256, 512)
+NARROW = {f"{name}-w{width}": (name, width) for name in ("resnet10", "resnet18") for width in (16, 32)}
+"""Narrow variants: the network that each is a variant of, and the channels of its stem."""
 
 State = dict[str, torch.Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -27,9 +28,11 @@ def on_paper(name: str, low_dim: int = 128) -> torch.nn.Module:
 
 def convolutions(name: str) -> Iterator[tuple[str, str, tuple[int, int, int], int]]:
     """(convolution, its normalisation, (outputs, inputs, kernel edge), stride) from the image to the last map."""
-    yield "conv1", "bn1", (64, 3, 3), 1
-    inputs = 64
-    for stage, (width, depth) in enumerate(zip(WIDTHS, {**BASIC, **BOTTLENECK}[name], strict=True), 1):
+    name, stem = NARROW.get(name, (name, 64))
+    yield "conv1", "bn1", (stem, 3, 3), 1
+    inputs = stem
+    for stage, depth in enumerate({**BASIC, **BOTTLENECK}[name], 1):
+        width = stem * 2 ** (stage - 1)
         outputs = width if name in BASIC else 4 * width
         for number in range(depth):
             block, stride = f"layer{stage}.{number}", 2 if number == 0 and stage > 1 else 1
@@ -54,7 +57,7 @@ def shapes_of(name: str, low_dim: int) -> Shapes:
         shapes[f"{norm}.num_batches_tracked"] = ()
     return {
         **shapes,
-        "linear.weight": (low_dim, 512 if name in BASIC else 2048),
+        "linear.weight": (low_dim, outputs),  # as wide as the last convolution
         "linear.bias": (low_dim,),
     }
 
@@ -80,10 +83,10 @@ def tiny(name: str = "resnet10", low_dim: int = 6) -> torch.nn.Module:
 
 
 def test_every_depth_of_the_family_can_be_chosen() -> None:
-    assert {name for name in NETWORKS if name.startswith("resnet")} == {*BASIC, *BOTTLENECK}
+    assert {name for name in NETWORKS if name.startswith("resnet")} == {*BASIC, *BOTTLENECK, *NARROW}
 
 
-@pytest.mark.parametrize("name", [*BASIC, *BOTTLENECK])
+@pytest.mark.parametrize("name", [*BASIC, *BOTTLENECK, *NARROW])
 def test_names_and_shapes_are_the_references(name: str) -> None:
     state = on_paper(name, low_dim=128).state_dict()
     assert {key: tuple(value.shape) for key, value in state.items()} == shapes_of(name, low_dim=128)
@@ -159,7 +162,10 @@ def plainly(name: str, state: State, x: torch.Tensor) -> torch.Tensor:
     return embedding / (embedding**2).sum(dim=1, keepdim=True).sqrt()
 
 
-@pytest.mark.parametrize(("name", "size"), [("resnet10", 8), ("resnet10", 32), ("resnet18", 8), ("resnet50", 8)])
+NETWORKS_AND_SIZES = [("resnet10", 8), ("resnet10", 32), ("resnet18", 8), ("resnet50", 8), ("resnet10-w16", 8)]
+
+
+@pytest.mark.parametrize(("name", "size"), NETWORKS_AND_SIZES)
 def test_the_forward_pass_is_the_one_written_out(name: str, size: int) -> None:
     network = tiny(name).double()
     x = images(size).double()

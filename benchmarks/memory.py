@@ -30,9 +30,8 @@ SAMPLES, LOW_DIM, TILES = 1_281_167, 128, 2_000
 TRAINED = """
 import json, sys
 import numpy as np, torch
-import main
 from benchmarks import measure
-from lib import config, curriculum, memory_plan, schedule, seeding
+from lib import commands, config, curriculum, memory_plan, schedule, seeding
 from lib.plan import Helpers, build_plan
 import datasets
 
@@ -42,13 +41,13 @@ words += f" --random-grayscale 0.2 --batch-size {batch} --workers-num 0 --seed 0
 words += f" --gpus {gpu}" if gpu >= 0 else ""
 images = np.random.default_rng(0).integers(0, 256, (6 * batch, size, size, 3), dtype=np.uint8)
 datasets.load = lambda *words, **more: datasets.Splits(datasets.ImageSet(images))
-setting = main.prepare(config.read_options(words.split()))
+setting = commands.prepare(config.read_options(words.split()))
 on_gpu = setting.device.type == "cuda"
 planned = memory_plan.of_options(setting.options, setting.network, setting.device, samples=len(images),
     images=images.nbytes, resident=images.nbytes if on_gpu else 0)
-state = main.build_state(setting)
+state = commands.build_state(setting)
 plan = build_plan(setting.options, schedule.build_schedule(setting.options), samples=len(images))
-helpers = Helpers(setting.loader(setting.splits.train, train=True), None, None, None, main.Session(None),
+helpers = Helpers(setting.loader(setting.splits.train, train=True), None, None, None, commands.Session(None),
     lambda *found: None, "")
 curriculum.train_epoch(state, plan, helpers)
 peak = torch.cuda.max_memory_allocated() if on_gpu else measure.status("VmHWM")

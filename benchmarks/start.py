@@ -1,4 +1,4 @@
-"""From the command line to the first training step on the digits, against starting Python with PyTorch alone."""
+"""Seconds from the command line to --help, to a refused option, and to the first training step on the digits."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ import torch
 from benchmarks import measure
 
 ROOT = Path(__file__).parent.parent
+IMPORTS = ["-c", "import torch, torchvision"]
 FIRST_STEP = """
-import os, sys, time
+import os, sys
 import main
 from lib import curriculum
-def first(*words, **more):
-    print(time.time(), flush=True)
-    os._exit(0)
-curriculum.neighbourhood_loss = first
+curriculum.neighbourhood_loss = lambda *arguments, **options: os._exit(0)
 main.main("--cfgs configs/base.yaml configs/digits.yaml --debug --brief --seed 0".split() + sys.argv[1:])
+os._exit(3)
 """
-IMPORTS = "import time, torch, torchvision; print(time.time())"
 
 
 def run(repeats: int, device: torch.device) -> str:
     """A table of seconds."""
     gpus = ["--gpus", str(device.index or 0)] if device.type == "cuda" else []
-
-    def until(script: str, *words: str) -> float:
-        start = time.time()
-        shown = subprocess.run(
-            [sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        return float(shown.stdout.split()[-1]) - start
-
-    ways = {"import torch and torchvision": (IMPORTS,), "this project, to the first step": (FIRST_STEP, *gpus)}
+    ways = {
+        "import torch and torchvision": (IMPORTS, 0),
+        "--help": (["main.py", "--help"], 0),
+        "--print-args": (["main.py", "--cfgs", "configs/base.yaml", "configs/digits.yaml", "--print-args"], 0),
+        "an unknown network": (["main.py", "--network", "resnet81"], 2),
+        "to the first step": (["-c", FIRST_STEP, *gpus], 0),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
-        for name, words in ways.items():
-            seconds[name].append(until(*words))
+        for name, (words, status) in ways.items():
+            started = time.perf_counter()
+            done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+            seconds[name].append(time.perf_counter() - started)
+            if done.returncode != status:
+                raise RuntimeError(f"{name}: exit status {done.returncode} in place of {status}: {done.stderr}")
     return measure.table(["way", "seconds"], [(name, measure.spread(values)) for name, values in seconds.items()])

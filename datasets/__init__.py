@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
-from datasets import cifar, cub200, digits, dogs, folder, imagenet, svhn
 from datasets.images import DataError, ImageSet, Progress, Request, Splits, fingerprint, hold_out, read_picture
 
 __all__ = [
@@ -41,15 +41,25 @@ class Source:
     boxes: bool = False
 
 
+def _lazy(module: str, name: str) -> Callable[[Request], Splits]:
+    """``name`` of ``datasets/<module>.py``, imported when it is called: torchvision takes seconds to import."""
+
+    def load_it(request: Request) -> Splits:
+        splits: Splits = getattr(import_module(f"datasets.{module}"), name)(request)
+        return splits
+
+    return load_it
+
+
 DATASETS = {
-    "cifar10": Source(cifar.cifar10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": Source(cifar.cifar100, (0.5071, 0.4866, 0.4409), (0.2009, 0.1984, 0.2023)),
-    "svhn": Source(svhn.load, (0.4377, 0.4438, 0.4728), (0.1201, 0.1231, 0.1052)),
-    "imagenet": Source(imagenet.load, IMAGENET_MEANS, IMAGENET_STDS),
-    "cub200": Source(cub200.load, IMAGENET_MEANS, IMAGENET_STDS, boxes=True),
-    "dogs": Source(dogs.load, IMAGENET_MEANS, IMAGENET_STDS, boxes=True),
-    "digits": Source(digits.load, (0.3054, 0.3054, 0.3054), (0.3760, 0.3760, 0.3760), published=False),
-    "folder": Source(folder.load, IMAGENET_MEANS, IMAGENET_STDS, published=False),
+    "cifar10": Source(_lazy("cifar", "cifar10"), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": Source(_lazy("cifar", "cifar100"), (0.5071, 0.4866, 0.4409), (0.2009, 0.1984, 0.2023)),
+    "svhn": Source(_lazy("svhn", "load"), (0.4377, 0.4438, 0.4728), (0.1201, 0.1231, 0.1052)),
+    "imagenet": Source(_lazy("imagenet", "load"), IMAGENET_MEANS, IMAGENET_STDS),
+    "cub200": Source(_lazy("cub200", "load"), IMAGENET_MEANS, IMAGENET_STDS, boxes=True),
+    "dogs": Source(_lazy("dogs", "load"), IMAGENET_MEANS, IMAGENET_STDS, boxes=True),
+    "digits": Source(_lazy("digits", "load"), (0.3054, 0.3054, 0.3054), (0.3760, 0.3760, 0.3760), published=False),
+    "folder": Source(_lazy("folder", "load"), IMAGENET_MEANS, IMAGENET_STDS, published=False),
 }
 
 

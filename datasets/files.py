@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datasets import inventory
 from datasets.images import (
@@ -36,6 +35,9 @@ from datasets.inventory import Inventory, Listing, Names
 
 IN_MEMORY = 2**30
 """Bytes of decoded pixels up to which a split is held in memory."""
+
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Endings of image files, in any case: those of torchvision's ``ImageFolder``."""
 
 TOGETHER = 64  # files a thread takes at once: a future for each of a million would cost more than the list
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from datasets.files import Reader, below, class_folders, open_root, renumber
+from datasets.files import IMG_EXTENSIONS, Reader, below, class_folders, open_root, renumber
 from datasets.images import DataError, Request, Splits
 
 EXPECTED = "train/<class>/ and test/<class>/ with images, or images without class folders"

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from lib.console import UsageError
+from lib.console import ToldElsewhereError, UsageError
 from lib.world import World
 
 T = TypeVar("T")
-
-
-class ToldElsewhereError(UsageError):
-    """A refusal that the first process words for all."""
 
 
 def together(world: World, work: Callable[[], T], refusals: tuple[type[Exception], ...] = ()) -> T:

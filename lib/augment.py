@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms import functional as F
 
 from lib.options import Options, height_and_width
 
@@ -85,12 +84,15 @@ class Augmentation:
         picture, (height, width) = Image.fromarray(image), self.size
         if self.scale:
             top, left, rows, columns = self.boxes(image.shape[0], image.shape[1], draws[None])[0].tolist()
-            return np.asarray(F.resized_crop(picture, top, left, rows, columns, list(self.size)))
-        picture = F.resize(picture, [self.resize] if isinstance(self.resize, int) else list(self.resize))
+            crop = picture.crop((left, top, left + columns, top + rows))
+            return np.asarray(crop.resize((width, height), Image.Resampling.BILINEAR))
+        rows, columns = resized_sides(image.shape[0], image.shape[1], self.resize)
+        picture = picture.resize((columns, rows), Image.Resampling.BILINEAR)
         if self.centred:
-            return np.asarray(F.center_crop(picture, list(self.size)))
-        top, left = self._corners(picture.height, picture.width, draws[None])[0].tolist()
-        return np.asarray(F.crop(picture, top, left, height, width))
+            top, left = round((rows - height) / 2), round((columns - width) / 2)  # halves to even, as torchvision
+        else:
+            top, left = self._corners(rows, columns, draws[None])[0].tolist()
+        return np.asarray(picture.crop((left, top, left + width, top + height)))
 
     @torch.no_grad()
     def finish(self, images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:

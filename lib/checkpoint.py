@@ -24,7 +24,7 @@ from lib.console import UsageError, logger
 from lib.files import keep, reason, write_whole
 from lib.memory_bank import MemoryBank
 from lib.neighbourhoods import Neighbourhoods
-from lib.session import LATEST, PREVIOUS
+from lib.run_folder import LATEST, PREVIOUS, locate
 from lib.world import World
 
 Checkpoint = dict[str, Any]
@@ -173,12 +173,6 @@ def save(content: Checkpoint, path: Path) -> None:
         weights.seal(file)
 
 
-def latest(session: Path) -> Path:
-    """The latest checkpoint of a session's folder; where there is none, its name."""
-    folder = session / "checkpoint"
-    return next((folder / name for name in (LATEST, PREVIOUS) if (folder / name).is_file()), folder / LATEST)
-
-
 def make_latest(path: Path) -> None:
     """Makes a checkpoint of a session its latest one: what comes after it is of another run, or damaged.
 
@@ -189,14 +183,6 @@ def make_latest(path: Path) -> None:
     """
     if path.name != LATEST:
         keep(path, path.with_name(LATEST))
-
-
-def locate(resume: Path) -> Path:
-    """The checkpoint file that ``--resume`` means: itself, or the latest of a session's folder."""
-    path = latest(resume) if resume.is_dir() else resume
-    if not path.is_file():
-        raise UsageError(f"{path}: no such checkpoint; pass --resume a .ckpt file or a session's folder")
-    return path
 
 
 def load_resumed(resume: Path, world: World | None = None) -> tuple[Path, Checkpoint]:

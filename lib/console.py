@@ -28,6 +28,10 @@ class UsageError(Exception):
     """Input that cannot be used; the message is one sentence for the user. ``main.py`` exits with 2."""
 
 
+class ToldElsewhereError(UsageError):
+    """A refusal that the first of several processes words for all."""
+
+
 FIRST = os.environ.get("RANK", "0") == "0"
 """Of several processes that train together the first one speaks."""
 CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069]")

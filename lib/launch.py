@@ -15,8 +15,6 @@ from typing import NoReturn
 
 import psutil
 
-from lib.interrupt import STATUS
-
 
 def is_launched() -> bool:
     """Whether a launcher, such as torchrun, started this process."""
@@ -53,6 +51,8 @@ def run(program: Path, words: Sequence[str], processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from lib.interrupt import STATUS
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
     if hasattr(signal, "SIGUSR1"):  # the launcher passes on all signals but this one

@@ -347,6 +347,11 @@ class Options(BaseModel):
         return self
 
     @property
+    def is_for_one(self) -> bool:
+        """Whether one process shows something, and nothing is trained."""
+        return isinstance(self.report, Path) or bool(self.query or self.compare)
+
+    @property
     def training_protocol(self) -> str:
         """Which of 'knn' and 'nn' judges each epoch: the one named first, kNN where neither is."""
         return next((name for name in self.protocol if name in ("knn", "nn")), "knn")

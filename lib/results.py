@@ -15,7 +15,8 @@ from lib.evaluation import Subject
 from lib.files import reason
 from lib.material import Tested
 from lib.options import Options
-from lib.session import Session, create_folder, folder_of
+from lib.run_folder import folder_of
+from lib.session import Session, create_folder
 from lib.setting import Setting
 
 SIMILAR = 10

@@ -30,8 +30,8 @@ from lib.console import UsageError, log_to_file, logger
 from lib.events import EventFile
 from lib.files import reason, write_whole
 from lib.metrics import METRICS
+from lib.run_folder import LATEST
 
-LATEST, PREVIOUS = "latest.ckpt", "previous.ckpt"
 LOCK = ".lock"
 STARTS = "starts.jsonl"
 PROJECTOR = "projector_config.pbtxt"
@@ -269,9 +269,3 @@ def of_job(sess_dir: Path, job: str) -> Path | None:
         return None
     begun = [path for path in sess_dir.glob(f"*/{STARTS}") if json.dumps(job) in path.read_text(encoding="utf-8")]
     return max(begun, key=lambda path: path.stat().st_mtime).parent if begun else None
-
-
-def folder_of(checkpoint: Path) -> Path | None:
-    """The session a checkpoint lies in (the folder above ``checkpoint/``), or None where it lies elsewhere."""
-    inside = checkpoint.resolve().parent
-    return inside.parent if inside.name == "checkpoint" and (inside.parent / "config.yaml").is_file() else None

@@ -38,6 +38,7 @@ from lib.console import UsageError, logger, progress
 from lib.loader import Loader
 from lib.options import Options, height_and_width
 from lib.protocols import Evaluator
+from lib.run_folder import latest
 from lib.seeding import Stream
 from lib.session import of_job
 from lib.world import World
@@ -127,7 +128,7 @@ def prepare(options: Options, world: World | None = None) -> Setting:
     begun = None
     if launch.restarts():
         begun = world.tell(of_job(options.sess_dir, launch.job()))
-        if begun and world.tell(checkpoint.latest(begun).is_file()):  # it is the first process that reads it
+        if begun and world.tell(latest(begun).is_file()):  # it is the first process that reads it
             options = options.model_copy(update={"resume": begun, "restart": False, "session": None})
     source, loaded = checkpoint.load_resumed(options.resume, world) if options.resume else (None, {})
     seed = seeding.choose(options.seed, loaded.get("seed"), world.tell(int(time.time())))
@@ -140,8 +141,6 @@ def prepare(options: Options, world: World | None = None) -> Setting:
 
 def check(options: Options) -> None:
     """Refuses what can be refused before anything is read."""
-    config.choose(datasets.DATASETS, options.dataset, "--dataset")
-    config.choose(models.NETWORKS, options.network, "--network")
     export.check(options)
     if options.export_neighbourhoods:
         lookup.check(options.export_neighbourhoods)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lib.agreement import ToldElsewhereError, agree, together
-from lib.console import UsageError
+from lib.agreement import agree, together
+from lib.console import ToldElsewhereError, UsageError
 from lib.world import World
 from team import Team
 

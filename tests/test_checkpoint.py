@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import models
-from lib import checkpoint, weights
+from lib import checkpoint, run_folder, weights
 from lib.checkpoint import TrainingState
 from lib.console import UsageError, logger
 from lib.memory_bank import MemoryBank
@@ -779,15 +779,15 @@ def test_resume_means_a_file_or_the_latest_of_a_session(tmp_path: Path) -> None:
     latest, older = session / "checkpoint" / "latest.ckpt", session / "checkpoint" / "0000-00000.ckpt"
     latest.write_bytes(b"")
     older.write_bytes(b"")
-    assert checkpoint.locate(session) == latest
-    assert checkpoint.locate(older) == older
+    assert run_folder.locate(session) == latest
+    assert run_folder.locate(older) == older
 
 
 @pytest.mark.parametrize("name", ["none.ckpt", "empty", "none/none.ckpt"])
 def test_resume_of_what_is_not_there_is_refused_by_name(name: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="--resume") as refused:
-        checkpoint.locate(tmp_path / name)
+        run_folder.locate(tmp_path / name)
     assert str(tmp_path / name) in str(refused.value)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import made
 import main
-from lib import curriculum
+from lib import commands, curriculum
 from lib.setting import Setting
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -62,8 +62,8 @@ def test_each_config_trains_a_step_by_its_own_command(
         curriculum, "neighbourhood_loss", lambda *words, **more: losses.append(loss_of(*words, **more)) or losses[-1]
     )
     seen: list[Setting] = []
-    train = main.train
-    monkeypatch.setattr(main, "train", lambda setting: seen.append(setting) or train(setting))
+    train = commands.train
+    monkeypatch.setattr(commands, "train", lambda setting: seen.append(setting) or train(setting))
     samples = {"imagenet": 12, "folder": 12, "cub200": 8, "dogs": 8, "digits": 1437}.get(name, 20)
     words = (
         f"--data-root {tmp_path} --batch-size {samples} --max-round 1 --max-epoch 1 --workers-num 0 --debug --seed 1"

@@ -33,7 +33,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 import datasets
 import main
 import models
-from lib import checkpoint
+from lib import checkpoint, commands
 from lib.config import flag
 from lib.options import Options, height_and_width
 from test_main import Tiny
@@ -81,7 +81,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.NETWORKS, "tiny", Tiny)
         patch.setattr(main, "resolve", shortened(main.resolve))
-        patch.setattr(main, "free", lambda device: FREE)
+        patch.setattr(commands, "free", lambda device: FREE)
         patch.setattr("urllib.request.urlopen", no_network)
         files.mkdir()
         base = {"dataset": "folder", "data_root": str(photos), "network": "tiny", "size": 8, "resize": 8, "low_dim": 8}

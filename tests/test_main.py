@@ -19,7 +19,7 @@ from PIL import Image
 import main
 import models
 from datasets import files
-from lib import curriculum, results, setting
+from lib import commands, curriculum, results, setting
 from lib.options import Options
 from runs import content, equal, metrics
 
@@ -133,9 +133,9 @@ def test_a_deterministic_run_gives_the_same_numbers_twice_and_leaves_the_next_ru
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the run sets it, and the next test is another
     during: list[bool] = []
-    real = main.curriculum.run
+    real = curriculum.run
     monkeypatch.setattr(
-        main.curriculum,
+        curriculum,
         "run",
         lambda *parts: [during.append(torch.are_deterministic_algorithms_enabled()), real(*parts)],
     )
@@ -156,8 +156,8 @@ def test_another_seed_gives_another_run(start: list[str], tmp_path: Path) -> Non
 
 
 def test_the_first_weights_and_the_bank_s_noise_are_drawn_apart(start: list[str]) -> None:
-    built = main.prepare(main.resolve(start))
-    bank = main.build_state(built).bank.memory.flatten()
+    built = commands.prepare(main.resolve(start))
+    bank = commands.build_state(built).bank.memory.flatten()
     weights = next(built.network.parameters()).detach().flatten()
     count = min(len(bank), len(weights))
     assert abs(torch.corrcoef(torch.stack([bank[:count], weights[:count]]))[0, 1]) < 0.5
@@ -611,3 +611,46 @@ def test_the_program_itself_exits_with_2_and_one_line(tmp_path: Path) -> None:
     words = [sys.executable, str(ROOT / "main.py"), "--cfgs", str(tmp_path / "none.yaml")]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+HEAVY = "torch", "torchvision", "matplotlib", "sklearn", "scipy"
+"""What takes a second or more to import."""
+UNTIL_THE_OPTIONS_ARE_READ = f"""
+import sys
+import main
+try:
+    status = main.main(sys.argv[1:])
+except SystemExit as stop:
+    status = stop.code
+print([name for name in {HEAVY} if name in sys.modules], status)
+"""
+UNTIL_THE_FIRST_STEP = f"""
+import os, sys
+import main
+from lib import curriculum
+
+def first_loss(*arguments, **options):
+    print([name for name in {HEAVY} if name in sys.modules], flush=True)
+    os._exit(0)
+
+curriculum.neighbourhood_loss = first_loss
+main.main(sys.argv[1:])
+"""
+
+
+def last_line(program: str, *words: str) -> str:
+    command = [sys.executable, "-c", program, *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [("--help", 0), ("--print-args", 0), ("--network resnet81", 2), ("--dataset cifar12", 2), ("--no-option", 2)],
+)
+def test_options_are_read_without_pytorch(words: str, status: int) -> None:
+    assert last_line(UNTIL_THE_OPTIONS_ARE_READ, *words.split()) == f"[] {status}"
+
+
+def test_the_first_step_on_the_digits_takes_pytorch_alone(tmp_path: Path) -> None:
+    words = ["--cfgs", "configs/base.yaml", "configs/digits.yaml", "--sess-dir", str(tmp_path), "--brief"]
+    assert last_line(UNTIL_THE_FIRST_STEP, *words) == "['torch']"

@@ -14,10 +14,9 @@ from numpy.testing import assert_allclose
 
 import models
 from lib import checkpoint, curriculum, device, health, linear_probe, schedule
-from lib.agreement import ToldElsewhereError
 from lib.augment import Augmentation
 from lib.checkpoint import TrainingState
-from lib.console import UsageError
+from lib.console import ToldElsewhereError, UsageError
 from lib.criterion import neighbourhood_loss
 from lib.discovery import discover
 from lib.features import extract

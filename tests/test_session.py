@@ -22,7 +22,8 @@ from PIL import Image
 
 from lib import session
 from lib.console import LOGGER, UsageError, logger, start_logging
-from lib.session import Session, create_folder, folder_of
+from lib.run_folder import folder_of
+from lib.session import Session, create_folder
 from tfevents import events, shown
 
 

@@ -107,13 +107,16 @@ def activations(
     return peak
 
 
+@torch.no_grad()
 def takes(network: torch.nn.Module, size: tuple[int, int]) -> bool:
-    """Whether images of a size (h, w) pass through the network: some are too small for its kernels."""
+    """Whether images of a size (h, w) pass through the network, on the CPU: some are too small for its kernels."""
+    before = network.training
     try:
-        with torch.no_grad():
-            _hollow(network).eval()(torch.empty((2, 3, *size), device="meta"))
+        network.eval()(torch.zeros(1, 3, *size))
     except RuntimeError:
         return False
+    finally:
+        network.train(before)
     return True
 
 

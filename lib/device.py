@@ -46,7 +46,8 @@ def allow_nondeterminism(allowed: bool) -> None:
     """
     if not allowed:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS guarantees nothing
-    torch.use_deterministic_algorithms(not allowed, warn_only=True)
+    if torch.are_deterministic_algorithms_enabled() == allowed:  # the call imports PyTorch's compiler, for seconds
+        torch.use_deterministic_algorithms(not allowed, warn_only=True)
     torch.backends.cudnn.deterministic = not allowed
 
 

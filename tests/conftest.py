@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # read by PyTorch when it is imported: workers share the cores
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 
+import runs
 from lib.console import logger
 from team import Team
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What trains in several processes is marked so."""
+    for item in items:
+        if "team" in getattr(item, "fixturenames", ()):
+            item.add_marker("distributed")
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +31,13 @@ def log_of_its_own() -> Iterator[None]:
     yield
     log.handlers[:], log.propagate = before[0], before[2]
     log.setLevel(before[1])
+
+
+@pytest.fixture(autouse=True)
+def no_process_left() -> Iterator[None]:
+    """What a failed test leaves running would slow the next ones down, and its open pipes would fail one of them."""
+    yield
+    runs.end_started()
 
 
 @pytest.fixture(autouse=True)

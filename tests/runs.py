@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +22,78 @@ import tfevents
 
 ROOT = Path(__file__).parent.parent
 RUN = """
---dataset folder --network resnet10 --resize 8 --size 8 --scale 0.3 1 --low-dim 16 --colorjitter 0.4 0.4 0.4 0.1
+--dataset folder --network resnet10-w16 --resize 8 --size 8 --scale 0.3 1 --low-dim 16 --colorjitter 0.4 0.4 0.4 0.1
 --batch-size 8 --workers-num 2 --max-round 2 --max-epoch 4 --ANs-select-rate 0.5 --base-lr 0.01 --seed 3 --brief
 --ckpt-every 5"""
 TIMES = {"images_per_s", "train_s", "evaluate_s"}
+LIMIT = 600
+"""Seconds after which a process that hangs is killed. Nothing else here depends on how fast the machine is."""
+_started: list[tuple[subprocess.Popen[str], threading.Timer]] = []
 
 
 def start(
     *words: str, limit: Callable[[], None] | None = None, program: tuple[str, ...] = ("main.py",)
 ) -> subprocess.Popen[str]:
-    """The program in a group of its own, as a shell starts it, under a limit of the system's."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+    """Starts the program in a process group of its own, as a shell does.
+
+    Whatever is left of it when the test ends is killed (``conftest.py``).
+
+    Args:
+        words: the command line.
+        limit: called in the new process before the program, to set limits of the operating system.
+        program: what Python runs.
+    """
+    process = subprocess.Popen(
         [sys.executable, *program, *words],
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
         preexec_fn=limit,
     )
+    watchdog = threading.Timer(LIMIT, kill_group, [process])
+    watchdog.daemon = True
+    watchdog.start()
+    _started.append((process, watchdog))
+    return process
 
 
-PROGRAM = """
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """Kills a process and those it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def end_started() -> None:
+    """Kills what ``start`` has started and is still running, and closes its pipes."""
+    while _started:
+        process, watchdog = _started.pop()
+        watchdog.cancel()
+        kill_group(process)
+        with suppress(ValueError):  # its pipes are closed already
+            process.communicate()
+
+
+def output_of(process: subprocess.Popen[str]) -> str:
+    """What a process writes until it ends, on standard output and standard error together."""
+    return process.communicate()[0]
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> None:
+    """Reads the output of a process up to the line that holds ``text``."""
+    assert process.stdout
+    read = []
+    for line in process.stdout:
+        read.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"the process ended without {text!r}: {''.join(read)}")
+
+
+ALTERED = """
 import importlib, os, signal, sys
 
 owner, name, calls = importlib.import_module(sys.argv[1]), sys.argv[2], iter(range(1, int(sys.argv[3])))
@@ -51,8 +102,29 @@ real = getattr(owner, name)
 
 def altered(*arguments, **named):
     if next(calls, None) is None:
-        DEED
+        ACTION
     return real(*arguments, **named)
+
+
+def kill_itself():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def await_signals(number):
+    # says that it waits, once for each signal; one that comes before it reads is not missed
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    while number:
+        print("waiting for a signal", flush=True)
+        os.read(reader, 1)
+        number -= 1
+    signal.set_wakeup_fd(-1)
+
+
+def await_line():
+    # or for the end of standard input
+    sys.stdin.readline()
 
 
 import main
@@ -60,11 +132,14 @@ import main
 setattr(owner, name, altered)
 sys.exit(main.main(sys.argv[4:]))
 """
-"""The program, which does a deed when a function is called for the n-th time."""
+"""main.py, where from the n-th call of a function on each call does something first. Its words are the module, the
+function and n, and then those of main.py.
+"""
 
 
-def that_does(deed: str) -> tuple[str, str]:
-    return "-c", PROGRAM.replace("DEED", deed)
+def altered(action: str) -> tuple[str, str]:
+    """A program for ``start``: ``ALTERED`` with a call such as ``kill_itself()``."""
+    return "-c", ALTERED.replace("ACTION", action)
 
 
 def nothing_is_saved() -> None:
@@ -76,7 +151,7 @@ def nothing_is_saved() -> None:
 
 def finished(*words: str) -> str:
     process = start(*words)
-    shown, _ = process.communicate(timeout=300)
+    shown = output_of(process)
     assert process.returncode == 0, shown
     return shown
 
@@ -124,10 +199,11 @@ def written(session: Path) -> int:
     return latest.stat().st_mtime_ns if latest.exists() else 0
 
 
-def until(condition: Any, process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 60
+def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Waits until something is true, which a process brings about before it ends."""
     while not condition():
-        assert process.poll() is None and time.monotonic() < end
+        if process.poll() is not None:
+            assert condition(), output_of(process)
         time.sleep(0.01)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lib.world import World
+from runs import LIMIT
 
 
 class Team:
@@ -43,7 +44,7 @@ class Team:
         """What ``work(world, *arguments)`` gives in each process; a failure of one fails the test."""
         for pipe in self._pipes:
             pipe.send((work, arguments))
-        answers = [pipe.recv() if pipe.poll(120) else ("no answer", None) for pipe in self._pipes]
+        answers = [pipe.recv() if pipe.poll(LIMIT) else ("no answer", None) for pipe in self._pipes]
         failed = [said for said, _ in answers if said]
         assert not failed, "\n".join(failed)
         return [answer for _, answer in answers]

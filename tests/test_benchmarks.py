@@ -37,6 +37,7 @@ def test_every_benchmark_is_small_here() -> None:
     assert list(SMALL) == cli.names()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_every_benchmark_runs_and_says_on_what(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any

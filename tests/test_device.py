@@ -99,6 +99,7 @@ def test_a_network_is_placed_channels_last() -> None:
     assert not placed.weight.is_contiguous()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="PyTorch compiles for CPUs by g++")
 def test_a_compiled_network_keeps_its_names_and_its_answers() -> None:
     torch.manual_seed(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +222,4 @@ def test_an_annotation_that_would_grow_without_end_is_refused_at_once(root: Path
     levels = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 12))
     bomb = f'<!DOCTYPE a [<!ENTITY e0 "1234567890">{levels}]><annotation>&e11;</annotation>'
     (root / "Annotation" / THIRD).write_text(bomb)
-    begun = time.monotonic()
-    assert THIRD in refusal(root, boxes=True)
-    assert time.monotonic() - begun < 10
+    assert THIRD in refusal(root, boxes=True)  # 10 ** 12 characters would take hours, and more memory than there is

@@ -337,9 +337,7 @@ def test_links_to_folders_are_followed_and_those_to_a_folder_above_are_not(tmp_p
 
 
 @pytest.mark.parametrize("place", ["", "train", "train/a"])
-def test_a_folder_that_may_not_be_read_is_refused_by_name(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_may_not_be_read_is_refused_by_name(place: str, tmp_path: Path) -> None:
     """The tests may run as root, whom no permission stops, so the listing itself is made to fail."""
     (tmp_path / "train" / "a").mkdir(parents=True)
     Image.new("RGB", (2, 2)).save(tmp_path / "train" / "a" / "0.png")
@@ -349,9 +347,10 @@ def test_a_folder_that_may_not_be_read_is_refused_by_name(
         if Path(path) == forbidden:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(os, "scandir", lambda path: refuse(path) or scandir(path))
-    monkeypatch.setattr(Path, "iterdir", lambda path: refuse(path) or iterdir(path))
-    monkeypatch.setattr(Path, "is_dir", lambda path: refuse(path.parent) or is_dir(path))
-    with pytest.raises(DataError, match="Permission denied") as refused:
-        datasets.load("folder", tmp_path)
+    with pytest.MonkeyPatch.context() as patch:  # over before pytest removes the folder by these functions
+        patch.setattr(os, "scandir", lambda path: refuse(path) or scandir(path))
+        patch.setattr(Path, "iterdir", lambda path: refuse(path) or iterdir(path))
+        patch.setattr(Path, "is_dir", lambda path: refuse(path.parent) or is_dir(path))
+        with pytest.raises(DataError, match="Permission denied") as refused:
+            datasets.load("folder", tmp_path)
     assert str(forbidden) in str(refused.value)

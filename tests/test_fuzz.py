@@ -38,6 +38,8 @@ from lib.config import flag
 from lib.options import Options, height_and_width
 from test_main import Tiny
 
+pytestmark = pytest.mark.slow
+
 CASES = int(os.environ.get("FUZZ", "0"))
 STATUSES = (0, 1, 2, 3)
 """The README's, without those of signals."""

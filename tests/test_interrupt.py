@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,17 +13,22 @@ import numpy as np
 import psutil
 import pytest
 
-from lib.interrupt import BOUNCE, Interrupts, Stopped
+import runs
+from lib import interrupt
+from lib.interrupt import Interrupts, Stopped
 from runs import (
+    LIMIT,
+    altered,
     assert_alike,
     content,
     equal,
     finished,
     metrics,
     nothing_is_saved,
+    output_of,
+    read_until,
     save_photos,
     start,
-    that_does,
     until,
     words_of,
     written,
@@ -55,18 +59,19 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "whole"
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_as_the_one_that_was_not(whole: Path, tmp_path: Path, new: New) -> None:
-    """SIGKILL after random times from the first checkpoint on; more often in the project's notes."""
+    """SIGKILL from outside as soon as the first checkpoint is there, then in a step drawn at random, twice."""
     session, draw = tmp_path / "killed", np.random.default_rng(0)
-    words = new("killed")
-    for _ in range(2):
-        process = start(*words)
-        before = written(session)
-        until(lambda before=before: written(session) > before, process)
-        time.sleep(draw.uniform(0, 0.5))
-        process.kill()
-        process.communicate()
-        words = ["--resume", str(session), "--brief"]
+    process = start(*new("killed"))
+    until(lambda: written(session) > 0, process)
+    runs.kill_group(process)
+    output_of(process)
+    words = ["--resume", str(session), "--brief"]
+    for calls in draw.integers(1, 40, 2):
+        process = start("lib.curriculum", "train_step", str(calls), *words, program=altered("kill_itself()"))
+        shown = output_of(process)
+        assert process.returncode == -signal.SIGKILL, shown
     finished(*words)
     assert_alike(session, whole)
 
@@ -90,12 +95,13 @@ UNFINISHED = [place for place in PLACES if place.startswith("with a checkpoint")
 """Of these, where a file is left half written."""
 
 
+@pytest.mark.slow
 def test_a_run_that_dies_in_every_part_ends_as_the_one_that_did_not(whole: Path, tmp_path: Path, new: New) -> None:
     session = tmp_path / "dying"
     words = new("dying")
     for place, (module, name, calls) in PLACES.items():
-        process = start(module, name, str(calls), *words, program=that_does("os.kill(os.getpid(), signal.SIGKILL)"))
-        shown, _ = process.communicate(timeout=120)
+        process = start(module, name, str(calls), *words, program=altered("kill_itself()"))
+        shown = output_of(process)
         assert process.returncode == -signal.SIGKILL, (place, shown)
         assert bool(list(session.glob("checkpoint/*.part"))) == (place in UNFINISHED), place
         words = ["--resume", str(session), "--brief"]
@@ -103,47 +109,49 @@ def test_a_run_that_dies_in_every_part_ends_as_the_one_that_did_not(whole: Path,
     assert_alike(session, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("which", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 0)])
 def test_a_signal_saves_and_says_how_to_go_on(which: str, status: int, whole: Path, tmp_path: Path, new: New) -> None:
-    process, session = start(*new("stopped")), tmp_path / "stopped"
-    until(lambda: written(session) > 0, process)
-    time.sleep(0.1)
+    session = tmp_path / "stopped"
+    program = altered("await_signals(1)")
+    process = start("lib.curriculum", "train_step", "8", *new("stopped"), program=program)
+    read_until(process, "waiting for a signal")
     workers = psutil.Process(process.pid).children(recursive=True)
-    asked = time.monotonic()
     os.killpg(process.pid, getattr(signal, which))  # workers get it, too, as from a terminal
-    shown, _ = process.communicate(timeout=60)
-    assert process.returncode == status and time.monotonic() - asked < 10, shown
-    assert f"stopped by {which}" in shown and f"--resume {session}" in shown and "Traceback" not in shown
-    assert workers and not psutil.wait_procs(workers, timeout=1)[1]
+    shown = output_of(process)
+    assert process.returncode == status, shown
+    assert f"stopped by {which} after round 0, epoch 1, step 8;" in shown
+    assert f"--resume {session}" in shown and "Traceback" not in shown
+    assert workers and not psutil.wait_procs(workers, timeout=LIMIT)[1]
     finished("--resume", str(session), "--brief")
     assert_alike(session, whole)
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_workers(new: New, tmp_path: Path) -> None:
-    process = start(*new("orphans"))
-    until(lambda: written(tmp_path / "orphans") > 0, process)
+    process = start("lib.curriculum", "train_step", "8", *new("orphans"), program=altered("await_signals(1)"))
+    read_until(process, "waiting for a signal")
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
-    process.communicate()
-    assert workers and not psutil.wait_procs(workers, timeout=30)[1]  # PyTorch's look for their parent now and then
+    output_of(process)
+    assert workers and not psutil.wait_procs(workers, timeout=LIMIT)[1]  # PyTorch's look for their parent now and then
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_the_program_at_once(new: New, tmp_path: Path) -> None:
     """The step that the first one waits for never ends."""
-    process = start(
-        "lib.curriculum", "train_step", "30", *new("twice"), program=that_does("while True: signal.pause()")
-    )
-    session = tmp_path / "twice"
-    until(lambda: written(session) > 0, process)
-    time.sleep(2)
+    process = start("lib.curriculum", "train_step", "8", *new("twice"), program=altered("await_signals(-1)"))
+    read_until(process, "waiting for a signal")
     os.killpg(process.pid, signal.SIGINT)
+    read_until(process, "waiting for a signal")
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=2)
+        process.wait(timeout=1.5 * interrupt.BOUNCE)  # the step is not done
     os.killpg(process.pid, signal.SIGINT)
-    shown, _ = process.communicate(timeout=10)
+    shown = output_of(process)
     assert process.returncode == 130 and "Traceback" not in shown and "interrupted" in shown
 
 
+@pytest.mark.slow
 def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(whole: Path, tmp_path: Path, new: New) -> None:
     session = tmp_path / "damaged"
     finished(*new("damaged"), "--max-round", "1")
@@ -153,21 +161,23 @@ def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(whole: Path, tm
     latest.write_bytes(bytes_)
     words = ["--resume", str(session), "--max-round", "2", "--brief"]
     process = start(*words, limit=nothing_is_saved)  # the good one must outlive saves that fail
-    shown, _ = process.communicate(timeout=120)
+    shown = output_of(process)
     assert process.returncode == 3 and "latest.ckpt: is damaged" in shown and "previous.ckpt" in shown
     finished(*words)
     assert_alike(session, whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_can_never_save_says_so_and_ends_with_status_3(new: New, tmp_path: Path) -> None:
     process = start(*new("full"), "--max-round", "1", limit=nothing_is_saved)
-    shown, _ = process.communicate(timeout=120)
+    shown = output_of(process)
     assert process.returncode == 3, shown
     assert "latest.ckpt: could not be saved: " in shown and "File too large" in shown and "Traceback" not in shown
     assert len(metrics(tmp_path / "full")) == 4
     assert not list((tmp_path / "full" / "checkpoint").iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_that_can_write_nothing_at_all_goes_on_to_its_end(new: New, tmp_path: Path) -> None:
     """Log, metrics, events, pictures and report do not fit, either."""
     import resource
@@ -175,7 +185,7 @@ def test_a_run_that_can_write_nothing_at_all_goes_on_to_its_end(new: New, tmp_pa
     out = tmp_path / "features.npz"
     words = ["--max-epoch", "10", "--report", "--ckpt-every", "0", "--export-features", str(out)]
     process = start(*new("full"), *words, limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2500,) * 2))
-    shown, _ = process.communicate(timeout=240)
+    shown = output_of(process)
     assert process.returncode == 3, shown
     assert "Traceback" not in shown and "Logging error" not in shown
     for part in ("log.txt", "metrics.jsonl", "what TensorBoard shows", "the picture of anchors", "the report"):
@@ -183,20 +193,21 @@ def test_a_run_that_can_write_nothing_at_all_goes_on_to_its_end(new: New, tmp_pa
     assert not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("back", [True, False])
 def test_a_folder_that_goes_away_under_the_run_is_said(back: bool, whole: Path, new: New, tmp_path: Path) -> None:
     """Where it comes back, as one on a network does, the run saves again; where it does not, the status tells."""
     session, away = tmp_path / "gone", tmp_path / "away"
-    process = start(*new("gone"))
-    until(lambda: written(session) > 0, process)
+    process = start("lib.curriculum", "train_step", "8", *new("gone"), program=altered("await_line()"))
+    until(lambda: written(session) > 0, process)  # after five steps; in the eighth it waits
     session.rename(away)
-    assert process.stdout
-    for line in process.stdout:
-        if "could not be saved" in line:
-            break
+    assert process.stdin
+    process.stdin.write(20 * "\n")  # steps, with a checkpoint after every fifth
+    process.stdin.flush()
+    read_until(process, "could not be saved")
     if back:
         away.rename(session)
-    rest, _ = process.communicate(timeout=120)
+    rest = output_of(process)  # closes its standard input, so that it waits no longer
     assert process.returncode == (0 if back else 3) and "Traceback" not in rest, rest
     assert session.exists() == back
     if not back:
@@ -210,7 +221,7 @@ def test_within_a_shield_things_are_finished_first() -> None:
     with pytest.raises(Stopped) as stopped, Interrupts() as interrupts:
         with interrupts.shield():
             with interrupts.shield():
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
                 done.append(1)
             assert interrupts.asked()
             done.append(2)
@@ -221,16 +232,17 @@ def test_within_a_shield_things_are_finished_first() -> None:
 def test_outside_a_shield_it_stops_at_once_and_the_handlers_come_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped), Interrupts():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
+        signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_second_ctrl_c_waits_for_nothing() -> None:
+def test_a_second_ctrl_c_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now)
     with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts, interrupts.shield():
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert interrupts.asked()
-        os.kill(os.getpid(), signal.SIGINT)  # its echo
-        time.sleep(BOUNCE + 0.1)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
+        now += interrupt.BOUNCE
+        signal.raise_signal(signal.SIGINT)  # its echo
+        now += 0.1
+        signal.raise_signal(signal.SIGINT)

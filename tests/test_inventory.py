@@ -22,6 +22,7 @@ import datasets
 import made
 from datasets import Splits, files, inventory
 from datasets.inventory import Inventory, Listing, Names
+from runs import output_of, start
 
 FILE_NAMES = st.lists(st.binary(max_size=12).map(lambda text: os.fsdecode(text.replace(b"\0", b"/"))), max_size=8)
 
@@ -494,14 +495,13 @@ print(len(datasets.load("folder", Path(sys.argv[1])).train))
 
 def loading(root: Path, how: str) -> subprocess.Popen[str]:
     """A process that loads a root."""
-    words = [sys.executable, "-c", LOAD, str(root), how]
-    return subprocess.Popen(words, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True)
+    return start(str(root), how, program=("-c", LOAD))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there")
 def test_what_a_killed_process_half_wrote_is_never_read_and_swept_away(root: Path, cache: Path, opened: Opened) -> None:
     process = loading(root, "killed")
-    process.communicate(timeout=60)
+    output_of(process)
     assert process.returncode == -signal.SIGKILL
     (left,) = cache.iterdir()
     assert left.suffix == ".part" and left.stat().st_size == 1000
@@ -513,7 +513,7 @@ def test_what_a_killed_process_half_wrote_is_never_read_and_swept_away(root: Pat
 
 def test_two_processes_at_once_leave_one_whole_file_each_has_read_all(root: Path, cache: Path, opened: Opened) -> None:
     both = [loading(root, "whole") for _ in range(2)]
-    assert [process.communicate(timeout=60)[0].strip() for process in both] == ["4", "4"]
+    assert [output_of(process).strip() for process in both] == ["4", "4"]
     assert not list(cache.glob("*.part"))
     assert opened.by(lambda: load(root)) == 0 and len(load(root).train) == 4
 

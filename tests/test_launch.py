@@ -6,19 +6,34 @@ import os
 import re
 import signal
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from runs import ROOT, assert_alike, content, finished, metrics, save_photos, start, until, words_of, written
+from runs import (
+    ROOT,
+    assert_alike,
+    content,
+    finished,
+    kill_group,
+    metrics,
+    output_of,
+    read_until,
+    save_photos,
+    start,
+    until,
+    words_of,
+    written,
+)
 from test_parallel import assert_alike as assert_near
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there")
-LAUNCH = "import sys; from lib import launch; sys.exit(launch.run('main.py', sys.argv[1:], 2))"
-"""What ``--gpus 0,1`` does, on CPUs."""
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there"),
+]
+LAUNCH = "import sys; from lib import launch; sys.exit(launch.run(sys.argv[1], sys.argv[2:], 2))"
+"""What ``--gpus 0,1`` does, on CPUs; the first word is the program."""
 
 
 def torchrun(processes: int, *flags: str) -> tuple[str, ...]:
@@ -37,7 +52,7 @@ def two(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The session of two processes that nobody stopped."""
     folder = tmp_path_factory.mktemp("two")
     process = start("main.py", *words_of(photos, folder, "two"), program=torchrun(2))
-    shown, _ = process.communicate(timeout=300)
+    shown = output_of(process)
     assert process.returncode == 0, shown
     assert shown.count("round 1 done") == 1 and "Traceback" not in shown and "Warning" not in shown
     return folder / "two"
@@ -45,7 +60,7 @@ def two(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def launched(words: list[str], *flags: str, processes: int = 2) -> tuple[int, str]:
     process = start("main.py", *words, program=torchrun(processes, *flags))
-    shown, _ = process.communicate(timeout=300)
+    shown = output_of(process)
     return process.returncode, shown
 
 
@@ -85,44 +100,73 @@ def test_one_that_is_killed_goes_on_to_the_same_end(two: Path, photos: Path, tmp
     session = tmp_path / "killed"
     process = start("main.py", *words_of(photos, tmp_path, "killed"), program=torchrun(2))
     until(lambda: written(session) > 0, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_group(process)
+    output_of(process)
     status, shown = launched(["--resume", str(session), "--brief"])
     assert status == 0, shown
     assert_alike(session, two)
 
 
-def workers_of(process: Any) -> dict[str, psutil.Process]:
-    """The processes that train, by rank."""
-    found = {}
-    for child in psutil.Process(process.pid).children():
-        if rank := child.environ().get("RANK"):
-            found[rank] = child
-    return found
+def main_with(folder: Path, setup: str) -> str:
+    """A program that does something and then what main.py does; where it lies."""
+    program = folder / "program.py"
+    program.write_text(f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport main\n{setup}\n")
+    return str(program)
+
+
+IN_STEP_20 = """
+from lib import curriculum, launch
+calls, step = iter(range(1, 20)), curriculum.train_step
+
+def altered(*arguments):
+    if next(calls, None) is None:
+        action()
+    return step(*arguments)
+
+curriculum.train_step = altered
+launch.end(main.main())
+"""
+"""``action()`` is called before the twentieth step and those that follow."""
+RANK_1_IS_KILLED = """
+def action():
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+A_SIGNAL_IS_AWAITED = """
+def action():
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    print("rank", os.environ["RANK"], "waits", flush=True)
+    os.read(reader, 1)
+    signal.set_wakeup_fd(-1)
+"""
+
+
+def running(text: str) -> list[psutil.Process]:
+    """The processes with a text on their command line."""
+    return [process for process in psutil.process_iter(["cmdline"]) if text in " ".join(process.info["cmdline"] or [])]
 
 
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_one_that_dies_takes_the_others_along_and_the_launcher_may_start_anew(
     restarts: int, two: Path, photos: Path, tmp_path: Path
 ) -> None:
-    session = tmp_path / "broken"
-    words = words_of(photos, tmp_path, "broken")
-    process = start("main.py", *words, program=torchrun(2, "--max-restarts", str(restarts)))
-    until(lambda: written(session) > 0, process)
-    died, before = time.monotonic(), workers_of(process)
-    before["1"].kill()
+    session, sessions = tmp_path / "sessions" / "broken", tmp_path / "sessions"
+    program = main_with(tmp_path, RANK_1_IS_KILLED + IN_STEP_20)
+    words = [program, *words_of(photos, sessions, "broken")]
+    process = start(*words, program=torchrun(2, "--max-restarts", str(restarts)))
+    shown = output_of(process)
+    assert not running(program)
     if restarts == 0:
-        shown, _ = process.communicate(timeout=30)
-        assert process.returncode != 0 and time.monotonic() - died < 30
+        assert process.returncode != 0 and written(session)
         assert "another process of the run has ended" in shown and "exitcode  : -9" in shown
-        assert not psutil.wait_procs(list(before.values()), timeout=5)[1]
         status, shown = launched(["--resume", str(session), "--brief"])
         assert status == 0, shown
     else:
-        shown, _ = process.communicate(timeout=120)
         assert process.returncode == 0, shown
         assert len((session / "starts.jsonl").read_text().splitlines()) == 2
-        assert {path.name for path in tmp_path.iterdir()} == {"broken"}
+        assert {path.name for path in sessions.iterdir()} == {"broken"}
     assert_alike(session, two)
 
 
@@ -133,16 +177,16 @@ def test_a_signal_stops_all_at_one_step_and_they_go_on_from_there(
 ) -> None:
     """From a terminal everyone gets it, and from a scheduler the launcher alone."""
     session = tmp_path / "stopped"
-    process = start(*words_of(photos, tmp_path, "stopped"), program=("-c", LAUNCH))
-    until(lambda: written(session) > 0, process)
-    time.sleep(0.2)
-    asked = time.monotonic()
+    program = main_with(tmp_path, A_SIGNAL_IS_AWAITED + IN_STEP_20)
+    process = start(program, *words_of(photos, tmp_path, "stopped"), program=("-c", LAUNCH))
+    for _ in range(2):
+        read_until(process, "waits")
     (os.killpg if group else os.kill)(process.pid, getattr(signal, which))
-    shown, _ = process.communicate(timeout=60)
-    assert process.returncode == status and time.monotonic() - asked < 10, shown
+    shown = output_of(process)
+    assert process.returncode == status, shown
     assert f"stopped by {which}" in shown and f"--resume {session}" in shown and "Traceback" not in shown
-    again = start("--resume", str(session), "--brief", program=("-c", LAUNCH))
-    shown, _ = again.communicate(timeout=120)
+    again = start("main.py", "--resume", str(session), "--brief", program=("-c", LAUNCH))
+    shown = output_of(again)
     assert again.returncode == 0, shown
     assert_alike(session, two)
 
@@ -155,8 +199,8 @@ def test_bad_input_is_told_once_and_by_its_status(photos: Path, tmp_path: Path) 
         ("--ANs-size", "100"): "error: --ANs-size 100",
         ("--resume", "nowhere.ckpt", "--restart"): "error: nowhere.ckpt: no such checkpoint",
     }.items():
-        process = start(*words, *wrong, program=("-c", LAUNCH))
-        shown, _ = process.communicate(timeout=60)
+        process = start("main.py", *words, *wrong, program=("-c", LAUNCH))
+        shown = output_of(process)
         assert process.returncode == 2, shown
         (line,) = [line for line in shown.splitlines() if line.startswith("error")]
         assert line.startswith(said) and "Traceback" not in shown
@@ -173,13 +217,10 @@ def test_what_is_for_one_process_is_refused_once_by_several(two: Path, tmp_path:
 
 
 def test_a_process_with_other_options_is_refused_at_the_start(photos: Path, tmp_path: Path) -> None:
-    program = tmp_path / "odd.py"
-    program.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport main\n"
-        "sys.exit(main.main([*sys.argv[1:], *(['--npc-momentum', '0.7'] if os.environ['RANK'] == '1' else [])]))\n"
-    )
-    process = start(str(program), *words_of(photos, tmp_path / "sessions", "odd"), program=torchrun(2))
-    shown, _ = process.communicate(timeout=60)
+    more = "['--npc-momentum', '0.7'] if os.environ['RANK'] == '1' else []"
+    program = main_with(tmp_path, f"sys.exit(main.main([*sys.argv[1:], *({more})]))")
+    process = start(program, *words_of(photos, tmp_path / "sessions", "odd"), program=torchrun(2))
+    shown = output_of(process)
     assert process.returncode != 0
     assert "error: --npc-momentum: process 1 has 0.7, and process 0 has 0.5; give all processes the same" in shown
     assert not (tmp_path / "sessions").exists()
@@ -190,15 +231,11 @@ def test_one_process_alone_that_goes_on_is_refused_at_the_start(
     rank: str, two: Path, photos: Path, tmp_path: Path
 ) -> None:
     """Otherwise it would wait for the others to read a checkpoint, and they for it."""
-    program = tmp_path / "odd.py"
     more = f"['--resume', {str(two)!r}, '--restart'] if os.environ['RANK'] == {rank!r} else []"
-    program.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport main\n"
-        f"sys.exit(main.main([*sys.argv[1:], *({more})]))\n"
-    )
+    program = main_with(tmp_path, f"sys.exit(main.main([*sys.argv[1:], *({more})]))")
     cfgs = ["--cfgs", str(two / "config.yaml")]
-    process = start(str(program), *cfgs, *words_of(photos, tmp_path / "sessions", "odd"), program=torchrun(2))
-    shown, _ = process.communicate(timeout=60)
+    process = start(program, *cfgs, *words_of(photos, tmp_path / "sessions", "odd"), program=torchrun(2))
+    shown = output_of(process)
     assert process.returncode != 0
     assert re.search("error: --re(sume|start): process 1 has .*, and process 0 has ", shown)
     assert not (tmp_path / "sessions").exists()

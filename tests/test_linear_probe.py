@@ -37,7 +37,7 @@ def digits() -> datasets.Splits:
 def stages(digits: datasets.Splits) -> list[dict[str, torch.Tensor]]:
     """Of a network that nobody trained, for training and test images; beside them the pixels."""
     torch.manual_seed(0)
-    network = models.build("resnet10", low_dim=32)
+    network = models.build("resnet10-w16", low_dim=32)
     assert digits.test is not None
     found = []
     for split in (digits.train, digits.test):

@@ -25,6 +25,7 @@ from lib import classified, panels, plots, report
 from lib.material import Discovered, Material
 from lib.material import Tested as Judged
 from lib.panels import QUANTILES
+from runs import LIMIT
 
 N, D, M, K, VOTERS, SIGMA = 60, 6, 25, 2, 7, 0.1
 EVIL = '<script>alert("1")</script>'
@@ -512,6 +513,7 @@ class Photographs:
         return np.random.default_rng(index).integers(0, 256, (300, 700 + index % 50, 3), dtype=np.uint8)
 
 
+@pytest.mark.slow
 def test_a_thousand_classes_and_large_photographs_stay_below_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -538,6 +540,7 @@ def test_a_thousand_classes_and_large_photographs_stay_below_the_limit(
     assert "Of 1000 classes the legend names 20." in Page(path).parts["Map"]
 
 
+@pytest.mark.slow
 def test_pictures_lose_resolution_before_the_page_grows_too_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -570,7 +573,7 @@ def test_the_page_fits_desktops_and_phones(written: tuple[Path, Drawn], tmp_path
     probe.write_text(PROBE.format(width), encoding="utf-8")
     command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
     command += [f"--user-data-dir={tmp_path / 'browser'}", "--virtual-time-budget=5000", "--dump-dom", probe.as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=True).stdout
     told = re.search(r"<title>(.*?)</title>", shown)
     assert told, shown
     inner, scrolled, pictures, loaded, right = map(float, told[1].split())

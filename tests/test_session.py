@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +22,7 @@ from lib import session
 from lib.console import LOGGER, UsageError, logger, start_logging
 from lib.run_folder import folder_of
 from lib.session import Session, create_folder
+from runs import kill_group, output_of, read_until, start
 from tfevents import events, shown
 
 
@@ -363,25 +362,22 @@ def test_nothing_is_shown_where_nothing_is_stored_or_tensorboard_is_off(folder: 
 def test_a_second_process_is_told_and_changes_nothing(tmp_path: Path) -> None:
     """The lock is the operating system's, so a process that was killed holds none."""
     hold = f"""
-import sys, time
-sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+import sys
 from pathlib import Path
 from lib.session import Session
 session = Session(Path({str(tmp_path)!r}), log_tfb=False)
 session.write_metrics({{"round": 0, "epoch": 0}})
 print("held", flush=True)
-time.sleep(60)
+sys.stdin.readline()
 """
-    first = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
-    try:
-        assert first.stdout and first.stdout.readline() == "held\n"
-        before = (tmp_path / "metrics.jsonl").read_bytes()
-        with pytest.raises(UsageError, match="another process trains in this session"):
-            Session(tmp_path, start=(0, 0))
-        assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    finally:
-        first.kill()
-        first.communicate()
+    first = start(program=("-c", hold))
+    read_until(first, "held")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(UsageError, match="another process trains in this session"):
+        Session(tmp_path, start=(0, 0))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    kill_group(first)
+    output_of(first)
     Session(tmp_path, log_tfb=False).close()
     Session(tmp_path, log_tfb=False).close()  # a closed one holds none either
 

@@ -13,7 +13,7 @@ import torch
 import benchmarks
 from benchmarks import measure
 
-AIDS = ("__main__", "measure", "reference")
+AIDS = ("__main__", "measure", "reference", "study")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -47,8 +48,18 @@ def commit() -> str:
         return ""
 
 
+def processor() -> str:
+    """The CPU's model, and the vector instructions that PyTorch uses on it."""
+    model = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()  # Linux; elsewhere the line above
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def hardware(device: torch.device) -> str:
     """The device in words: a GPU's name, or the CPU's kind and the threads PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU {platform.machine()} ({processor()}), {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)}"

@@ -1,0 +1,262 @@
+"""What the curriculum brings on 50,000 photographs: all runs of the study, those that matter most first.
+
+    python -m benchmarks.study --data-root data/cifar10-images --sess-dir STUDY --jobs 2
+
+Each run is a session in ``STUDY``, in a process of its own with one thread and at the lowest priority. The study can be
+stopped at any time (Ctrl-C, SIGTERM) and started again by the same command: a run that is done is left alone, one that
+was stopped is resumed. Where all processes are killed, an epoch of each is lost. ``STUDY/study.jsonl`` has a line for
+each start and end of a run, with the commit, the processor and the images/s. ``--list`` shows how far each run is.
+
+Arms, each branched from the last checkpoint of its seed's round 0 (instance loss), optimiser and bank included:
+
+    restarts      select rate 0: later rounds restart the learning rate, and nothing else changes
+    and           the paper: select rate 0.25, one neighbour
+    all-at-once   select rate 1: every sample is an anchor from round 1 on
+    and-k5        the paper's curriculum with five neighbours
+    one-round     instance loss alone, in one round of as many epochs as the others have in all (starts anew)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from lib import environment, metrics
+from lib.console import UsageError, table
+from lib.run_folder import latest
+
+ROOT = Path(__file__).parent.parent
+CFGS = ["configs/base.yaml", "configs/cifar10-cpu.yaml"]
+SEEDS = (0, 1, 2)
+FIRST_EPOCHS, EPOCHS, ROUNDS = 40, 10, 5
+"""Epochs of round 0, epochs of each later round, and rounds, round 0 included."""
+ARMS = {
+    "restarts": ["--ANs-select-rate", "0"],
+    "and": ["--ANs-select-rate", "0.25"],
+    "all-at-once": ["--ANs-select-rate", "1"],
+    "and-k5": ["--ANs-select-rate", "0.25", "--ANs-size", "5"],
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One session of the study.
+
+    Attributes:
+        name: of the session.
+        flags: what it has beside the config.
+        branches_from: name of the run whose last checkpoint it starts from; None: it starts anew.
+        last: (round, epoch) of its last line in metrics.jsonl.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    branches_from: str | None
+    last: tuple[int, int]
+
+
+def schedule(epochs: int) -> list[str]:
+    """A round of so many epochs, with the learning rate dropped at 60 % and at 80 % of it."""
+    first, second = round(0.6 * epochs), round(0.8 * epochs)
+    step = max(1, second - first)
+    return ["--max-epoch", str(epochs), "--lr-decay-offset", str(first - step), "--lr-decay-step", str(step)]
+
+
+def plan() -> list[Run]:
+    """All runs, in the order in which they are started."""
+
+    def round_0(seed: int) -> Run:
+        flags = ("--seed", str(seed), "--max-round", "1", *schedule(FIRST_EPOCHS))
+        return Run(f"round0-s{seed}", flags, None, (0, FIRST_EPOCHS - 1))
+
+    def arm(name: str, seed: int) -> Run:
+        flags = ("--max-round", str(ROUNDS), *schedule(EPOCHS), *ARMS[name])
+        return Run(f"{name}-s{seed}", flags, f"round0-s{seed}", (ROUNDS - 1, EPOCHS - 1))
+
+    def one_round(seed: int) -> Run:
+        epochs = FIRST_EPOCHS + (ROUNDS - 1) * EPOCHS
+        return Run(
+            f"one-round-s{seed}", ("--seed", str(seed), "--max-round", "1", *schedule(epochs)), None, (0, epochs - 1)
+        )
+
+    runs = [run for seed in SEEDS for run in (round_0(seed), arm("restarts", seed), arm("and", seed))]
+    for seed in SEEDS:
+        runs += [one_round(seed), arm("all-at-once", seed), arm("and-k5", seed)]
+    return runs
+
+
+def epochs_of(session: Path) -> list[dict[str, Any]]:
+    """The epochs that a session has recorded, of which there may be none yet."""
+    try:
+        return metrics.read(session)
+    except UsageError:
+        return []
+
+
+class Study:
+    """The runs of the study, and how far they have come.
+
+    Args:
+        data_root: folder of the images, ``train/<class>/`` and ``test/<class>/``.
+        sess_dir: folder of the sessions.
+        runs: in the order in which they are started.
+    """
+
+    def __init__(self, data_root: Path, sess_dir: Path, runs: Sequence[Run]) -> None:
+        self.data_root = data_root.resolve()
+        self.sess_dir = sess_dir.resolve()
+        self.runs = runs
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.failed: dict[str, int] = {}
+        self.stopped_by: int | None = None
+        self._changed = threading.Condition()
+
+    def is_done(self, run: Run) -> bool:
+        """Whether the run has trained its last epoch and ended."""
+        rows = epochs_of(self.sess_dir / run.name)
+        return bool(rows) and (rows[-1]["round"], rows[-1]["epoch"]) == run.last and run.name not in self.running
+
+    def command(self, run: Run) -> list[str]:
+        """The command line that starts or resumes a run."""
+        session = self.sess_dir / run.name
+        words = [sys.executable, "main.py", "--brief"]
+        if latest(session).is_file():
+            return [*words, "--resume", str(session)]
+        if session.exists():  # stopped before its first checkpoint
+            shutil.rmtree(session)
+        if run.branches_from is None:
+            words += ["--cfgs", *CFGS]
+        else:
+            words += ["--resume", str(self.sess_dir / run.branches_from), "--restart"]
+        where = ["--data-root", str(self.data_root), "--sess-dir", str(self.sess_dir), "--session", run.name]
+        return [*words, *where, *run.flags]
+
+    def next(self) -> Run | None:
+        """The first run that can be started now."""
+        done = {run.name for run in self.runs if self.is_done(run)}
+        for run in self.runs:
+            if run.name in done or run.name in self.running or run.name in self.failed:
+                continue
+            if run.branches_from is None or run.branches_from in done:
+                return run
+        return None
+
+    def start(self, run: Run) -> None:
+        """Starts a run, and a thread that waits for its end."""
+        command, before = self.command(run), len(epochs_of(self.sess_dir / run.name))
+        output = (self.sess_dir / f"{run.name}.out").open("ab")
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches it through ``stop`` alone
+        )
+        output.close()
+        self.running[run.name] = process
+        self.log("start", run, command=command[1:], commit=environment.commit(), processor=environment.processor())
+
+        def wait() -> None:
+            status = process.wait()
+            rates = [row["images_per_s"] for row in epochs_of(self.sess_dir / run.name)[before:]]
+            rate = round(statistics.median(rates), 1) if rates else None
+            with self._changed:
+                del self.running[run.name]
+                if status and not self.stopped_by:
+                    self.failed[run.name] = status
+                self.log("end", run, status=status, epochs=len(rates), images_per_s=rate)
+                self._changed.notify()
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    def log(self, event: str, run: Run, **what: object) -> None:
+        """Adds a line to study.jsonl."""
+        line = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "event": event, "run": run.name}
+        with (self.sess_dir / "study.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**line, **what}) + "\n")
+        status = f" with status {what['status']}" if "status" in what else ""
+        print(f"{line['time']} {event} {run.name}{status}", flush=True)
+
+    def stop(self, number: int, frame: object) -> None:
+        """Has all runs save and end: a handler of signals."""
+        self.stopped_by = number
+
+    def carry_out(self, jobs: int) -> int:
+        """Runs all that is not done, so many at a time; the exit status."""
+        with self._changed:
+            while True:
+                while not self.stopped_by and len(self.running) < jobs and (run := self.next()):
+                    self.start(run)
+                if not self.running:
+                    break
+                if self.stopped_by:
+                    for process in self.running.values():
+                        process.terminate()  # a second time it does nothing
+                self._changed.wait(timeout=1)  # signals are handled in between
+        if self.stopped_by:
+            return 128 + self.stopped_by
+        for name, status in self.failed.items():
+            print(f"error: {name} ended with status {status}; see {self.sess_dir / name}.out", file=sys.stderr)
+        return 1 if self.failed else 0
+
+    def progress(self) -> str:
+        """A table of all runs: epochs trained, accuracy and rate of the last one."""
+        rows = []
+        for run in self.runs:
+            done = epochs_of(self.sess_dir / run.name)
+            if not done:
+                rows.append((run.name, "-", "-", "-"))
+                continue
+            last, rate = done[-1], statistics.median(row["images_per_s"] for row in done)
+            state = "done" if self.is_done(run) else f"round {last['round']}, epoch {last['epoch'] + 1}"
+            rows.append((run.name, state, f"{last['top1']:.2%}", f"{rate:.0f}"))
+        return table(["run", "state", "kNN", "images/s"], rows)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status: 0 all runs are done; 1 one failed; 2 input that cannot be used; 130, 143 stopped."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-root", type=Path, required=True, help="folder of train/<class>/ and test/<class>/")
+    parser.add_argument("--sess-dir", type=Path, required=True, help="folder of the study's sessions")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each (default: 1)")
+    parser.add_argument("--list", action="store_true", help="show how far each run has come, and stop")
+    given = parser.parse_args(argv)
+    study = Study(given.data_root, given.sess_dir, plan())
+    if given.list:
+        print(study.progress())
+        return 0
+    if not (given.data_root / "train").is_dir():
+        print(f"error: {given.data_root}: has no folder train/; name the folder that holds it", file=sys.stderr)
+        return 2
+    given.sess_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(given.sess_dir / ".study.lock", timeout=0):
+            os.nice(19)
+            for which in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(which, study.stop)
+            return study.carry_out(given.jobs)
+    except filelock.Timeout:
+        print(
+            f"error: {given.sess_dir}: another process carries out this study; wait for it, or stop it", file=sys.stderr
+        )
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

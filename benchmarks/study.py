@@ -42,7 +42,7 @@ from lib.run_folder import latest
 ROOT = Path(__file__).parent.parent
 CFGS = ["configs/base.yaml", "configs/cifar10-cpu.yaml"]
 SEEDS = (0, 1, 2)
-FIRST_EPOCHS, EPOCHS, ROUNDS = 40, 10, 5
+FIRST_EPOCHS, EPOCHS, ROUNDS = 50, 10, 5
 """Epochs of round 0, epochs of each later round, and rounds, round 0 included."""
 ARMS = {
     "restarts": ["--ANs-select-rate", "0"],

@@ -141,7 +141,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path:
 
 
 def test_learning_rates_drop_at_three_and_at_four_fifths_of_a_round() -> None:
-    for epochs, drops in {40: (24, 32), 10: (6, 8), 80: (48, 64)}.items():
+    for epochs, drops in {50: (30, 40), 10: (6, 8), 90: (54, 72)}.items():
         _, length, _, offset, _, step = study.schedule(epochs)
         assert int(length) == epochs and (int(offset) + int(step), int(offset) + 2 * int(step)) == drops
         assert int(offset) + 3 * int(step) >= epochs

@@ -138,9 +138,9 @@ def finish(setting: Setting, session: Session, final: checkpoint.Checkpoint, sum
     logger().info("\n%s", summary, extra=SUMMARY)
     logger().info("session: %s", session.folder or "none", extra=SUMMARY)
     try:
+        results.export_results(setting, final, session.folder)  # first: a report that fails costs none
         if options.report and session.folder:
             results.write_report(setting, session.folder, final)
-        results.export_results(setting, final, session.folder)
     except UsageError as error:
         if not is_unsaved:  # which is worse, and is told by the status
             raise

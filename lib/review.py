@@ -74,13 +74,13 @@ def material(
         protocol=protocol,
         published=options.published or "",
         rounds=[
-            Discovered(round, found.entropy.numpy(), found.anchors.numpy(), found.neighbours.numpy())
+            Discovered(round, *(part.cpu().numpy() for part in (found.entropy, found.anchors, found.neighbours)))
             for round, found in checkpoint.discoveries(folder, loaded, len(images))
         ],
         images=images,
         labels=labels,
         classes=classes,
-        features=memory.numpy(),
+        features=memory.cpu().numpy(),
         tested=tested,
         chooser="held-out training images" if options.val_fraction else "the test labels",
         finished=(last["round"], last["epoch"]) >= (options.max_round - 1, options.max_epoch - 1),

@@ -20,6 +20,7 @@ import main
 import models
 from datasets import files
 from lib import commands, curriculum, results, setting
+from lib.console import UsageError
 from lib.options import Options
 from runs import content, equal, metrics
 
@@ -296,6 +297,48 @@ def test_a_report_is_made_at_the_end_and_of_any_session(
     (session / "metrics.jsonl").write_text("")
     assert "metrics.jsonl" in refused(["--report", str(session)], capsys)
     assert (session / "report.html").read_text(encoding="utf-8") == page
+
+
+class DeviceTensor(torch.Tensor):
+    """A tensor that has to be copied to the host before NumPy sees it, as one on a GPU."""
+
+    def numpy(self, *, force: bool = False) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
+
+    def cpu(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_a_run_on_a_gpu_ends_with_its_report_and_exports(
+    start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = commands.finish
+
+    def on_device(content: Any) -> Any:
+        if isinstance(content, dict):
+            return {name: on_device(value) for name, value in content.items()}
+        return content.as_subclass(DeviceTensor) if isinstance(content, torch.Tensor) else content
+
+    monkeypatch.setattr(
+        commands, "finish", lambda setting, session, final, *more: finish(setting, session, on_device(final), *more)
+    )
+    out = [tmp_path / name for name in ("features.npz", "net.safetensors", "neighbours.csv")]
+    exports = ["--export-features", "--export-model", "--export-neighbourhoods"]
+    words = [word for pair in zip(exports, map(str, out), strict=True) for word in pair]
+    assert main.main([*start, "--report", *words]) == 0
+    assert (session_in(tmp_path) / "report.html").is_file() and all(path.is_file() for path in out)
+
+
+def test_a_report_that_fails_costs_no_export(
+    start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise UsageError("the report cannot be written")
+
+    monkeypatch.setattr(results, "write_report", fail)
+    out = tmp_path / "features.npz"
+    assert "the report cannot be written" in refused([*start, "--report", "--export-features", str(out)], capsys)
+    assert out.is_file()
 
 
 def test_neighbourhoods_leave_as_a_table_and_pictures_are_looked_up(

@@ -44,9 +44,14 @@ class _Shared(_BatchNorm):
         pass
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(b, C, ...) -> (b, C, ...)."""
+        """(b, C, ...) -> (b, C, ...), in the type of x.
+
+        In mixed precision the statistics are computed in float32, as PyTorch's own batch normalisation does: fp16 has
+        no number for the pixels of a large batch.
+        """
         if not self.training or (not self.joined and len(x)):
             return super().forward(x)
+        given, x = x.dtype, x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         shape = [1, -1, *[1] * (x.dim() - 2)]
         if self.joined:
             others = [dim for dim in range(x.dim()) if dim != 1]
@@ -57,7 +62,9 @@ class _Shared(_BatchNorm):
             self._note(mean.detach(), variance.detach() * count / (count - 1))
             x = x * (variance + self.eps).rsqrt().view(shape)
         # also without images, lest the parameters of one process alone have no gradient
-        return x if self.weight is None else torch.addcmul(self.bias.view(shape), x, self.weight.view(shape))
+        if self.weight is not None:
+            x = torch.addcmul(self.bias.view(shape), x, self.weight.view(shape))
+        return x.to(given)
 
     def _note(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
         """Moves the running statistics."""

@@ -15,6 +15,7 @@ from numpy.testing import assert_allclose
 import models
 from lib import checkpoint, curriculum, device, health, linear_probe, schedule
 from lib.augment import Augmentation
+from lib.batch_norm import over_processes
 from lib.checkpoint import TrainingState
 from lib.console import ToldElsewhereError, UsageError
 from lib.criterion import neighbourhood_loss
@@ -235,7 +236,7 @@ class Precise(torch.nn.Module):
 def trained(world: World, kind: str, batch: int, iter_size: int, start: Any, folder: str | None) -> Any:
     """Two rounds; the checkpoint, the figures, and the accuracy of the last epoch."""
     torch.manual_seed(0)
-    network = models.build("resnet10", low_dim=6)
+    network = models.build("resnet10-w16", low_dim=6)
     placed = device.place(network, CPU, world, sync_bn=kind == "joined")
     network = Precise(placed, kind == "frozen")
     bank = MemoryBank(SAMPLES, 6, temperature=0.2, momentum=0.5, seed=1, device="cpu", world=world)
@@ -257,13 +258,13 @@ def trained(world: World, kind: str, batch: int, iter_size: int, start: Any, fol
         labels=torch.from_numpy(labels),
         session=Session(Path(folder) if folder and world.is_first else None, log_tfb=False),
         on_discovery=lambda round, found: None,
-        network_name="resnet10",
+        network_name="resnet10-w16",
         world=world,
     )
     curriculum.run(state, plan, helpers)
     helpers.session.close()
     features = extract(network, loader_of(world, 4, train=False), "features")
-    return state.checkpoint("resnet10", ""), features
+    return state.checkpoint("resnet10-w16", ""), features
 
 
 def assert_alike(ours: Any, theirs: Any, where: str = "") -> None:
@@ -325,6 +326,38 @@ def test_processes_that_normalise_for_themselves_train_too(team: Team) -> None:
     content, features = team.run(trained, "own", 8, 1, None, None)[0]
     assert features.isfinite().all() and all(value.isfinite().all() for value in content["net"].values())
     assert content["history"][-1]["loss"] > 0
+
+
+def normalised(world: World, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Joined batch normalisation of this process's share of (B, C, H, W); its output, gradient and statistics."""
+    own = images[world.among(world.shares(len(images)))].clone().requires_grad_()
+    layer = over_processes(torch.nn.BatchNorm2d(images.shape[1]), world, joined=True).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=images.dtype == torch.bfloat16):
+        out = layer(own)
+    (out.float().square() * torch.arange(128) / 128).sum().backward()
+    assert own.grad is not None
+    return out.detach(), own.grad, layer.running_mean, layer.running_var
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_joined_statistics_are_of_full_precision_whatever_the_images_are(dtype: torch.dtype, team: Team) -> None:
+    """The batch has 131,072 pixels, a number that fp16 does not have."""
+    drawn = torch.Generator().manual_seed(0)
+    images = (torch.randn(8, 2, 128, 128, generator=drawn) * 3 + 1).to(dtype)
+    plain = torch.nn.BatchNorm2d(2).train()
+    given = images.float().clone().requires_grad_()
+    expected = plain(given)
+    (expected.square() * torch.arange(128) / 128).sum().backward()
+    ours = team.run(normalised, images)
+    rounding = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    for part, reference in enumerate((expected.detach(), given.grad)):
+        assert reference is not None
+        joined = torch.cat([answer[part] for answer in ours])
+        assert joined.dtype == dtype
+        torch.testing.assert_close(joined.float(), reference, rtol=rounding, atol=rounding)
+    for _, _, mean, var in ours:
+        torch.testing.assert_close(mean, plain.running_mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(var, plain.running_var, rtol=1e-5, atol=1e-5)
 
 
 def resumed(world: World, there: Path, samples: int) -> Any:

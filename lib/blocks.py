@@ -6,19 +6,19 @@ import torch
 
 CACHED = 2**20
 """Numbers of a block on a CPU (4 MiB of float32): what is computed from it finds it in the cache."""
+ON_GPU = 2**26
+"""Numbers of a block on a GPU (256 MiB of float32): its kernels take longer than it takes to launch them."""
 LEAST = 64
 """Rows of a block at least: products of fewer are slow, as all of the other factor is read for them."""
-SHARE = 16
-"""A block takes this part of the free memory of a GPU at most."""
 
 
 def block_size(device: torch.device) -> int:
-    """How many float32 numbers to work on at a time, where a matrix is too large to be held."""
-    if device.type != "cuda":
-        return CACHED
-    free, _ = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's, and not in use
-    return max(CACHED, min(2**28, (free + held) // (4 * SHARE)))
+    """How many float32 numbers to work on at a time, where a matrix is too large to be held.
+
+    It depends on the kind of device alone and never on how much memory is free: sums over other blocks are rounded
+    differently, and a run has to give the same bits whatever else runs beside it, also after a resume.
+    """
+    return ON_GPU if device.type == "cuda" else CACHED
 
 
 def block_rows(columns: int, device: torch.device) -> int:

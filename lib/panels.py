@@ -50,7 +50,8 @@ def training(material: Material) -> dict[str, Part]:
     last, best = np.full(len(rounds), np.nan), np.full(len(rounds), np.nan)
     for number in np.unique(rounds[np.isfinite(top1)]):
         epochs = np.flatnonzero((rounds == number) & np.isfinite(top1))
-        last[epochs[-1]], best[epochs[top1[epochs].argmax()]] = top1[epochs[-1]], top1[epochs].max()
+        chosen = epochs[top1[epochs] == top1[epochs].max()][-1]  # of epochs equally good the last
+        last[epochs[-1]], best[chosen] = top1[epochs[-1]], top1[chosen]
     accuracy = Part(None, "No accuracy: that takes labelled training and test images.")
     if np.isfinite(top1).sum() == 1:
         accuracy = Part(None, f"Only one epoch was judged: top-1 {np.nanmax(top1):.2%}, {material.protocol}.")

@@ -22,7 +22,7 @@ def finish_epoch(
     """Moves the state on to the next epoch; the record of this one, and whether it is the round's best so far."""
     chooser = held_out or accuracy
     state.acc = chooser.top1 if chooser else None
-    is_best = state.acc is None or state.best_acc is None or state.acc > state.best_acc
+    is_best = state.acc is None or state.best_acc is None or state.acc >= state.best_acc  # as in the reference
     top1 = accuracy.top1 if accuracy else None
     before = state.history[-1] if state.history else {}
     best_top1 = top1 if is_best else before["best_top1"] if before.get("round") == state.round else state.best_acc

@@ -179,6 +179,15 @@ def test_held_out_images_choose_the_best_epoch_where_there_are_some() -> None:
     assert "best: chosen by the test labels" in records.summary(state.history, replace(helpers, validate=None))
 
 
+def test_of_epochs_equally_good_the_last_is_the_best_as_in_the_reference() -> None:
+    tests, saved = iter([0.5, 0.5, 0.3, 0.3, 0.2, 0.1]), list[bool]()
+    helpers = helpers_of(evaluate=Judge(lambda: next(tests)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curriculum, "save", lambda state, helpers, is_best: saved.append(is_best))
+        curriculum.run(state_of(), plan_of(), helpers)
+    assert saved == [True, True, True, True, True, False]
+
+
 def test_held_out_images_choose_where_there_are_no_test_images() -> None:
     held_out = iter([0.6, 0.7] * 3)
     state, helpers = state_of(), helpers_of(validate=Judge(lambda: next(held_out)))

@@ -117,7 +117,7 @@ def test_the_best_checkpoint_of_a_round_is_its_best_epoch(start: list[str], tmp_
     for file in (session / "checkpoint").glob("0*.ckpt"):
         kept = torch.load(file, weights_only=True)
         epochs = [row for row in metrics(session) if row["round"] == kept["round"]]
-        best = max(range(len(epochs)), key=lambda i: (epochs[i]["top1"], -i))
+        best = max(range(len(epochs)), key=lambda i: (epochs[i]["top1"], i))  # of equal ones the last
         assert (kept["epoch"], kept["acc"]) == (best + 1, epochs[best]["top1"])
 
 

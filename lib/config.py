@@ -223,8 +223,8 @@ def read_options(argv: Sequence[str], base: Path | None = None) -> Options:
         for key, value in read_yaml(path).items():
             if key not in Options.model_fields:
                 raise _unknown(key, str(path))
-            if key == "cfgs":
-                raise UsageError(f"{path}: cfgs names the option files and belongs on the command line")
+            if key == "cfgs":  # the reference's sessions record it; the file has what those files said
+                continue
             values[key], origin[key] = value, f"{path}:"
     for key, value in flags.items():
         values[key], origin[key] = value, "command line:"

@@ -61,6 +61,7 @@ class Training:
         neighbours: K.
         optimizer: ``sgd``, ``adam`` or ``rmsprop``.
         momentum: of the optimiser; 0: none.
+        variant: AMSGrad or centred RMSprop, which keep one number more for each parameter.
         iter_size: batches to an optimiser step.
         block: columns of the bank that the criterion takes at a time.
         scratch: bytes that discovery or evaluation hold at their peak, the greater, beside the bank.
@@ -90,6 +91,7 @@ class Training:
     autocast: torch.dtype | None = None
     layout: torch.memory_format = torch.channels_last
     processes: int = 1
+    variant: bool = False
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,7 @@ def of_options(
             neighbours=options.ANs_size,
             optimizer=options.optimizer,
             momentum=options.momentum,
+            variant=options.amsgrad if options.optimizer == "adam" else options.centered,
             iter_size=options.iter_size,
             block=block_size(device) // options.batch_size,
             scratch=3 * FLOAT * block_rows(part, device) * part,
@@ -253,6 +256,7 @@ def _computing(training: Training, passes: int, weights: int, bank: int) -> dict
     """The parts that are where the network is."""
     sizes = [parameter.nbytes for parameter in training.network.parameters()]
     moments = {"sgd": training.momentum > 0, "rmsprop": 1 + (training.momentum > 0), "adam": 2}[training.optimizer]
+    moments += training.variant and training.optimizer != "sgd"
     # PyTorch steps parameter by parameter on the host, and with all at once on a GPU
     temporaries = (1 if training.optimizer == "sgd" else 2) * (max(sizes) if _on_host(training) else sum(sizes))
     passes += passes // HOLES if _on_host(training) else 0

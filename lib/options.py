@@ -238,6 +238,12 @@ class Options(BaseModel):
     dampening: Number = _option(0.0, "optimiser", "dampening of sgd's momentum", ge=0)
     nesterov: Switch = _option(False, "optimiser", "Nesterov momentum for sgd")
     weight_decay: Number = _option(5e-4, "optimiser", "L2 penalty on all parameters", ge=0)
+    beta1: Number = _option(0.9, "optimiser", "adam: decay of the mean of the gradients", ge=0, lt=1)
+    beta2: Number = _option(0.999, "optimiser", "adam: decay of the mean of their squares", ge=0, lt=1)
+    amsgrad: Switch = _option(False, "optimiser", "adam: the AMSGrad variant")
+    alpha: Number = _option(0.99, "optimiser", "rmsprop: decay of the mean of the squared gradients", ge=0, lt=1)
+    centered: Switch = _option(False, "optimiser", "rmsprop: divide by the variance of the gradients, centred")
+    eps: Number = _option(1e-8, "optimiser", "adam and rmsprop: added to the denominator", ge=0)
 
     base_lr: Number = _option(0.1, "schedule", "learning rate at the start of each round", gt=0)
     lr_policy: Annotated[Literal["step", "fixed", "multistep"], BeforeValidator(_lower)] = _option(

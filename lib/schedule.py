@@ -90,9 +90,17 @@ def build_optimizer(options: Options, parameters: Iterable[torch.nn.Parameter]) 
     """SGD, Adam or RMSprop over all parameters, weight decay included."""
     common: dict[str, Any] = {"lr": options.base_lr, "weight_decay": options.weight_decay}
     if options.optimizer == "adam":
-        return torch.optim.Adam(parameters, **common)
+        betas = options.beta1, options.beta2
+        return torch.optim.Adam(parameters, betas=betas, eps=options.eps, amsgrad=options.amsgrad, **common)
     if options.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, momentum=options.momentum, **common)
+        return torch.optim.RMSprop(
+            parameters,
+            momentum=options.momentum,
+            alpha=options.alpha,
+            eps=options.eps,
+            centered=options.centered,
+            **common,
+        )
     return torch.optim.SGD(
         parameters, momentum=options.momentum, dampening=options.dampening, nesterov=options.nesterov, **common
     )

@@ -327,7 +327,6 @@ def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
         ("seed: " + "[" * 5000, ["not valid YAML"]),
         (b"network: caf\xe9\n", ["UTF-8"]),
         (b"\xff\xfes\x00i\x00z\x00e\x00", ["UTF-8"]),
-        ("cfgs: [other.yaml]\n", ["cfgs", "command line"]),
     ],
 )
 def test_a_file_that_is_no_option_file_is_refused_with_the_reason(
@@ -506,3 +505,16 @@ def test_reading_options_leaves_the_working_folder_alone(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     read_options(["--session", "mine", "--sess-dir", "there"])
     assert not list(tmp_path.iterdir())
+
+
+def test_the_config_that_the_reference_keeps_with_a_session_is_an_option_file(tmp_path: Path) -> None:
+    """It records the files it was made of, and every option of every optimiser."""
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "cfgs: [configs/base.yaml, configs/cifar10.yaml]\noptimizer: adam\nbeta1: 0.8\nbeta2: 0.99\neps: 1e-7\n"
+        "amsgrad: True\nalpha: 0.98\ncentered: False\nsize: (32, 32)\nresize: (32, 32)\nweight_decay: 5e-4\n"
+    )
+    options = read_options(["--cfgs", str(path)])
+    assert (options.beta1, options.beta2, options.eps, options.amsgrad) == (0.8, 0.99, 1e-7, True)
+    assert (options.alpha, options.centered, options.size, options.weight_decay) == (0.98, False, (32, 32), 5e-4)
+    assert options.cfgs == (path,)

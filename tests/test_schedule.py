@@ -144,6 +144,8 @@ def parameters() -> list[torch.nn.Parameter]:
         ("sgd", torch.optim.SGD, {"momentum": 0.7, "dampening": 0.25, "nesterov": False, "weight_decay": 0.02}),
         ("adam", torch.optim.Adam, {"weight_decay": 0.03}),
         ("rmsprop", torch.optim.RMSprop, {"momentum": 0.6, "weight_decay": 0.04}),
+        ("rmsprop", torch.optim.RMSprop, {"alpha": 0.9, "eps": 1e-6, "centered": True}),
+        ("adam", torch.optim.Adam, {"eps": 1e-6, "amsgrad": True}),
     ],
 )
 def test_an_optimiser_gets_the_options_values(
@@ -156,6 +158,19 @@ def test_an_optimiser_gets_the_options_values(
     assert {key: group[key] for key in values} == values
     assert group["lr"] == 0.05
     assert [id(p) for p in group["params"]] == [id(p) for p in own]
+
+
+def test_the_betas_of_adam_are_the_options() -> None:
+    (group,) = build_optimizer(Options(optimizer="adam", beta1=0.7, beta2=0.8), parameters()).param_groups
+    assert group["betas"] == (0.7, 0.8)
+
+
+@pytest.mark.parametrize("name", ["adam", "rmsprop"])
+def test_without_options_an_optimiser_is_pytorchs(name: str) -> None:
+    kind = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[name]
+    (ours,) = build_optimizer(Options(optimizer=name, momentum=0.0, weight_decay=0.0), parameters()).param_groups
+    (plain,) = kind(parameters(), lr=0.1).param_groups
+    assert {k: v for k, v in ours.items() if k != "params"} == {k: v for k, v in plain.items() if k != "params"}
 
 
 def test_two_steps_of_sgd_follow_the_formula() -> None:

@@ -130,10 +130,11 @@ def read_yaml(path: Path, lines: str = "option: value") -> dict[Any, Any]:
         lines: what its lines should look like, for the message.
 
     Raises:
-        UsageError: the file is missing, unreadable, empty, or not such a mapping.
+        UsageError: the file is missing, unreadable, empty, not such a mapping, or has a key twice.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; name one that exists, with lines '{lines}'") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -148,7 +149,22 @@ def read_yaml(path: Path, lines: str = "option: value") -> dict[Any, Any]:
         raise UsageError(f"{path}: the file is empty; it should hold lines '{lines}'")
     if not isinstance(content, dict):
         raise UsageError(f"{path}: should be a mapping with lines '{lines}', not a {type(content).__name__}")
+    _refuse_repeated_keys(path, tree)
     return content
+
+
+def _refuse_repeated_keys(path: Path, tree: yaml.MappingNode) -> None:
+    """UsageError where a key stands twice, as PyYAML takes the last one without a word."""
+    lines: dict[str, int] = {}
+    for key, _ in tree.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise UsageError(
+                f"{path}: {_shown(key.value)} is set twice, in lines {lines[key.value]} and {line}; keep one of them"
+            )
+        lines[key.value] = line
 
 
 def _shown(value: object) -> str:

@@ -507,6 +507,17 @@ def test_reading_options_leaves_the_working_folder_alone(tmp_path: Path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("seed: 1\nbatch_size: 3\n\nseed: 2\n", "'seed' is set twice, in lines 1 and 4; keep one of them"),
+        ("seed: 1\n'seed': 1\n", "'seed' is set twice, in lines 1 and 2; keep one of them"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_with_both_lines(content: str, said: str, tmp_path: Path) -> None:
+    assert said in refused_file(tmp_path, content)
+
+
 def test_the_config_that_the_reference_keeps_with_a_session_is_an_option_file(tmp_path: Path) -> None:
     """It records the files it was made of, and every option of every optimiser."""
     path = tmp_path / "config.yaml"

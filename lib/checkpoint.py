@@ -269,7 +269,7 @@ def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> N
     no training run are taken as far as they fit.
 
     Raises:
-        UsageError: it is of another network or embedding size; says which.
+        UsageError: it is of another network or embedding size, and says which; or it holds NaN or infinite numbers.
     """
     if "net" not in loaded:
         weights.load(network, loaded["weights"], where)
@@ -297,6 +297,11 @@ def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> N
         if name == head and len(there) == 2 and there[1] == value.shape[1]:
             raise UsageError(f"{where}: has embedding size {there[0]}, not {value.shape[0]}; set --low-dim to it")
         raise UsageError(f"{where}: is of another network: {name} is {list(there)} there and {list(value.shape)} here")
+    weights.refuse_nonfinite(state, where)
+    bank = loaded.get("npc")
+    memory = bank.get("memory") if isinstance(bank, dict) else None
+    if isinstance(memory, torch.Tensor) and memory.layout is torch.strided:
+        weights.refuse_nonfinite({"the memory bank": memory}, where)
     network.load_state_dict(state)
 
 

@@ -211,6 +211,16 @@ def refusal(value: Any, own: torch.Tensor) -> str | None:
     return None
 
 
+def refuse_nonfinite(tensors: Mapping[str, torch.Tensor], where: Path) -> None:
+    """UsageError where a tensor of a file holds NaN or an infinite number: all that is computed from it would, too."""
+    bad = [name for name, value in tensors.items() if not value.is_meta and not value.isfinite().all()]
+    if bad:
+        raise UsageError(
+            f"{where}: holds numbers that are not finite (in {_list(bad, 3)}), as of a run that has diverged; choose "
+            "an earlier checkpoint"
+        )
+
+
 def load(network: torch.nn.Module, state: Mapping[Any, Any], where: Path) -> Match:
     """Puts somebody's weights into the network, as far as they fit, and logs what was loaded and what was not.
 
@@ -227,6 +237,7 @@ def load(network: torch.nn.Module, state: Mapping[Any, Any], where: Path) -> Mat
             f"{_list(found.fresh, 3)}; it has {_list(dropped, 3) or 'nothing else'}); set --network to what it "
             "is of"
         )
+    refuse_nonfinite(found.loaded, where)
     network.load_state_dict(found.loaded, strict=False)
     parts = Counter(name.split(".")[0] for name in loaded)
     behind = f" (names without {found.prefix!r})" if found.prefix else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -648,6 +649,27 @@ def test_checkpoints_that_do_not_fit_say_how(
     cut.write_bytes((session / "checkpoint" / "latest.ckpt").read_bytes()[:5000])
     assert "cut.ckpt" in refused([*start, "--resume", str(cut)], capsys)
     assert {path: path.read_bytes() for path in session.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("place", ["net", "npc"])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_checkpoint_that_has_diverged_is_refused_whatever_it_is_for(
+    place: str, number: float, start: list[str], tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main.main([*start, "--max-round", "1"])
+    content_ = content(session_in(tmp_path))
+    tensor = content_["npc"]["memory"] if place == "npc" else next(iter(content_["net"].values()))
+    tensor.view(-1)[0] = number
+    path = tmp_path / "diverged.ckpt"
+    torch.save(content_, path)
+    out, picture = tmp_path / "features.npz", photos / "test" / "dark" / "0.png"
+    resume = [*start, "--resume", str(path)]
+    for words in ([], ["--test-only"], ["--test-only", "--export-features", str(out)], ["--query", str(picture)]):
+        said = refused([*resume, *words], capsys)
+        assert "diverged.ckpt" in said and "not finite" in said and "an earlier checkpoint" in said
+    assert not out.exists()
+    if place == "net":
+        assert "not finite" in refused([*start, "--pretrained", str(path)], capsys)
 
 
 def test_the_program_itself_exits_with_2_and_one_line(tmp_path: Path) -> None:

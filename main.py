@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import datasets
 import models
 from lib import config, launch
-from lib.console import FIRST, ToldElsewhereError, UsageError
+from lib.console import FIRST, ToldElsewhereError, UsageError, closed_pipe_allowed
 from lib.files import printable, reason
 from lib.options import Options
 from lib.run_folder import folder_of, latest, locate
@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, world = read_together(words) if launch.is_launched() else (resolve(words), None)
         if options.print_args:
-            print(config.to_yaml(options), end="")
+            with closed_pipe_allowed():
+                print(config.to_yaml(options), end="")
             return 0
         from lib import commands
 
@@ -114,4 +115,7 @@ def explain(error: Exception) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    launch.end(main())
+    status = 0
+    with closed_pipe_allowed():
+        status = main()
+    launch.end(status)

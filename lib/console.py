@@ -11,7 +11,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TypeVar
@@ -62,8 +63,24 @@ class _BarAwareHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         text = self.format(record).encode(encoding, "backslashreplace").decode(encoding)  # file names may be any bytes
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        with closed_pipe_allowed():
+            tqdm.write(text, file=sys.stdout)
+
+
+@contextmanager
+def closed_pipe_allowed() -> Iterator[None]:
+    """Flushes standard output when the block ends; where nobody reads it any more, as behind ``| head``, what is
+    written from there on is discarded, and the program goes on.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def logger() -> logging.Logger:

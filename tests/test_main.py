@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from PIL import Image
 
 import main
 import models
+import runs
 from datasets import files
 from lib import commands, curriculum, results, setting
 from lib.console import UsageError
@@ -719,3 +721,22 @@ def test_options_are_read_without_pytorch(words: str, status: int) -> None:
 def test_the_first_step_on_the_digits_takes_pytorch_alone(tmp_path: Path) -> None:
     words = ["--cfgs", "configs/base.yaml", "configs/digits.yaml", "--sess-dir", str(tmp_path), "--brief"]
     assert last_line(UNTIL_THE_FIRST_STEP, *words) == "['torch']"
+
+
+def test_a_run_whose_output_is_closed_goes_on_to_its_end(tmp_path: Path) -> None:
+    """As behind ``| head -1``."""
+    words = "--cfgs configs/base.yaml configs/digits.yaml --max-round 1 --max-epoch 2 --seed 0 --session run"
+    process = runs.start(*words.split(), "--sess-dir", str(tmp_path))
+    assert process.stdout and process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 0
+    assert len(metrics(tmp_path / "run")) == 2
+    log = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
+    assert "round 0 done" in log and "Broken pipe" not in log
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--print-args"], ["--cfgs", "configs/base.yaml", "--print-args"]])
+def test_a_closed_pipe_ends_what_only_prints_quietly(words: list[str]) -> None:
+    shell = f"{shlex.quote(sys.executable)} main.py {shlex.join(words)} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")

@@ -211,7 +211,7 @@ def read_rgb(path: Path, *, smallest: bool = False, upright: bool = True) -> np.
         UnreadableImageError: with the reason.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with _open(path) as image:
             if smallest:
                 image.draft("RGB", (1, 1))
             return np.array(_rgb(ImageOps.exif_transpose(image) if upright else image))
@@ -235,11 +235,17 @@ def read_picture(path: Path) -> np.ndarray:
 def size_of(path: Path) -> tuple[int, int]:
     """(W, H) as the file's header says; UnreadableImageError with the reason where there is none."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with _open(path) as image:
             width, height = image.size
             return width, height
     except Exception as error:  # as in read_rgb
         raise UnreadableImageError(_reason(error)) from None
+
+
+def _open(path: Path) -> Image.Image:
+    if path.exists() and not path.is_file():  # opening a named pipe would wait for ever for somebody to write
+        raise UnreadableImageError("not a regular file")
+    return Image.open(path, formats=FORMATS)
 
 
 def _reason(error: Exception) -> str:

@@ -354,3 +354,20 @@ def test_a_folder_that_may_not_be_read_is_refused_by_name(place: str, tmp_path: 
         with pytest.raises(DataError, match="Permission denied") as refused:
             datasets.load("folder", tmp_path)
     assert str(forbidden) in str(refused.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_named_pipe_among_the_images_is_left_out(
+    in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening it would wait for ever."""
+    monkeypatch.setattr(files, "IN_MEMORY", 2**30 if in_memory else 0)
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    Image.new("RGB", (2, 2)).save(tmp_path / "train" / "a" / "0.png")
+    os.mkfifo(tmp_path / "train" / "a" / "1.png")
+    splits = datasets.load("folder", tmp_path)
+    assert len(splits.train) == 1
+    assert splits.skipped == (("train/a/1.png", "not a regular file"),)
+    with pytest.raises(DataError, match="not a regular file"):
+        datasets.load("folder", tmp_path, strict=True)

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {sentence}", file=sys.stderr)
         return status
     except KeyboardInterrupt:
-        print("interrupted; --resume with the session's folder goes on after its last whole epoch", file=sys.stderr)
+        print("interrupted; a run that stores a session is resumed by --resume with its folder", file=sys.stderr)
         return 130
 
 

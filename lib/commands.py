@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -119,7 +120,8 @@ def train(setting: Setting) -> int:
         if alone := setting.alone():
             finish(alone, session, final, records.summary(state.history, helpers), bool(state.unsaved))
     except Stopped as stop:
-        again = f"go on with: python main.py --resume {session.folder}" if session.folder else "nothing is stored"
+        resume = f"resume with: python main.py --resume {shlex.quote(str(session.folder))}"
+        again = resume if session.folder else "nothing is stored (--debug)"
         step = f"round {state.round}, epoch {state.epoch + 1}, step {state.step}"
         logger().info("stopped by %s after %s; %s", stop.signal.name, step, again, extra=SUMMARY)
         return STATUS[stop.signal]

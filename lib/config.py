@@ -113,9 +113,16 @@ def _item(annotation: Any) -> Any:
     return next((found for part in typing.get_args(annotation) if (found := _item(part))), None)
 
 
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """What a ``Literal`` in an annotation allows."""
+    if typing.get_origin(annotation) is Literal:
+        return tuple(map(str, typing.get_args(annotation)))
+    return next((found for part in typing.get_args(annotation) if (found := _choices(part))), ())
+
+
 def _metavar(annotation: Any, kinds: set[Any]) -> str:
-    if Literal in kinds:
-        return "{" + ",".join(map(str, typing.get_args(annotation))) + "}"
+    if choices := _choices(annotation):
+        return "{" + ",".join(choices) + "}"
     for kind, word in ((Path, "PATH"), (int, "INT"), (float, "NUMBER"), (tuple, "LIST")):
         if kind in kinds:
             return word

@@ -295,7 +295,12 @@ class Options(BaseModel):
         this_run=True,
     )
     restart: Switch = _option(False, "session", "with --resume: go on in a new session", this_run=True)
-    test_only: Switch = _option(False, "session", "evaluate, train nothing, store nothing", this_run=True)
+    test_only: Switch = _option(
+        False,
+        "session",
+        "evaluate and train nothing; the figures are kept as evaluation.json beside the checkpoint, with debug nowhere",
+        this_run=True,
+    )
     export_features: OptionalPath = _option(
         None, "session", "at the end, write embeddings, labels and file names to this .npz", this_run=True
     )

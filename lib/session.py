@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -254,9 +255,8 @@ def create_folder(sess_dir: Path, name: str | None) -> Path:
                 return folder
             except FileExistsError:
                 if name is not None:
-                    raise UsageError(
-                        f"{folder}: exists; choose another --session, or go on with this one by --resume {folder}"
-                    ) from None
+                    resume = f"--resume {shlex.quote(str(folder))}"
+                    raise UsageError(f"{folder}: exists; choose another --session, or resume it by {resume}") from None
     except (OSError, ValueError) as error:  # ValueError: a name that no folder can have
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{sess_dir}: no session can be made there: {reason}; choose another --sess-dir") from None

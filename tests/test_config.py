@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.config import choose, flag, options_table, read_options, read_yaml, to_yaml
+from lib.config import choose, flag, options_table, parser, read_options, read_yaml, to_yaml
 from lib.console import UsageError
 from lib.options import Options
 
@@ -529,3 +529,9 @@ def test_the_config_that_the_reference_keeps_with_a_session_is_an_option_file(tm
     assert (options.beta1, options.beta2, options.eps, options.amsgrad) == (0.8, 0.99, 1e-7, True)
     assert (options.alpha, options.centered, options.size, options.weight_decay) == (0.98, False, (32, 32), 5e-4)
     assert options.cfgs == (path,)
+
+
+def test_help_shows_choices_and_no_types_of_python() -> None:
+    text = parser().format_help()
+    assert "--amp {bf16,fp16}" in text and "--lr-policy {step,fixed,multistep}" in text
+    assert "typing." not in text and "<class" not in text

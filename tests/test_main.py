@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -190,6 +192,26 @@ def test_an_interrupted_run_goes_on_in_its_session_to_the_same_end(
     assert equal(content(whole), content(cut))
     assert equal(metrics(whole), metrics(cut))
     assert [p.name for p in cut.glob("config*")] == ["config.yaml"]
+
+
+def test_the_command_that_resumes_a_stopped_run_is_quoted_for_the_shell(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish_epoch = curriculum.finish_epoch
+
+    def stop(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)  # the epoch is finished first
+        return finish_epoch(*arguments)
+
+    words = [*start, "--sess-dir", str(tmp_path / "runs of mine"), "--session", "first try"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curriculum, "finish_epoch", stop)
+        assert main.main(words) == 143
+    (command,) = re.findall(r"resume with: python main\.py (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert shlex.split(command) == ["--resume", str(tmp_path / "runs of mine" / "first try")]
+    said = refused(words, capsys)
+    assert shlex.split(said.partition("resume it by ")[2]) == shlex.split(command)
+    assert main.main(shlex.split(command)) == 0
 
 
 def test_going_on_from_an_older_checkpoint_leaves_no_epoch_twice(start: list[str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -40,6 +41,8 @@ def end(status: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    if status:
+        gc.collect()  # the frames of a failure hold loaders, whose worker processes end when these are freed
     sys.exit(status)
 
 

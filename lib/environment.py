@@ -40,7 +40,9 @@ def commit() -> str:
     here = Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
+        # without a lock, which a run that is killed right now would leave in the repository
+        command = ["git", "--no-optional-locks", *words]
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
 
     try:
         return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno").strip() else "")

@@ -65,6 +65,18 @@ def test_the_commit_is_that_of_the_code_and_a_plus_tells_that_it_was_changed(rep
     assert environment.commit() == head + "+"
 
 
+def test_asking_for_the_commit_locks_nothing(repository: Path) -> None:
+    """A run that is killed meanwhile would leave the lock, and git would refuse the next commit."""
+    git(repository, "init", "-q")
+    git(repository, "add", ".")
+    git(repository, "commit", "-q", "-m", "one")
+    index = repository / ".git" / "index"
+    os.utime(repository / "lib" / "environment.py", (0, 0))  # git status would write down the new time
+    before = index.read_bytes()
+    assert environment.commit() == git(repository, "rev-parse", "HEAD")
+    assert index.read_bytes() == before
+
+
 def test_outside_a_repository_there_is_no_commit(repository: Path) -> None:
     assert environment.commit() == ""
 

@@ -135,7 +135,8 @@ def prepare(options: Options, world: World | None = None) -> Setting:
     options = options.model_copy(update={"seed": seed})
     read = partial(assemble, options, place, world, source=source, loaded=loaded)
     setting = agreement.together(world, read, (datasets.DataError,))
-    agreement.agree(world, seen(setting))
+    if world.size > 1:  # it decodes images and hashes every name
+        agreement.agree(world, seen(setting))
     return replace(setting, begun=begun)
 
 

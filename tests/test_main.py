@@ -20,6 +20,7 @@ import torch
 import yaml
 from PIL import Image
 
+import datasets
 import main
 import models
 import runs
@@ -700,6 +701,13 @@ def test_the_program_itself_exits_with_2_and_one_line(tmp_path: Path) -> None:
     words = [sys.executable, str(ROOT / "main.py"), "--cfgs", str(tmp_path / "none.yaml")]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_a_single_process_computes_no_fingerprint_of_the_data(
+    start: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "fingerprint", lambda images: pytest.fail("the images are hashed"))
+    assert main.main([*start, "--max-round", "1"]) == 0
 
 
 HEAVY = "torch", "torchvision", "matplotlib", "sklearn", "scipy"

@@ -37,15 +37,22 @@ class ImageSet:
         labels: classes (N,) of int64, or None where nobody said.
         classes: names of the classes, empty without labels.
         names: N file names relative to the data root, or None where images have none.
+        taken: (N,) where each image stands in the split that they were taken from; None: they are all of it.
     """
 
     images: Sequence[np.ndarray]
     labels: np.ndarray | None = None
     classes: tuple[str, ...] = ()
     names: Sequence[str] | None = None
+    taken: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def indices(self) -> np.ndarray:
+        """(N,) of int64: where each image stands in the data set's split."""
+        return np.arange(len(self), dtype=np.int64) if self.taken is None else self.taken
 
     @property
     def held(self) -> int:
@@ -61,6 +68,7 @@ class ImageSet:
             None if self.labels is None else self.labels[index],
             self.classes,
             None if self.names is None else Chosen(self.names, index),
+            self.indices[index],
         )
 
 

@@ -156,6 +156,7 @@ def read_yaml(path: Path, lines: str = "option: value") -> dict[Any, Any]:
         raise UsageError(f"{path}: the file is empty; it should hold lines '{lines}'")
     if not isinstance(content, dict):
         raise UsageError(f"{path}: should be a mapping with lines '{lines}', not a {type(content).__name__}")
+    assert isinstance(tree, yaml.MappingNode)
     _refuse_repeated_keys(path, tree)
     return content
 

@@ -37,16 +37,18 @@ class Part:
     """A split that is exported.
 
     Attributes:
-        name: ``train`` or ``test``; the names of its arrays open with it.
+        name: ``train``, ``val`` (held out of it) or ``test``; the names of its arrays open with it.
         batches: its N samples, with the test transform.
         labels: (N,), or None where nobody said.
         names: N file names relative to the data root, or None where images have none.
+        indices: (N,) where each image stands in the data set's split; None: in order.
     """
 
     name: str
     batches: Batches
     labels: np.ndarray | None
     names: Sequence[str] | None
+    indices: np.ndarray | None = None
 
 
 def check(options: Options) -> None:
@@ -80,9 +82,9 @@ def _check_packages(path: Path) -> None:
 def save_features(path: Path, network: torch.nn.Module, parts: Sequence[Part], *, classes: Sequence[str]) -> None:
     """Writes the embeddings of splits as ``.npz``, which ``np.load(path, allow_pickle=False)`` reads.
 
-    For each part: ``<name>_embeddings`` float32 (N, D), ``<name>_indices`` int64 (N,), the rows of the memory
-    bank, and where there are any ``<name>_labels`` int64 (N,) and ``<name>_names`` (N,); ``classes`` holds the
-    names of the classes, where there are any.
+    For each part: ``<name>_embeddings`` float32 (N, D), ``<name>_indices`` int64 (N,), where each image
+    stands in the data set, and where there are any ``<name>_labels`` int64 (N,) and ``<name>_names`` (N,); ``classes``
+    holds the names of the classes, where there are any.
 
     Args:
         path: the file.
@@ -97,7 +99,8 @@ def save_features(path: Path, network: torch.nn.Module, parts: Sequence[Part], *
     for part in parts:
         embeddings = extract(network, part.batches, f"{part.name} embeddings").float().cpu().numpy()
         arrays[f"{part.name}_embeddings"] = embeddings
-        arrays[f"{part.name}_indices"] = np.arange(len(embeddings), dtype=np.int64)
+        indices = np.arange(len(embeddings)) if part.indices is None else part.indices
+        arrays[f"{part.name}_indices"] = indices.astype(np.int64)
         if part.labels is not None:
             arrays[f"{part.name}_labels"] = np.asarray(part.labels, np.int64)
         if part.names is not None:

@@ -39,12 +39,18 @@ class Gallery:
         names: N file names relative to the data root, or None where images have none.
         labels: (N,) classes, or None where nobody said.
         classes: their names, may be empty without labels.
+        indices: (N,) where each stands in the data set; None: in order.
     """
 
     images: Sequence[np.ndarray]
     names: Sequence[str] | None = None
     labels: np.ndarray | None = None
     classes: Sequence[str] = ()
+    indices: np.ndarray | None = None
+
+    def index_of(self, sample: int) -> int:
+        """Where a sample stands in the data set."""
+        return sample if self.indices is None else int(self.indices[sample])
 
     def class_of(self, sample: int) -> str:
         """The name of a sample's class, '' where nobody said."""
@@ -94,8 +100,8 @@ def save_neighbourhoods(
 ) -> None:
     """Writes a line for each training image: who it is, its entropy, and its nearest others, most similar first.
 
-    Columns: ``index``, ``file`` and ``class`` where there are any, ``entropy`` in nats, ``round`` in which it
-    became an anchor (empty: in none), and for each neighbour ``neighbour_1``, an index, and ``similarity_1``, the
+    Columns: ``index`` in the data set, ``file`` and ``class`` where there are any, ``entropy`` in nats, ``round`` in
+    which it became an anchor (empty: in none), and for each neighbour ``neighbour_1``, an index, and ``similarity_1``, the
     cosine. Entropies and neighbours are those that a discovery from this memory finds. The file is RFC 4180 in
     UTF-8, with all text quoted; bytes of a name that are none become ``\\udcff`` and the like.
 
@@ -142,14 +148,14 @@ def _lines(
         similarity = (memory[near] @ memory[block, :, None]).squeeze(2)  # (R, K)
         figures = (part.tolist() for part in (entropy[block], rounds[block], near, similarity))
         for sample, (own, round, indices, values) in enumerate(zip(*figures, strict=True), start=block.start):
-            line: list[object] = [sample]
+            line: list[object] = [gallery.index_of(sample)]
             if gallery.names:
                 line.append(gallery.names[sample])
             if gallery.labels is not None:
                 line.append(gallery.class_of(sample))
             line += [_short(own), "" if round == NEVER else round]
             for index, value in zip(indices, values, strict=True):
-                line += [index, _short(value)]
+                line += [gallery.index_of(index), _short(value)]
             yield line
 
 
@@ -197,7 +203,7 @@ def describe(name: str, indices: torch.Tensor, similarities: torch.Tensor, galle
 
 
 def _called(sample: int, gallery: Gallery) -> str:
-    return printable(gallery.names[sample]) if gallery.names else str(sample)
+    return printable(gallery.names[sample]) if gallery.names else str(gallery.index_of(sample))
 
 
 def draw(queries: Sequence[Query], indices: torch.Tensor, similarities: torch.Tensor, gallery: Gallery) -> Image.Image:

@@ -137,8 +137,8 @@ def export_results(setting: Setting, loaded: Checkpoint, folder: Path | None) ->
     options, splits = setting.options, setting.splits
     if options.export_features:
         parts = [
-            export.Part(name, setting.loader(split, train=False), split.labels, split.names)
-            for name, split in (("train", splits.train), ("test", splits.test))
+            export.Part(name, setting.loader(split, train=False), split.labels, split.names, split.indices)
+            for name, split in (("train", splits.train), ("val", splits.val), ("test", splits.test))
             if split
         ]
         classes = splits.train.classes

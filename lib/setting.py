@@ -112,7 +112,7 @@ class Setting:
     def gallery(self) -> lookup.Gallery:
         """The training images by name and class."""
         train = self.splits.train
-        return lookup.Gallery(train.images, train.names, train.labels, train.classes)
+        return lookup.Gallery(train.images, train.names, train.labels, train.classes, train.indices)
 
 
 def prepare(options: Options, world: World | None = None) -> Setting:

@@ -325,6 +325,26 @@ def test_a_report_is_made_at_the_end_and_of_any_session(
     assert (session / "report.html").read_text(encoding="utf-8") == page
 
 
+def test_exports_of_a_run_with_held_out_images_count_in_the_whole_data_set(
+    start: list[str], photos: Path, tmp_path: Path
+) -> None:
+    features, table = tmp_path / "features.npz", tmp_path / "neighbours.csv"
+    words = ["--val-fraction", "0.25", "--export-features", str(features), "--export-neighbourhoods", str(table)]
+    assert main.main([*start, *words]) == 0
+    names = sorted(str(path.relative_to(photos)) for path in photos.glob("train/*/*"))
+    with np.load(features) as saved:
+        train, val = saved["train_indices"].tolist(), saved["val_indices"].tolist()
+        assert sorted(train + val) == list(range(len(names))) and val
+        assert saved["train_names"].tolist() == [names[i] for i in train]
+        assert saved["val_names"].tolist() == [names[i] for i in val]
+        assert len(saved["val_embeddings"]) == len(saved["val_labels"]) == len(val)
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == train
+    assert all(row["file"] == names[int(row["index"])] for row in rows)
+    assert {int(row["neighbour_1"]) for row in rows} <= set(train)
+
+
 class DeviceTensor(torch.Tensor):
     """A tensor that has to be copied to the host before NumPy sees it, as one on a GPU."""
 

@@ -101,9 +101,9 @@ def save_neighbourhoods(
     """Writes a line for each training image: who it is, its entropy, and its nearest others, most similar first.
 
     Columns: ``index`` in the data set, ``file`` and ``class`` where there are any, ``entropy`` in nats, ``round`` in
-    which it became an anchor (empty: in none), and for each neighbour ``neighbour_1``, an index, and ``similarity_1``, the
-    cosine. Entropies and neighbours are those that a discovery from this memory finds. The file is RFC 4180 in
-    UTF-8, with all text quoted; bytes of a name that are none become ``\\udcff`` and the like.
+    which it became an anchor (empty: in none), and for each neighbour ``neighbour_1``, an index, and
+    ``similarity_1``, the cosine. Entropies and neighbours are those that a discovery from this memory finds. The file
+    is RFC 4180 in UTF-8, with all text quoted; bytes of a name that are none become ``\\udcff`` and the like.
 
     Args:
         path: the file.

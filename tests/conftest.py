@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # read by PyTorch when it is imported: workers share the cores
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -44,6 +45,14 @@ def no_process_left() -> Iterator[None]:
 def no_remembered_files(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The user's cache folder stays out of the tests."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small photographs of many sizes, in three classes."""
+    folder = tmp_path_factory.mktemp("photos")
+    runs.save_photos(folder)
+    return folder
 
 
 @pytest.fixture(scope="session", params=[2, 3, 4])

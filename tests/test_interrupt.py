@@ -27,7 +27,6 @@ from runs import (
     nothing_is_saved,
     output_of,
     read_until,
-    save_photos,
     start,
     until,
     words_of,
@@ -36,13 +35,6 @@ from runs import (
 
 New = Callable[[str], list[str]]
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there")
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    save_photos(folder)
-    return folder
 
 
 @pytest.fixture

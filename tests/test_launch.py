@@ -20,7 +20,6 @@ from runs import (
     metrics,
     output_of,
     read_until,
-    save_photos,
     start,
     until,
     words_of,
@@ -38,13 +37,6 @@ LAUNCH = "import sys; from lib import launch; sys.exit(launch.run(sys.argv[1], s
 
 def torchrun(processes: int, *flags: str) -> tuple[str, ...]:
     return "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *flags
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    save_photos(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import yaml
 
 from benchmarks import study
 from lib import metrics
-from runs import RUN, content, equal, output_of, read_until, save_photos, start, until, written
+from runs import RUN, content, equal, output_of, read_until, start, until, written
 
 SMALL = """
 import sys
@@ -23,13 +23,6 @@ study.CFGS, study.SEEDS, study.FIRST_EPOCHS, study.EPOCHS, study.ROUNDS = [sys.a
 sys.exit(study.main(sys.argv[2:]))
 """
 """The study at a size for tests; the first word is the config."""
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    save_photos(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

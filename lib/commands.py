@@ -55,13 +55,14 @@ def run(options: Options, words: Sequence[str], world: World | None = None) -> i
         world: the processes that were launched together; None: this one alone.
     """
     world = world or World()
-    if len(options.gpus) > 1 and not launch.is_launched() and not options.is_for_one:
-        device.select(options.gpus)  # before it is refused once for each
-        return launch.run(ROOT / "main.py", words, len(options.gpus))
     start_logging(options.brief)
     if options.compare:
         show_comparison(options)
         return 0
+    options = choose_gpus(options)
+    if len(options.gpus) > 1 and not launch.is_launched() and not options.is_for_one:
+        device.select(options.gpus)  # before it is refused once for each
+        return launch.run(ROOT / "main.py", words, len(options.gpus))
     setting = prepare(options, world)
     if isinstance(options.report, Path):
         load_network(setting)
@@ -77,6 +78,19 @@ def run(options: Options, words: Sequence[str], world: World | None = None) -> i
     else:
         return train(setting)
     return 0
+
+
+def choose_gpus(options: Options) -> Options:
+    """The options with GPUs that are here; where nothing is trained, others or the CPU replace those that are not."""
+    if not options.gpus and torch.cuda.is_available():
+        logger().info("%s is not used; --gpus 0 uses it", torch.cuda.get_device_name(0))
+    if not (options.test_only or options.is_for_one):
+        return options
+    gpus = device.available(options.gpus)
+    if gpus != options.gpus:
+        missing, place = ",".join(map(str, options.gpus)), f"GPU {gpus[0]}" if gpus else "the CPU"
+        logger().warning("--gpus %s: not on this machine; %s takes their place", missing, place)
+    return options.model_copy(update={"gpus": gpus})
 
 
 def train(setting: Setting) -> int:

@@ -22,11 +22,20 @@ def select(gpus: tuple[int, ...]) -> torch.device:
     flag, seen = f"--gpus {','.join(map(str, gpus))}", torch.cuda.device_count()
     if any(gpu >= seen for gpu in gpus):
         there = f"only GPUs 0 to {seen - 1}" if seen else "no GPU"
-        raise UsageError(f"{flag}: PyTorch {torch.__version__} sees {there} here; leave gpus empty to run on the CPU")
+        raise UsageError(f"{flag}: PyTorch {torch.__version__} sees {there} here; --gpus '' runs on the CPU")
     number = int(os.environ.get("LOCAL_RANK", 0))
     if number >= len(gpus):
         raise UsageError(f"{flag}: process {number} of this machine has none; name as many as there are processes")
     return torch.device("cuda", gpus[number])
+
+
+def available(gpus: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of ``gpus`` that are on this machine; where none is, its first GPU, or () for the CPU where it has none.
+
+    A session that was trained on GPUs says so in its options, and is shown and judged anywhere.
+    """
+    seen = torch.cuda.device_count()
+    return tuple(gpu for gpu in gpus if gpu < seen) or ((0,) if gpus and seen else ())
 
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}

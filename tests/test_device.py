@@ -36,8 +36,19 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.Monk
 
 def test_a_gpu_on_a_machine_without_any_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(UsageError, match=r"--gpus 0: .*no GPU.*leave gpus empty"):
+    with pytest.raises(UsageError, match=r"--gpus 0: .*no GPU.*--gpus '' runs on the CPU"):
         device.select((0,))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "seen", "chosen"),
+    [((), 2, ()), ((0,), 0, ()), ((1, 0), 2, (1, 0)), ((0, 1, 2), 2, (0, 1)), ((3,), 2, (0,)), ((), 0, ())],
+)
+def test_what_is_only_shown_takes_the_gpus_that_are_there(
+    gpus: tuple[int, ...], seen: int, chosen: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    assert device.available(gpus) == chosen
 
 
 @pytest.mark.parametrize("gpus", [(2,), (0, 2), (7, 0)])

@@ -723,6 +723,37 @@ def test_the_program_itself_exits_with_2_and_one_line(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 
+@pytest.mark.parametrize("gpus", ["[0]", "[0, 1]"])
+def test_a_session_of_a_gpu_is_shown_and_judged_without_one_and_not_trained(
+    gpus: str, start: list[str], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main.main([*start, "--max-round", "1"])
+    session = session_in(tmp_path)
+    config = session / "config.yaml"
+    config.write_text(config.read_text().replace("gpus: []", f"gpus: {gpus}"))
+    resume = ["--resume", str(session)]
+    for words in (
+        [*resume, "--test-only"],
+        [*resume, "--test-only", "--export-features", str(tmp_path / "features.npz")],
+        [*resume, "--query", str(photos / "test" / "dark" / "0.png")],
+        ["--report", str(session)],
+    ):
+        capsys.readouterr()
+        assert main.main(words) == 0
+        assert "not on this machine; the CPU takes their place" in capsys.readouterr().out
+    assert "--gpus '' runs on the CPU" in refused([*resume, "--max-round", "2"], capsys)
+    assert main.main([*resume, "--max-round", "2", "--gpus", ""]) == 0
+
+
+def test_a_gpu_that_is_not_used_is_told_of(
+    start: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    assert main.main([*start, "--max-round", "1"]) == 0
+    assert capsys.readouterr().out.count("NVIDIA H100 is not used; --gpus 0 uses it") == 1
+
+
 def test_a_single_process_computes_no_fingerprint_of_the_data(
     start: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def resolve(argv: Sequence[str]) -> Options:
-    """The options; a run that goes on without ``--cfgs``, and a report, start from their session's own.
+    """The options. A run that is resumed without ``--cfgs``, and a report, have the session's options as defaults.
 
     Raises:
         UsageError: an option that is not known, or a value that it cannot have.
@@ -86,7 +86,7 @@ def explain(error: Exception) -> tuple[int, str]:
     """Exit status of an error that has a sentence, and the sentence, empty in processes other than the one that tells.
 
     Raises:
-        Exception: ``error``, where nobody foresaw it.
+        Exception: ``error`` itself, if it is of no known kind.
     """
     if isinstance(error, ToldElsewhereError):
         return 2, ""

@@ -251,7 +251,7 @@ def size_of(path: Path) -> tuple[int, int]:
 
 
 def _open(path: Path) -> Image.Image:
-    if path.exists() and not path.is_file():  # opening a named pipe would wait for ever for somebody to write
+    if path.exists() and not path.is_file():  # opening a named pipe blocks until it is written to
         raise UnreadableImageError("not a regular file")
     return Image.open(path, formats=FORMATS)
 

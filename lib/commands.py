@@ -194,8 +194,8 @@ def build_state(setting: Setting) -> TrainingState:
     )
     optimizer = schedule.build_optimizer(options, setting.network.parameters())
     scaler = torch.amp.GradScaler(setting.device.type, enabled=options.amp == "fp16")
-    nobody = Neighbourhoods.none(samples, setting.device)
-    return TrainingState(setting.network, optimizer, bank, nobody, options.seed, scaler)
+    instances = Neighbourhoods.none(samples, setting.device)
+    return TrainingState(setting.network, optimizer, bank, instances, options.seed, scaler)
 
 
 def open_session(setting: Setting, start: tuple[int, int]) -> Session:

@@ -69,8 +69,8 @@ class _BarAwareHandler(logging.Handler):
 
 @contextmanager
 def closed_pipe_allowed() -> Iterator[None]:
-    """Flushes standard output when the block ends; where nobody reads it any more, as behind ``| head``, what is
-    written from there on is discarded, and the program goes on.
+    """Flushes standard output when the block ends. If its reader has gone, as behind ``| head``, this and all later
+    output is discarded and the program continues.
     """
     try:
         try:

@@ -83,7 +83,7 @@ def test_a_study_is_stopped_and_carried_out_to_its_end(config: Path, photos: Pat
     assert [(row["round"], row["epoch"]) for row in rows] == [(0, epoch) for epoch in range(7)]
     assert [row["learning_rate"] for row in rows] == pytest.approx([0.01] * 4 + [0.001] * 2 + [0.0001])
 
-    # the round 0 that was stopped is the one that nobody stopped, and the arms start from its last epoch
+    # the round 0 that was stopped equals one that was not, and the arms start from its last epoch
     first = torch.load(tmp_path / "restarts-s5" / "checkpoint" / "latest.ckpt", weights_only=True)["history"][0]
     assert first["round"] == 0 and first["epoch"] == 2
     alone = start(*words(config, photos, tmp_path / "again"), program=("-c", SMALL))

@@ -21,7 +21,7 @@ import numpy as np
 from lib import metrics
 from lib.config import extra, read_options
 from lib.console import UsageError, table
-from lib.files import printable, write_whole
+from lib.files import csv_text, printable, write_whole
 from lib.options import Options
 
 LOCAL = {"seed", "sess_dir", "log_file", "log_tfb"}
@@ -301,9 +301,9 @@ def to_csv(comparison: Comparison) -> bytes:
     writer.writerow([*FIRST, *comparison.options, *FIGURES])
     for group in comparison.groups:
         for run in group.runs:
-            first = [run.session, group.number, run.options.seed, "yes" if run.finished else "no"]
+            first = [csv_text(str(run.session)), group.number, run.options.seed, "yes" if run.finished else "no"]
             for figures in run.rounds:
-                writer.writerow([*first, *group.values, *(getattr(figures, name) for name in FIGURES)])
+                writer.writerow([*first, *map(csv_text, group.values), *(getattr(figures, name) for name in FIGURES)])
     return lines.getvalue().encode("utf-8", "backslashreplace")  # folder names may be any bytes
 
 

@@ -103,3 +103,16 @@ def reason(error: BaseException) -> str:
 def printable(name: str) -> str:
     """A file's name on one line; it may hold any bytes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
+
+
+def csv_text(value: str) -> str:
+    """Text for a cell of a CSV file, with a quote in front where a spreadsheet would take it for a formula.
+
+    As OWASP advises, "CSV Injection": what begins with ``=``, ``+``, ``-``, ``@``, a tab or a line break. A number
+    stays as it is.
+    """
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else value
+    return value

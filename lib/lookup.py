@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from lib.blocks import block_rows
 from lib.console import SUMMARY, UsageError, logger, progress, table
 from lib.discovery import discover
-from lib.files import check_ending, check_place, new_files, printable
+from lib.files import check_ending, check_place, csv_text, new_files, printable
 from lib.neighbourhoods import Neighbourhoods
 from lib.top_k import top_k
 
@@ -103,7 +103,8 @@ def save_neighbourhoods(
     Columns: ``index`` in the data set, ``file`` and ``class`` where there are any, ``entropy`` in nats, ``round`` in
     which it became an anchor (empty: in none), and for each neighbour ``neighbour_1``, an index, and
     ``similarity_1``, the cosine. Entropies and neighbours are those that a discovery from this memory finds. The file
-    is RFC 4180 in UTF-8, with all text quoted; bytes of a name that are none become ``\\udcff`` and the like.
+    is RFC 4180 in UTF-8 without a byte order mark, with all text quoted, and as ``csv_text`` leaves it; bytes of a name
+    that are none become ``\\udcff`` and the like.
 
     Args:
         path: the file.
@@ -150,9 +151,9 @@ def _lines(
         for sample, (own, round, indices, values) in enumerate(zip(*figures, strict=True), start=block.start):
             line: list[object] = [gallery.index_of(sample)]
             if gallery.names:
-                line.append(gallery.names[sample])
+                line.append(csv_text(gallery.names[sample]))
             if gallery.labels is not None:
-                line.append(gallery.class_of(sample))
+                line.append(csv_text(gallery.class_of(sample)))
             line += [_short(own), "" if round == NEVER else round]
             for index, value in zip(indices, values, strict=True):
                 line += [gallery.index_of(index), _short(value)]

@@ -83,17 +83,18 @@ def test_files_and_classes_stand_with_their_images_whatever_their_letters(tmp_pa
     memory = oracles.rows("random", 9, 4, seed=1)
     header, *lines = written(tmp_path / "out.csv", memory, 2, [NEVER] * 9, gallery)
     assert header[:5] == ["index", "file", "class", "entropy", "round"]
-    assert [line[1] for line in lines] == [name.replace("\udcff", "\\udcff") for name in ODD]
-    assert [line[2] for line in lines] == [classes[label] for label in labels]
+    escaped = {"=1+1.png": "'=1+1.png", "=cmd": "'=cmd"}  # no formulas to a spreadsheet
+    assert [line[1] for line in lines] == [escaped.get(name, name.replace("\udcff", "\\udcff")) for name in ODD]
+    assert [line[2] for line in lines] == [escaped.get(classes[label], classes[label]) for label in labels]
     assert all(len(line) == len(header) for line in lines)
 
 
 def test_text_is_quoted_numbers_are_not_and_lines_end_as_rfc_4180_says(tmp_path: Path) -> None:
     memory = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, -0.8]])
-    written(tmp_path / "out.csv", memory, 2, [1, 0, NEVER], dummies(3, names=["=1", "b", 'c"']))
+    written(tmp_path / "out.csv", memory, 2, [1, 0, NEVER], dummies(3, names=["a", "b", 'c"']))
     first, *lines = (tmp_path / "out.csv").read_bytes().split(b"\r\n")
     assert first.startswith(b'"index","file","entropy"') and lines.pop() == b""
-    assert lines[0].startswith(b'0,"=1",') and lines[0].endswith(b",1,2,0.6,1,0.0")
+    assert lines[0].startswith(b'0,"a",') and lines[0].endswith(b",1,2,0.6,1,0.0")
     assert lines[1].startswith(b'1,"b",') and lines[1].endswith(b",0,0,0.0,2,-0.8")
     assert lines[2].startswith(b'2,"c""",') and lines[2].endswith(b',"",0,0.6,1,-0.8')
 
@@ -391,3 +392,24 @@ def test_the_picture_is_written_as_png(tmp_path: Path) -> None:
         assert read.format == "PNG" and read.mode == "RGB"
         assert read.tobytes() == picture.tobytes()
     assert [path.name for path in tmp_path.iterdir()] == ["found.png"]
+
+
+def test_no_name_in_a_table_is_a_formula_to_a_spreadsheet(tmp_path: Path) -> None:
+    names = ["=1+1.png", "+a.png", "-a.png", "@a.png", "\ta.png", "\ra.png", "a=b.png", "-5", "1e5"]
+    bank = measure_rows(len(names))
+    images = np.zeros((len(names), 2, 2, 3), np.uint8)
+    gallery = lookup.Gallery(images, names, np.arange(len(names)) % 2, ("=SUM(A1)", "plain"))
+    path = tmp_path / "table.csv"
+    rounds = torch.full((len(names),), lookup.NEVER)
+    lookup.save_neighbourhoods(path, memory=bank, temperature=0.1, size=1, rounds=rounds, gallery=gallery)
+    assert not path.read_bytes().startswith(b"\xef\xbb\xbf")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    escaped = [row["file"] for row in rows]
+    assert escaped[:6] == ["'" + name for name in names[:6]] and escaped[6:] == names[6:]
+    assert [row["class"] for row in rows[:2]] == ["'=SUM(A1)", "plain"]
+
+
+def measure_rows(count: int) -> torch.Tensor:
+    rows = torch.randn(count, 4, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.normalize(rows, dim=1)

@@ -200,14 +200,16 @@ class Study:
     def carry_out(self, jobs: int) -> int:
         """Runs all that is not done, so many at a time; the exit status."""
         with self._changed:
+            terminated: set[str] = set()  # once each: a second signal would end a run that is closing its session
             while True:
                 while not self.stopped_by and len(self.running) < jobs and (run := self.next()):
                     self.start(run)
                 if not self.running:
                     break
                 if self.stopped_by:
-                    for process in self.running.values():
-                        process.terminate()  # a second time it does nothing
+                    for name in self.running.keys() - terminated:
+                        self.running[name].terminate()
+                    terminated |= self.running.keys()
                 self._changed.wait(timeout=1)  # signals are handled in between
         if self.stopped_by:
             return 128 + self.stopped_by

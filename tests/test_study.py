@@ -62,6 +62,7 @@ def test_a_study_is_stopped_and_carried_out_to_its_end(config: Path, photos: Pat
     shown = output_of(process)
     assert process.returncode == 128 + signal.SIGTERM, shown
     before = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text().splitlines()]
+    assert [line["status"] for line in before if line["event"] == "end" and line["run"] == "round0-s5"] == [143]
     assert before[0]["event"] == "start" and before[0]["run"] == "round0-s5" and before[0]["processor"]
 
     process = start(*given, program=("-c", SMALL))

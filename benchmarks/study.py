@@ -42,7 +42,7 @@ from lib.run_folder import latest
 ROOT = Path(__file__).parent.parent
 CFGS = ["configs/base.yaml", "configs/cifar10-cpu.yaml"]
 SEEDS = (0, 1, 2)
-FIRST_EPOCHS, EPOCHS, ROUNDS = 50, 10, 5
+FIRST_EPOCHS, EPOCHS, ROUNDS = 35, 6, 5
 """Epochs of round 0, epochs of each later round, and rounds, round 0 included."""
 ARMS = {
     "restarts": ["--ANs-select-rate", "0"],
@@ -76,8 +76,8 @@ def schedule(epochs: int) -> list[str]:
     return ["--max-epoch", str(epochs), "--lr-decay-offset", str(first - step), "--lr-decay-step", str(step)]
 
 
-def plan() -> list[Run]:
-    """All runs, in the order in which they are started."""
+def plan(seeds: Sequence[int]) -> list[Run]:
+    """All runs of these seeds, in the order in which they are started."""
 
     def round_0(seed: int) -> Run:
         flags = ("--seed", str(seed), "--max-round", "1", *schedule(FIRST_EPOCHS))
@@ -93,8 +93,8 @@ def plan() -> list[Run]:
             f"one-round-s{seed}", ("--seed", str(seed), "--max-round", "1", *schedule(epochs)), None, (0, epochs - 1)
         )
 
-    runs = [run for seed in SEEDS for run in (round_0(seed), arm("restarts", seed), arm("and", seed))]
-    for seed in SEEDS:
+    runs = [run for seed in seeds for run in (round_0(seed), arm("restarts", seed), arm("and", seed))]
+    for seed in seeds:
         runs += [one_round(seed), arm("all-at-once", seed), arm("and-k5", seed)]
     return runs
 
@@ -237,9 +237,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data-root", type=Path, required=True, help="folder of train/<class>/ and test/<class>/")
     parser.add_argument("--sess-dir", type=Path, required=True, help="folder of the study's sessions")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each (default: 1)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds to run (default: 0 1 2)")
     parser.add_argument("--list", action="store_true", help="show how far each run has come, and stop")
     given = parser.parse_args(argv)
-    study = Study(given.data_root, given.sess_dir, plan())
+    study = Study(given.data_root, given.sess_dir, plan(given.seeds))
     if given.list:
         print(study.progress())
         return 0

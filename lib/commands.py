@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -153,14 +153,22 @@ def finish(setting: Setting, session: Session, final: checkpoint.Checkpoint, sum
     results.show_embeddings(setting, final["npc"]["memory"], session)
     logger().info("\n%s", summary, extra=SUMMARY)
     logger().info("session: %s", session.folder or "none", extra=SUMMARY)
-    try:
-        results.export_results(setting, final, session.folder)  # first: a report that fails costs none
-        if options.report and session.folder:
-            results.write_report(setting, session.folder, final)
-    except UsageError as error:
-        if not is_unsaved:  # which is worse, and is told by the status
-            raise
+    failures: list[UsageError] = []
+
+    def attempt(write: Callable[[], None]) -> None:
+        try:
+            write()
+        except UsageError as error:
+            failures.append(error)
+
+    attempt(lambda: results.export_results(setting, final, session.folder))
+    if options.report and session.folder:  # also where an export fails
+        folder = session.folder
+        attempt(lambda: results.write_report(setting, folder, final))
+    for error in failures if is_unsaved else failures[:-1]:  # the last is raised, unless the status is 3 anyway
         logger().error("%s", error)
+    if failures and not is_unsaved:
+        raise failures[-1]
 
 
 def show_comparison(options: Options) -> None:

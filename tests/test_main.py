@@ -387,6 +387,17 @@ def test_a_report_that_fails_costs_no_export(
     assert out.is_file()
 
 
+def test_an_export_that_fails_does_not_prevent_the_report(
+    start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise UsageError("the features cannot be written")
+
+    monkeypatch.setattr(results, "export_results", fail)
+    assert "the features cannot be written" in refused([*start, "--report"], capsys)
+    assert (session_in(tmp_path) / "report.html").is_file()
+
+
 def test_neighbourhoods_leave_as_a_table_and_pictures_are_looked_up(
     photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

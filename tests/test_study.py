@@ -124,7 +124,7 @@ def test_a_folder_without_training_images_is_refused(tmp_path: Path, capsys: Any
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path: Path) -> None:
-    carried_out = study.Study(tmp_path / "photos", tmp_path, study.plan())
+    carried_out = study.Study(tmp_path / "photos", tmp_path, study.plan(study.SEEDS))
     run, session = carried_out.runs[0], tmp_path / "round0-s0"
     session.mkdir()
     (session / "config.yaml").write_text("seed: 0\n")
@@ -142,6 +142,8 @@ def test_learning_rates_drop_at_three_and_at_four_fifths_of_a_round() -> None:
 
 
 def test_the_runs_that_matter_most_come_first() -> None:
-    names = [run.name for run in study.plan()]
+    names = [run.name for run in study.plan(study.SEEDS)]
     assert names[:3] == ["round0-s0", "restarts-s0", "and-s0"] and len(set(names)) == len(names) == 18
-    assert all(names.index(run.branches_from) < names.index(run.name) for run in study.plan() if run.branches_from)
+    assert all(
+        names.index(run.branches_from) < names.index(run.name) for run in study.plan(study.SEEDS) if run.branches_from
+    )

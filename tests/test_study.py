@@ -142,7 +142,8 @@ def test_learning_rates_drop_at_three_and_at_four_fifths_of_a_round() -> None:
 
 
 def test_the_runs_that_matter_most_come_first() -> None:
-    names = [run.name for run in study.plan(study.SEEDS)]
+    plan = study.plan(study.SEEDS)
+    names = [run.name for run in plan]
     assert names[:3] == ["round0-s0", "restarts-s0", "and-s0"] and len(set(names)) == len(names) == 18
     assert all(
         names.index(run.branches_from) < names.index(run.name) for run in study.plan(study.SEEDS) if run.branches_from

@@ -96,19 +96,19 @@ def became_anchor(discoveries: Iterable[tuple[int, Neighbourhoods]], samples: in
 
 
 def save_neighbourhoods(
-    path: Path, *, memory: torch.Tensor, temperature: float, size: int, rounds: torch.Tensor, gallery: Gallery
+    path: Path, *, embeddings: torch.Tensor, temperature: float, size: int, rounds: torch.Tensor, gallery: Gallery
 ) -> None:
     """Writes a line for each training image: who it is, its entropy, and its nearest others, most similar first.
 
     Columns: ``index`` in the data set, ``file`` and ``class`` where there are any, ``entropy`` in nats, ``round`` in
     which it became an anchor (empty: in none), and for each neighbour ``neighbour_1``, an index, and
-    ``similarity_1``, the cosine. Entropies and neighbours are those that a discovery from this memory finds. The file
-    is RFC 4180 in UTF-8 without a byte order mark, with all text quoted, and as ``csv_text`` leaves it; bytes of a name
-    that are none become ``\\udcff`` and the like.
+    ``similarity_1``, the cosine. Entropies and neighbours are those that a discovery on these embeddings finds. The
+    file is RFC 4180 in UTF-8 without a byte order mark, with all text quoted, and as ``csv_text`` leaves it; bytes of a
+    name that are no UTF-8 become ``\\udcff`` and the like.
 
     Args:
         path: the file.
-        memory: (N, D), rows of unit length.
+        embeddings: (N, D), unit length.
         temperature: tau.
         size: K, cut to N - 1.
         rounds: (N,), as ``became_anchor`` gives them.
@@ -117,7 +117,7 @@ def save_neighbourhoods(
     Raises:
         UsageError: the file exists or cannot be written.
     """
-    found = discover(memory, temperature=temperature, anchors=len(memory), size=size)  # everyone an anchor
+    found = discover(embeddings, temperature=temperature, anchors=len(embeddings), size=size)  # everyone an anchor
     nearest = found.neighbours[found.position]  # (N, K), in order of samples
     header = ["index", *(["file"] if gallery.names else []), *(["class"] if gallery.labels is not None else [])]
     header += ["entropy", "round"]
@@ -127,7 +127,7 @@ def save_neighbourhoods(
         text = io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="")  # file names may be any bytes
         writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC)
         writer.writerow(header)
-        writer.writerows(_lines(memory, found.entropy, nearest, rounds, gallery))
+        writer.writerows(_lines(embeddings, found.entropy, nearest, rounds, gallery))
         text.detach()  # which flushes, and leaves the file open
     logger().info(
         "neighbourhoods: %s (%d images, %d neighbours each; %s bytes)",
@@ -139,14 +139,14 @@ def save_neighbourhoods(
 
 
 def _lines(
-    memory: torch.Tensor, entropy: torch.Tensor, nearest: torch.Tensor, rounds: torch.Tensor, gallery: Gallery
+    embeddings: torch.Tensor, entropy: torch.Tensor, nearest: torch.Tensor, rounds: torch.Tensor, gallery: Gallery
 ) -> Iterator[list[object]]:
     """The table's lines but the first, computed in blocks."""
     for block in _blocks(
-        len(memory), max(1, nearest.shape[1]) * memory.shape[1], memory.device, "writing neighbourhoods"
+        len(embeddings), max(1, nearest.shape[1]) * embeddings.shape[1], embeddings.device, "writing neighbourhoods"
     ):
         near = nearest[block]  # (R, K)
-        similarity = (memory[near] @ memory[block, :, None]).squeeze(2)  # (R, K)
+        similarity = (embeddings[near] @ embeddings[block, :, None]).squeeze(2)  # (R, K)
         figures = (part.tolist() for part in (entropy[block], rounds[block], near, similarity))
         for sample, (own, round, indices, values) in enumerate(zip(*figures, strict=True), start=block.start):
             line: list[object] = [gallery.index_of(sample)]

@@ -70,7 +70,7 @@ class Material:
         images: N arrays uint8 (H, W, 3); only those that are shown are read.
         labels: (N,), or None.
         classes: their names.
-        features: (N, D), the memory bank.
+        features: (N, D) embeddings of the training images, computed with the test transform.
         tested: None without labelled test images.
         finished: the last epoch of the last round is done.
         chooser: what chooses the best epoch.

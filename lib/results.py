@@ -81,6 +81,7 @@ def write_report(setting: Setting, folder: Path, loaded: Checkpoint) -> None:
 
     options, train, test = setting.options, setting.splits.train, setting.splits.test
     evaluator = setting.evaluator(test)
+    compared = f"{evaluator.name} against training features, both computed with the test transform" if evaluator else ""
     tested = None
     if evaluator and test and test.labels is not None:
         embeddings = features.extract(setting.network, setting.loader(test, train=False), "test features")
@@ -88,7 +89,7 @@ def write_report(setting: Setting, folder: Path, loaded: Checkpoint) -> None:
             images=test.images,
             labels=test.labels,
             features=embeddings.cpu().numpy(),
-            protocol=f"{evaluator.name} against the memory bank",
+            protocol=compared,
             k=options.knn_k,
             sigma=options.knn_sigma or options.npc_temperature,
         )
@@ -100,6 +101,7 @@ def write_report(setting: Setting, folder: Path, loaded: Checkpoint) -> None:
         labels=train.labels,
         classes=train.classes,
         protocol=f"{evaluator.name} against the memory bank" if evaluator else "",
+        features=setting.train_embeddings().cpu().numpy(),
         tested=tested,
     )
     try:
@@ -114,10 +116,8 @@ def show_similar(setting: Setting) -> None:
     queries = [lookup.Query(str(path), datasets.read_picture(path)) for path in options.query]
     pictures = setting.loader(datasets.ImageSet([query.image for query in queries]), train=False)
     embeddings = features.extract(setting.network, pictures, "pictures")
-    logger().info(
-        "similar: by cosine with the memory bank, or where there is none with the training images' embeddings"
-    )
-    indices, similarities = lookup.query(embeddings, setting.memory(setting.loaded), SIMILAR)
+    logger().info("similarity: cosine between embeddings, computed with the test transform")
+    indices, similarities = lookup.query(embeddings, setting.train_embeddings(), SIMILAR)
     gallery = setting.gallery()
     for row, query in enumerate(queries):
         logger().info("%s\n", lookup.describe(query.name, indices[row], similarities[row], gallery), extra=SUMMARY)
@@ -150,7 +150,7 @@ def export_results(setting: Setting, loaded: Checkpoint, folder: Path | None) ->
         found = checkpoint.discoveries(folder, loaded, len(splits.train))
         lookup.save_neighbourhoods(
             options.export_neighbourhoods,
-            memory=setting.memory(loaded),
+            embeddings=setting.train_embeddings(),
             temperature=options.npc_temperature,
             size=options.ANs_size,
             rounds=lookup.became_anchor(found, len(splits.train)),

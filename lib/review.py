@@ -40,6 +40,7 @@ def material(
     labels: np.ndarray | None,
     classes: tuple[str, ...],
     protocol: str,
+    features: np.ndarray,
     tested: Tested | None,
 ) -> Material:
     """All that the report of a session shows.
@@ -52,6 +53,7 @@ def material(
         labels: (N,), or None.
         classes: their names.
         protocol: how the accuracies of the training came about.
+        features: (N, D) embeddings of the training images, computed with the test transform.
         tested: the test images, or None without labels.
 
     Raises:
@@ -80,7 +82,7 @@ def material(
         images=images,
         labels=labels,
         classes=classes,
-        features=memory.cpu().numpy(),
+        features=features,
         tested=tested,
         chooser="held-out training images" if options.val_fraction else "the test labels",
         finished=(last["round"], last["epoch"]) >= (options.max_round - 1, options.max_epoch - 1),

@@ -59,6 +59,7 @@ class Setting:
     world: World = field(default_factory=World)
     begun: Path | None = None  # the session that the launcher's processes had begun before they were started anew
     resident: dict[int, torch.Tensor] = field(default_factory=dict)  # images on the device, by their array's id
+    embedded: list[torch.Tensor] = field(default_factory=list)  # the training images' embeddings, once computed
 
     def alone(self) -> Setting | None:
         """The same for the first process when the others have nothing more to do; None for these."""
@@ -101,13 +102,16 @@ class Setting:
             world=self.world,
         )
 
-    def memory(self, loaded: Checkpoint) -> torch.Tensor:
-        """The rows of the checkpoint's memory bank, or the training images' embeddings where it has none of theirs."""
-        memory = loaded.get("npc", {}).get("memory")
-        train = self.splits.train
-        if isinstance(memory, torch.Tensor) and memory.shape == (len(train), self.options.low_dim):
-            return memory.to(self.device)
-        return features.extract(self.network, self.loader(train, train=False), "training features")
+    def train_embeddings(self) -> torch.Tensor:
+        """(N, D) embeddings of the training images by the network as it is now, with the test transform.
+
+        They are computed once. The memory bank is not the same: its rows are running means over augmented views, so
+        that identical images have different rows.
+        """
+        if not self.embedded:
+            train = self.loader(self.splits.train, train=False)
+            self.embedded.append(features.extract(self.network, train, "training features"))
+        return self.embedded[0]
 
     def gallery(self) -> lookup.Gallery:
         """The training images by name and class."""

@@ -47,7 +47,9 @@ def written(
 ) -> list[list[str]]:
     bank = torch.from_numpy(memory)
     with blocks_of(block):
-        save_neighbourhoods(path, memory=bank, temperature=0.2, size=size, rounds=torch.tensor(rounds), gallery=gallery)
+        save_neighbourhoods(
+            path, embeddings=bank, temperature=0.2, size=size, rounds=torch.tensor(rounds), gallery=gallery
+        )
     return list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8"), newline=""), strict=True))
 
 
@@ -401,7 +403,7 @@ def test_no_name_in_a_table_is_a_formula_to_a_spreadsheet(tmp_path: Path) -> Non
     gallery = lookup.Gallery(images, names, np.arange(len(names)) % 2, ("=SUM(A1)", "plain"))
     path = tmp_path / "table.csv"
     rounds = torch.full((len(names),), lookup.NEVER)
-    lookup.save_neighbourhoods(path, memory=bank, temperature=0.1, size=1, rounds=rounds, gallery=gallery)
+    lookup.save_neighbourhoods(path, embeddings=bank, temperature=0.1, size=1, rounds=rounds, gallery=gallery)
     assert not path.read_bytes().startswith(b"\xef\xbb\xbf")
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -375,6 +375,31 @@ def test_a_run_on_a_gpu_ends_with_its_report_and_exports(
     assert (session_in(tmp_path) / "report.html").is_file() and all(path.is_file() for path in out)
 
 
+def test_identical_images_are_found_by_queries_and_in_the_table(
+    photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The memory bank cannot tell: the rows of identical images are means over different augmented views."""
+    pairs = {}
+    for folder in (photos / "train").iterdir():
+        for path in sorted(folder.iterdir())[:3]:
+            twin = path.with_name(f"twin-of-{path.name}")
+            shutil.copy(path, twin)
+            pairs |= {path: twin, twin: path}
+    out = tmp_path / "neighbours.csv"
+    assert main.main([*start, "--export-neighbourhoods", str(out)]) == 0
+    with out.open(newline="", encoding="utf-8") as file:
+        rows = {row["index"]: row for row in csv.DictReader(file)}
+    nearest = {row["file"]: (rows[row["neighbour_1"]]["file"], float(row["similarity_1"])) for row in rows.values()}
+    for path, twin in pairs.items():
+        assert nearest[str(path.relative_to(photos))] == (str(twin.relative_to(photos)), pytest.approx(1, abs=1e-5))
+    capsys.readouterr()
+    assert main.main(["--resume", str(session_in(tmp_path)), "--query", *map(str, pairs)]) == 0
+    tables = capsys.readouterr().out.split("\n\n")
+    for table, pair in zip(tables, pairs.items(), strict=False):
+        found = [line.split()[1] for line in table.splitlines() if line.endswith("1.0000")]
+        assert {str(path.relative_to(photos)) for path in pair} <= set(found), table
+
+
 def test_a_report_that_fails_costs_no_export(
     start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lib import clustering, features, linear_probe
+from lib import clustering, features, health, linear_probe
 from lib.console import UsageError, logger, table
 from lib.files import write_whole
 from lib.loader import Loader
@@ -32,8 +32,15 @@ TITLES = {
     "ari": "ARI",
     "accuracy": "accuracy",
     "silhouette": "silhouette",
+    "entropy_50": "median entropy",
+    "reciprocal": "reciprocal",
+    "orphans": "orphans",
+    "hubness": "hubness",
+    "largest_hub": "largest hub",
 }
 """Figure -> its column."""
+SHARES = {"top1", "top5", "best_top1", "accuracy", "reciprocal", "orphans", "largest_hub"}
+"""Figures shown in per cent."""
 LABELLED = {"knn", "nn", "linear"}
 """Protocols that need labelled training and test images."""
 
@@ -80,16 +87,23 @@ def evaluate(subject: Subject, options: Options) -> list[Row]:
     """The figures of every protocol of the options; each split passes the network once.
 
     The reference's figures of record come from the memory bank, in training; its test run would recompute. The two
-    differ, so both are shown.
+    differ, so both are shown. Without labels, k-means and figures of the neighbourhoods take the place of kNN and NN.
 
     Raises:
-        UsageError: a protocol needs labels that are not there, or the network has no such stage.
+        UsageError: the linear probe is asked for without labels, or the network has no such stage.
     """
     labelled = subject.train_labels is not None and subject.test_labels is not None
-    if needing := [name for name in options.protocol if name in LABELLED and not labelled]:
+    needing = [name for name in options.protocol if name in LABELLED and not labelled]
+    if "linear" in needing:
         raise UsageError(
-            f"--protocol {needing[0]}: needs labelled training and test images, and there are none; without labels "
-            "there is --protocol cluster"
+            "--protocol linear: needs labelled training and test images, and they are not there; without labels use "
+            "--protocol cluster"
+        )
+    if needing:
+        logger().warning(
+            "--protocol %s needs labelled training and test images, and they are not there; what can be told without "
+            "them is shown instead",
+            " ".join(needing),
         )
     probed = options.linear_layers if "linear" in options.protocol else ()
     train = _features(subject, subject.train, probed, "training features")
@@ -98,12 +112,20 @@ def evaluate(subject: Subject, options: Options) -> list[Row]:
     for evaluator in subject.evaluators:
         rows += _neighbours(subject, evaluator, train["embedding"], test["embedding"])
     rows += [_linear(subject, layer, train[layer], test[layer]) for layer in probed]
-    if "cluster" in options.protocol:
+    where = f"training images, {RECOMPUTED}"
+    clusters = subject.classes or options.clusters
+    if needing:
+        clusters = min(clusters, subject.train.samples)
+        bank = Rows(train["embedding"], subject.train.samples, subject.world)
+        temperature, size = options.npc_temperature, options.ANs_size
+        figures, _ = health.measure(bank, None, round=0, temperature=temperature, size=size)
+        shown = {name: value for name, value in figures.items() if name in TITLES and value is not None}
+        rows.append(Row(f"neighbourhoods (k={size}, tau={temperature:g})", where, shown))
+    if "cluster" in options.protocol or needing:
         embeddings = Rows(train["embedding"], subject.train.samples, subject.world).whole().cpu().numpy()
         if subject.world.is_first:  # k-means is quick, and scikit-learn knows one process only
-            clusters = subject.classes or options.clusters
             found = clustering.cluster(embeddings, subject.train_labels, clusters=clusters, seed=subject.seed)
-            rows.append(Row(found.name, f"training images, {RECOMPUTED}", found.figures))
+            rows.append(Row(found.name, where, found.figures))
     return rows
 
 
@@ -153,13 +175,18 @@ def text(rows: Sequence[Row]) -> str:
     lines = table(["features: protocol", *(TITLES[name] for name in shown)], cells)
     if "best_top1" in shown:
         lines += "\nlinear probe: top-1 and top-5 of its last epoch; best: of its best epoch, chosen by the test labels"
+    if "reciprocal" in shown:
+        lines += (
+            "\nentropy in nats; reciprocal: images that are among the nearest of their nearest neighbour; orphans: "
+            "images that are nearest to no other; largest hub: images that have the same image as a neighbour"
+        )
     return lines
 
 
 def _cell(name: str, value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.3f}" if name in ("nmi", "ari", "silhouette") else f"{value:.2%}"
+    return f"{value:.2%}" if name in SHARES else f"{value:.3f}"
 
 
 def save(rows: Sequence[Row], path: Path, facts: dict[str, Any]) -> None:

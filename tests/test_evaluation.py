@@ -121,9 +121,28 @@ def test_without_labels_there_is_clustering_alone() -> None:
     subject = subject_of(train_labels=None, test_labels=None, test=None, classes=0, evaluators=[])
     (row,) = evaluation.evaluate(subject, Options(protocol="cluster", clusters=3))
     assert set(row.figures) == {"silhouette"} and "3 clusters" in row.protocol
-    for name in ("knn", "nn", "linear"):
-        with pytest.raises(UsageError, match=f"{name}: needs labelled"):
-            evaluation.evaluate(subject, Options(protocol=f"cluster {name}"))
+    with pytest.raises(UsageError, match="linear: needs labelled"):
+        evaluation.evaluate(subject, Options(protocol="cluster linear"))
+
+
+@pytest.mark.parametrize("protocol", ["knn", "nn", "knn nn cluster"])
+@pytest.mark.parametrize("train_labels", [None, np.arange(150) % CLASSES])
+def test_without_test_labels_neighbourhoods_and_clusters_are_judged(
+    protocol: str, train_labels: np.ndarray | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    classes = 0 if train_labels is None else CLASSES
+    subject = subject_of(train_labels=train_labels, test_labels=None, test=None, classes=classes, evaluators=[])
+    health, clusters = evaluation.evaluate(subject, Options(protocol=protocol, clusters=3, npc_temperature=0.2))
+    rows = table_of(subject)[:150]
+    entropies = [oracles.entropy(row, rows, 0.2) for row in rows]
+    assert health.figures["entropy_50"] == pytest.approx(np.median(entropies), abs=1e-5)
+    nearest = [oracles.neighbours(rows, sample, 1)[0] for sample in range(150)]
+    assert health.figures["reciprocal"] == pytest.approx(np.mean([nearest[nearest[i]] == i for i in range(150)]))
+    assert health.figures["orphans"] == pytest.approx(1 - len(set(nearest)) / 150)
+    assert set(clusters.figures) == ({"silhouette"} if train_labels is None else {"nmi", "ari", "accuracy"})
+    assert "median entropy" in evaluation.text([health, clusters])
+    (record,) = caplog.records
+    assert "needs labelled training and test images" in record.getMessage()
 
 
 def test_a_stage_that_is_not_there_is_refused() -> None:

@@ -152,7 +152,8 @@ class Augmentation:
         if mirrored.any():
             across = torch.where(numbers[:, 8, None, None] > 0, across.flip(1), across)
         rows = torch.bmm(down, images.float().reshape(batch, height, width * 3))  # (B, h, W * 3)
-        rows = rows.view(batch, self.size[0], width, 3).permute(0, 3, 1, 2).reshape(batch, -1, width)  # (B, 3 * h, W)
+        rows = rows.view(batch, self.size[0], width, 3).permute(0, 3, 1, 2)  # (B, 3, h, W)
+        rows = rows.reshape(batch, 3 * self.size[0], width)  # no -1: a process may have no images of a batch
         return torch.bmm(rows, across.transpose(1, 2)).view(batch, 3, *self.size)
 
     def _mirrored(self, draws: np.ndarray) -> np.ndarray:

@@ -353,6 +353,18 @@ def test_the_training_image_is_resized_as_the_test_image_is() -> None:
     np.testing.assert_array_equal(output, pixels(for_the_test(striped(), resize=(8, 8), size=8)))
 
 
+@pytest.mark.parametrize("make", [for_training, for_testing])
+@pytest.mark.parametrize("scale", [None, (0.2, 1)])
+@pytest.mark.parametrize("size", [16, (8, 12)])
+def test_no_images_give_no_images(make: Any, scale: Any, size: Any) -> None:
+    """As in a process that has no share of a small last batch."""
+    augmentation = make(options_of(scale=scale, size=size, colorjitter=(0.4,) * 4, random_grayscale=0.2), *PLAIN)
+    none = torch.empty(0, 32, 32, 3, dtype=torch.uint8)
+    assert augmentation(none, np.empty((0, DRAWS))).shape == (0, 3, *augmentation.size)
+    cropped = torch.empty(0, *augmentation.size, 3, dtype=torch.uint8)
+    assert augmentation.finish(cropped, np.empty((0, DRAWS))).shape == (0, 3, *augmentation.size)
+
+
 def test_the_image_itself_stays_as_it_was() -> None:
     image = coordinates(16, 16)
     trained(image, 3, colorjitter=(0.4, 0.4, 0.4, 0.4), random_horizontal_flip=True)

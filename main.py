@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING
 
 import datasets
 import models
-from lib import config, launch
-from lib.console import FIRST, ToldElsewhereError, UsageError, closed_pipe_allowed
-from lib.files import printable, reason
-from lib.options import Options
-from lib.run_folder import folder_of, latest, locate
+from lib.config import parser
+from lib.config.options import Options
+from lib.distributed import launch
+from lib.errors import ToldElsewhereError, UsageError
+from lib.session.atomic_files import printable, reason
+from lib.session.console import FIRST, closed_pipe_allowed
+from lib.session.locate import folder_of, latest, locate
 
 if TYPE_CHECKING:
-    from lib.world import World
+    from lib.distributed.processes import World
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, world = read_together(words) if launch.is_launched() else (resolve(words), None)
         if options.print_args:
             with closed_pipe_allowed():
-                print(config.to_yaml(options), end="")
+                print(parser.to_yaml(options), end="")
             return 0
         from lib import commands
 
@@ -55,7 +57,7 @@ def resolve(argv: Sequence[str]) -> Options:
     Raises:
         UsageError: an option that is not known, or a value that it cannot have.
     """
-    options = config.read_options(argv)
+    options = parser.read_options(argv)
     if options.is_for_one and launch.is_launched():
         raise UsageError("--report, --query and --compare are for one process; start them without a launcher")
     if isinstance(options.report, Path):
@@ -64,19 +66,19 @@ def resolve(argv: Sequence[str]) -> Options:
             raise UsageError(f"{folder}: is no session's folder; pass --report one that holds config.yaml")
         if not latest(folder).is_file():
             raise UsageError(f"{folder}: has no checkpoint; a report can be made when the run's first epoch is done")
-        options = config.read_options([*argv, "--resume", str(folder)], base=folder / "config.yaml")
+        options = parser.read_options([*argv, "--resume", str(folder)], base=folder / "config.yaml")
     elif options.resume and not options.cfgs and (session := folder_of(locate(options.resume))):
-        options = config.read_options(argv, base=session / "config.yaml")
+        options = parser.read_options(argv, base=session / "config.yaml")
     if not options.compare:
-        config.choose(datasets.DATASETS, options.dataset, "--dataset")
-        config.choose(models.NETWORKS, options.network, "--network")
+        parser.choose(datasets.DATASETS, options.dataset, "--dataset")
+        parser.choose(models.NETWORKS, options.network, "--network")
     return options
 
 
 def read_together(words: Sequence[str]) -> tuple[Options, World]:
     """The options in one of several processes that a launcher started, and these; what one refuses all refuse."""
-    from lib.agreement import together
-    from lib.world import World
+    from lib.distributed.consensus import together
+    from lib.distributed.processes import World
 
     world = World.join()
     return together(world, lambda: resolve(words)), world
@@ -98,8 +100,8 @@ def explain(error: Exception) -> tuple[int, str]:
 
     import torch._dynamo.exc
 
-    from lib.curriculum import NonFiniteLossError
-    from lib.world import is_loss
+    from lib.distributed.processes import is_loss
+    from lib.errors import NonFiniteLossError
 
     if isinstance(error, NonFiniteLossError):
         return 1, str(error) if FIRST else ""  # the same in every process

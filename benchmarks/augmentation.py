@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from benchmarks import measure, reference
-from lib.augment import DRAWS, Augmentation
+from lib.data.augmentation import DRAWS, Augmentation
 
 BATCH, BATCHES = 128, 8
 PAPER = Augmentation(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks import measure, reference
-from lib.criterion import neighbourhood_loss
+from lib.method.loss import neighbourhood_loss
 
 SAMPLES, LOW_DIM, BATCH, TAU = 1_281_167, 128, 256, 0.1
 

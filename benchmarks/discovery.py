@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks import measure, reference
-from lib.discovery import discover
+from lib.method.discovery import discover
 
 SAMPLES, LOW_DIM, TAU = 20_000, 128, 0.1
 

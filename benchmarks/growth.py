@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 
 import models
 from benchmarks import measure
-from lib import device as placing
-from lib.criterion import neighbourhood_loss
-from lib.discovery import discover
-from lib.knn import weighted_knn
+from lib.distributed import device as placing
+from lib.evaluation.knn import weighted_knn
+from lib.method.discovery import discover
+from lib.method.loss import neighbourhood_loss
 
 LARGE = 1_281_167
 SAMPLES = (1_000, 3_000, 10_000, 30_000, 100_000)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks import measure
-from lib.discovery import survey
+from lib.method.discovery import survey
 
 SAMPLES, LOW_DIM, TAU, LISTS, NEAR, DRAWN = 100_000, 128, 0.1, 1_024, 256, 4_096
 PROBES = (1, 4, 16, 64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks import measure, reference
-from lib.knn import weighted_knn
+from lib.evaluation.knn import weighted_knn
 
 QUERIES, SAMPLES, LOW_DIM, CLASSES, K, SIGMA = 10_000, 50_000, 128, 10, 200, 0.1
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lib import environment
+from lib.session import provenance
 
 Way = Callable[[], object]
 
@@ -91,12 +91,12 @@ def status(field: str) -> int:
 
 def machine(device: torch.device, repeats: int) -> str:
     """What was measured on, and when."""
-    versions = environment.versions()
+    versions = provenance.versions()
     shown = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "torchvision", "numpy"))
     day = datetime.now(timezone.utc).date().isoformat()
-    commit = environment.commit()[:10] or "unknown"
+    commit = provenance.commit()[:10] or "unknown"
     return (
-        f"{environment.hardware(device)}; {platform.system()}; {shown}; commit {commit}; {repeats} repeats, "
+        f"{provenance.hardware(device)}; {platform.system()}; {shown}; commit {commit}; {repeats} repeats, "
         f"interleaved, median (least to greatest); {day}."
     )
 

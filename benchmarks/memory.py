@@ -15,8 +15,8 @@ from unittest import mock
 import torch
 
 from benchmarks import measure
-from lib import discovery
-from lib.blocks import block_size
+from lib.method import discovery
+from lib.method.chunking import block_size
 
 ROOT = Path(__file__).parent.parent
 CASES = [

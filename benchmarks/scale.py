@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from benchmarks import measure
-from lib.criterion import neighbourhood_loss
-from lib.discovery import survey
+from lib.method.discovery import survey
+from lib.method.loss import neighbourhood_loss
 
 LOW_DIM, BATCH, NEIGHBOURS, PARAMETERS = 128, 128, 1, 11_230_000
 """The paper's; parameters of a ResNet18."""

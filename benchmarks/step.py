@@ -12,10 +12,10 @@ import torch
 import models
 from benchmarks import measure, reference
 from benchmarks.augmentation import PAPER
-from lib import device as placing
-from lib.criterion import neighbourhood_loss
-from lib.loader import Loader
-from lib.memory_bank import MemoryBank
+from lib.data.loader import Loader
+from lib.distributed import device as placing
+from lib.method.loss import neighbourhood_loss
+from lib.method.memory_bank import MemoryBank
 
 SAMPLES, BATCH, LOW_DIM, TAU = 50_000, 128, 128, 0.1
 WORKERS = 2

@@ -35,9 +35,10 @@ from typing import Any
 
 import filelock
 
-from lib import environment, metrics
-from lib.console import UsageError, table
-from lib.run_folder import latest
+from lib.errors import UsageError
+from lib.session import metrics, provenance
+from lib.session.console import table
+from lib.session.locate import latest
 
 ROOT = Path(__file__).parent.parent
 CFGS = ["configs/base.yaml", "configs/cifar10-cpu.yaml"]
@@ -170,7 +171,7 @@ class Study:
         )
         output.close()
         self.running[run.name] = process
-        self.log("start", run, command=command[1:], commit=environment.commit(), processor=environment.processor())
+        self.log("start", run, command=command[1:], commit=provenance.commit(), processor=provenance.processor())
 
         def wait() -> None:
             status = process.wait()

@@ -1,1 +1,14 @@
-"""What the method is made of, one noun a file; README, "Where the code lives", has the layers."""
+"""The rooms of the program. Each imports only from those before it; ``tests/test_rooms.py`` reads this list."""
+
+ROOMS = (
+    "errors",
+    "seeding",
+    "session",
+    "config",
+    "distributed",
+    "method",
+    "data",
+    "evaluation",
+    "training",
+    "reporting",
+)

@@ -1,4 +1,4 @@
-"""What the program does with its options: train, test, show. Layer 7."""
+"""What the program does with its options: train, test, show."""
 
 from __future__ import annotations
 
@@ -12,36 +12,27 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import (
-    agreement,
-    checkpoint,
-    compare,
-    config,
-    curriculum,
-    device,
-    environment,
-    features,
-    gallery,
-    launch,
-    memory_plan,
-    records,
-    results,
-    schedule,
-    seeding,
-)
-from lib.checkpoint import TrainingState
-from lib.console import SUMMARY, UsageError, logger, start_logging
-from lib.free_memory import free
-from lib.interrupt import STATUS, Interrupts, Stopped
-from lib.memory_bank import MemoryBank
-from lib.neighbourhoods import Neighbourhoods
-from lib.options import Options
-from lib.plan import Helpers, build_plan
-from lib.run_folder import folder_of
+from lib import seeding
+from lib.config import parser
+from lib.config.options import Options
+from lib.distributed import consensus, device, launch
+from lib.distributed.processes import World
+from lib.distributed.signals import STATUS, Interrupts, Stopped
+from lib.errors import UsageError
+from lib.evaluation import features
+from lib.method.memory_bank import MemoryBank
+from lib.method.neighbourhoods import Neighbourhoods
+from lib.reporting import compare, image_grid, test_run
 from lib.seeding import Stream
-from lib.session import Session, create_folder
-from lib.setting import Setting, prepare
-from lib.world import World
+from lib.session import provenance
+from lib.session.console import SUMMARY, logger, start_logging
+from lib.session.locate import folder_of
+from lib.session.run_folder import Session, create_folder
+from lib.training import checkpoint, memory_plan, optim, recorder, trainer
+from lib.training.checkpoint import TrainingState
+from lib.training.free_memory import free
+from lib.training.plan import Helpers, build_plan
+from lib.training.setup import Setting, prepare
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,15 +57,15 @@ def run(options: Options, words: Sequence[str], world: World | None = None) -> i
     setting = prepare(options, world)
     if isinstance(options.report, Path):
         load_network(setting)
-        results.write_report(setting, options.report, setting.loaded)
+        test_run.write_report(setting, options.report, setting.loaded)
     elif options.query:
         load_network(setting)
-        results.show_similar(setting)
+        test_run.show_similar(setting)
     elif options.test_only:
         load_network(setting)
-        results.test(setting)
+        test_run.test(setting)
         if alone := setting.alone():
-            results.export_results(alone, alone.loaded, folder_of(alone.source) if alone.source else None)
+            test_run.export_results(alone, alone.loaded, folder_of(alone.source) if alone.source else None)
     else:
         return train(setting)
     return 0
@@ -97,21 +88,21 @@ def train(setting: Setting) -> int:
     """Trains in a new session, or goes on in the checkpoint's; the exit status."""
     options, splits, world = setting.options, setting.splits, setting.world
     images, labels = splits.train.images, splits.train.labels
-    learning_rate = agreement.together(world, lambda: schedule.build_schedule(options))
-    plan = agreement.together(world, lambda: build_plan(options, learning_rate, len(images), world.size))
-    memory = agreement.together(world, lambda: plan_memory(setting))
+    learning_rate = consensus.together(world, lambda: optim.build_schedule(options))
+    plan = consensus.together(world, lambda: build_plan(options, learning_rate, len(images), world.size))
+    memory = consensus.together(world, lambda: plan_memory(setting))
     state = build_state(setting)
     if setting.source:
         batches = setting.loader(splits.train, train=False)
         embed = partial(features.extract, setting.network, batches, "filling the memory bank")
         state.restore(setting.loaded, setting.source, embed=embed)
         setting.loaded.clear()  # the whole bank is in it
-    session = agreement.together(world, lambda: open_session(setting, start=(state.round, state.epoch)))
+    session = consensus.together(world, lambda: open_session(setting, start=(state.round, state.epoch)))
 
     def show(round: int, found: Neighbourhoods) -> None:
         path = session.of_round("neighbours", round, found.num_anchors, "png")
         with session.spare("the picture of anchors and neighbours"):
-            if path and (picture := gallery.save(path, images, labels, found)):
+            if path and (picture := image_grid.save(path, images, labels, found)):
                 session.write_picture("ANs/Neighbours", np.asarray(picture), round)
 
     interrupts = Interrupts(world)
@@ -129,10 +120,10 @@ def train(setting: Setting) -> int:
     try:
         with interrupts:
             describe(setting, session, memory)
-            curriculum.run(state, plan, helpers)
+            trainer.run(state, plan, helpers)
         final = state.checkpoint(options.network, session.name)
         if alone := setting.alone():
-            finish(alone, session, final, records.summary(state.history, helpers), bool(state.unsaved))
+            finish(alone, session, final, recorder.summary(state.history, helpers), bool(state.unsaved))
     except Stopped as stop:
         resume = f"resume with: python main.py --resume {shlex.quote(str(session.folder))}"
         again = resume if session.folder else "nothing is stored (--debug)"
@@ -150,7 +141,7 @@ def train(setting: Setting) -> int:
 def finish(setting: Setting, session: Session, final: checkpoint.Checkpoint, summary: str, is_unsaved: bool) -> None:
     """What a run shows and hands over when it is done."""
     options = setting.options
-    results.show_embeddings(setting, final["npc"]["memory"], session)
+    test_run.show_embeddings(setting, final["npc"]["memory"], session)
     logger().info("\n%s", summary, extra=SUMMARY)
     logger().info("session: %s", session.folder or "none", extra=SUMMARY)
     failures: list[UsageError] = []
@@ -161,10 +152,10 @@ def finish(setting: Setting, session: Session, final: checkpoint.Checkpoint, sum
         except UsageError as error:
             failures.append(error)
 
-    attempt(lambda: results.export_results(setting, final, session.folder))
+    attempt(lambda: test_run.export_results(setting, final, session.folder))
     if options.report and session.folder:  # also where an export fails
         folder = session.folder
-        attempt(lambda: results.write_report(setting, folder, final))
+        attempt(lambda: test_run.write_report(setting, folder, final))
     for error in failures if is_unsaved else failures[:-1]:  # the last is raised, unless the status is 3 anyway
         logger().error("%s", error)
     if failures and not is_unsaved:
@@ -200,7 +191,7 @@ def build_state(setting: Setting) -> TrainingState:
         device=setting.device,
         world=setting.world,
     )
-    optimizer = schedule.build_optimizer(options, setting.network.parameters())
+    optimizer = optim.build_optimizer(options, setting.network.parameters())
     scaler = torch.amp.GradScaler(setting.device.type, enabled=options.amp == "fp16")
     instances = Neighbourhoods.none(samples, setting.device)
     return TrainingState(setting.network, optimizer, bank, instances, options.seed, scaler)
@@ -214,7 +205,7 @@ def open_session(setting: Setting, start: tuple[int, int]) -> Session:
     own = folder_of(setting.source) if setting.source and not options.restart else None
     folder = own or setting.begun or create_folder(options.sess_dir, options.session)
     session = Session.open(
-        folder, config.to_yaml(options), start=start, log_file=options.log_file, log_tfb=options.log_tfb
+        folder, parser.to_yaml(options), start=start, log_file=options.log_file, log_tfb=options.log_tfb
     )
     if own and setting.source:
         checkpoint.make_latest(setting.source)
@@ -246,9 +237,9 @@ def describe(setting: Setting, session: Session, memory: str) -> None:
     parameters = sum(p.numel() for p in setting.network.parameters())
     lines = {
         "session": session.folder or "none (--debug stores nothing)",
-        "versions": ", ".join(f"{name} {number}" for name, number in environment.versions().items()),
-        "commit": environment.commit() or "unknown (not a git checkout)",
-        "device": environment.hardware(setting.device),
+        "versions": ", ".join(f"{name} {number}" for name, number in provenance.versions().items()),
+        "commit": provenance.commit() or "unknown (not a git checkout)",
+        "device": provenance.hardware(setting.device),
         "processes": setting.world.size,
         "data": f"{options.dataset}, {len(splits.train)} training images{tests}{classes}",
         "network": f"{options.network}, {parameters / 1e6:.2f} M parameters, embedding {options.low_dim}",

@@ -12,7 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # read by PyTorch when it is imported: 
 import pytest
 
 import runs
-from lib.console import logger
+from lib.session.console import logger
 from team import Team
 
 

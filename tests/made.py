@@ -22,7 +22,7 @@ import scipy.io
 import torchvision.datasets as published
 from PIL import Image
 
-from lib.augment import Augmentation, Colour
+from lib.data.augmentation import Augmentation, Colour
 
 Box = tuple[float, float, float, float]
 DEVKIT = "ILSVRC2012_devkit_t12"

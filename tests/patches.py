@@ -7,15 +7,16 @@ from contextlib import contextmanager
 
 import pytest
 
-from lib import blocks, memory_bank, rows, world
+from lib.distributed import processes, sharded
+from lib.method import chunking, memory_bank
 
 
 @contextmanager
 def blocks_of(numbers: int) -> Iterator[None]:
     """Matrices are worked on in blocks of so many numbers, of any shape."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "CACHED", numbers)
-        patch.setattr(blocks, "LEAST", 1)
+        patch.setattr(chunking, "CACHED", numbers)
+        patch.setattr(chunking, "LEAST", 1)
         yield
 
 
@@ -23,6 +24,6 @@ def blocks_of(numbers: int) -> Iterator[None]:
 def parcels_of(numbers: int) -> Iterator[None]:
     """Rows are drawn and passed on in parcels of so many numbers."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (world, rows, memory_bank):
+        for module in (processes, sharded, memory_bank):
             patch.setattr(module, "PARCEL", numbers)
         yield

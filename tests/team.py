@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lib.world import World
+from lib.distributed.processes import World
 from runs import LIMIT
 
 

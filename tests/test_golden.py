@@ -15,13 +15,13 @@ import pytest
 import torch
 
 import oracles
-from lib.config import read_options
-from lib.criterion import neighbourhood_loss
-from lib.discovery import discover
-from lib.knn import nearest_neighbour, top_k_accuracy, weighted_knn
-from lib.memory_bank import MemoryBank
-from lib.neighbourhoods import Neighbourhoods, consistency, num_anchors
-from lib.schedule import build_schedule, step
+from lib.config.parser import read_options
+from lib.evaluation.knn import nearest_neighbour, top_k_accuracy, weighted_knn
+from lib.method.discovery import discover
+from lib.method.loss import neighbourhood_loss
+from lib.method.memory_bank import MemoryBank
+from lib.method.neighbourhoods import Neighbourhoods, consistency, num_anchors
+from lib.training.optim import build_schedule, step
 
 FOLDER = Path(__file__).parent / "golden"
 Golden = dict[str, np.ndarray]

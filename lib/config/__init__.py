@@ -1,0 +1,1 @@
+"""Options, and the parser that reads them."""

@@ -1,0 +1,1 @@
+"""Processes and shards on torch.distributed."""

@@ -1,0 +1,13 @@
+"""Errors that the program reports in one sentence; ``main.py`` turns each type into an exit status."""
+
+
+class UsageError(Exception):
+    """Input that cannot be used. The message is one sentence for the user: what is wrong, where, how to mend it."""
+
+
+class ToldElsewhereError(UsageError):
+    """A ``UsageError`` whose message rank 0 prints for all ranks."""
+
+
+class NonFiniteLossError(Exception):
+    """The loss or the weights are NaN or infinite. The message names the step, the learning rate and the samples."""

@@ -1,0 +1,1 @@
+"""The paper: memory bank, discovery, loss."""

@@ -1,0 +1,383 @@
+"""Sessions side by side: a table, a CSV file and a plot.
+
+Runs whose options differ by the seed alone form a group, of which mean and sample standard deviation are
+given. Runs of a group may have got differently far; a figure of the group is one of those that got furthest,
+as a mean over different epochs would compare unlike with unlike.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import textwrap
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib.config.options import Options
+from lib.config.parser import extra, read_options
+from lib.errors import UsageError
+from lib.session import metrics
+from lib.session.atomic_files import csv_text, printable, write_whole
+from lib.session.console import table
+
+LOCAL = {"seed", "sess_dir", "log_file", "log_tfb"}
+"""Options that differ between repetitions of a run."""
+TITLE = "Comparison of AND sessions"
+"""Marks a plot as one of ours."""
+FIRST = ["session", "group", "seed", "finished"]
+FIGURES = ["round", "epoch", "anchors", "consistency", "loss", "top1", "best_top1", "seconds", "images_per_s"]
+"""Columns of the CSV file; the options that differ stand between the two."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Where a run stood after some epochs, and what these took; None: not known.
+
+    Attributes:
+        round, epoch: of the last of the epochs, counted from 0; this and what follows it is of that epoch.
+        anchors, loss: as trained with.
+        consistency, top1, best_top1: in [0, 1]; ``best_top1`` is the round's, chosen by the test labels.
+        seconds: training and evaluation together.
+        images_per_s: training images over the seconds of training.
+    """
+
+    round: int
+    epoch: int
+    anchors: int | None
+    consistency: float | None
+    loss: float | None
+    top1: float | None
+    best_top1: float | None
+    seconds: float | None
+    images_per_s: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A session: its folder as it was named, its options, and figures of each round and of the whole."""
+
+    session: Path
+    options: Options
+    rounds: tuple[Figures, ...]
+    whole: Figures
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last epoch of the last round is done."""
+        last = self.options.max_round - 1, self.options.max_epoch - 1
+        return (self.whole.round, self.whole.epoch) >= last
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ by the seed alone; ``values`` are those of the comparison's options, spelled."""
+
+    number: int
+    values: tuple[str, ...]
+    runs: tuple[Run, ...]
+
+    def of_round(self, round: int) -> list[Figures]:
+        """The figures of a round, of the runs that got furthest in it; none where nobody got there."""
+        return _furthest(figures for run in self.runs for figures in run.rounds if figures.round == round)
+
+    def whole(self) -> list[Figures]:
+        """The figures of the whole of the runs that got furthest."""
+        return _furthest(run.whole for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Groups of runs, the options they differ in, and how many options are equal in all."""
+
+    options: tuple[str, ...]
+    equal: int
+    groups: tuple[Group, ...]
+
+    @property
+    def rounds(self) -> list[int]:
+        """Every round that a run got to."""
+        return sorted({figures.round for group in self.groups for run in group.runs for figures in run.rounds})
+
+
+def compare(sessions: Sequence[Path]) -> Comparison:
+    """Reads sessions (one or more) and groups them, in the order they are named in.
+
+    Raises:
+        UsageError: a folder is no session, its options or metrics cannot be used, or it is named twice.
+    """
+    runs, places = [], set()
+    for session in sessions:
+        runs.append(_read(session))
+        if (place := session.resolve()) in places:
+            raise UsageError(f"{session}: named twice; a run that counts twice would make the spread too small")
+        places.add(place)
+    spelled = [_spelled(run.options) for run in runs]
+    options = tuple(name for name in spelled[0] if len({values[name] for values in spelled}) > 1)
+    members: dict[tuple[str, ...], list[Run]] = {}
+    for run, values in zip(runs, spelled, strict=True):
+        members.setdefault(tuple(values[name] for name in options), []).append(run)
+    groups = (Group(n, values, tuple(found)) for n, (values, found) in enumerate(members.items(), start=1))
+    return Comparison(options, len(spelled[0]) - len(options), tuple(groups))
+
+
+def _read(session: Path) -> Run:
+    records = metrics.read(session)
+    rounds = {record["round"]: [r for r in records if r["round"] == record["round"]] for record in records}
+    options = read_options([], base=session / "config.yaml")
+    return Run(session, options, tuple(map(_figures, rounds.values())), _figures(records))
+
+
+def _figures(records: Sequence[dict[str, Any]]) -> Figures:
+    last = records[-1]
+    train = _total(record.get("train_s") for record in records)
+    evaluate = _total(record.get("evaluate_s") for record in records)
+    images = _total(_product(record.get("images_per_s"), record.get("train_s")) for record in records)
+    return Figures(
+        round=last["round"],
+        epoch=last["epoch"],
+        **{name: last.get(name) for name in ("anchors", "consistency", "loss", "top1", "best_top1")},
+        seconds=_total([train, evaluate]),
+        images_per_s=images / train if images is not None and train else None,
+    )
+
+
+def _total(values: Iterable[float | None]) -> float | None:
+    """The sum, or None where one is not known."""
+    known = list(values)
+    return None if None in known else sum(v for v in known if v is not None)
+
+
+def _product(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one * other
+
+
+def _furthest(found: Iterable[Figures]) -> list[Figures]:
+    figures = list(found)
+    last = max(((f.round, f.epoch) for f in figures), default=None)
+    return [f for f in figures if (f.round, f.epoch) == last]
+
+
+def _spelled(options: Options) -> dict[str, str]:
+    """The options that make runs differ; of the GPUs only how many there were, not which were free."""
+    names = [name for name in Options.model_fields if name not in LOCAL and not extra(name)["this_run"]]
+    gpus = f"{len(options.gpus)} GPU" if options.gpus else "CPU"
+    return {name: gpus if name == "gpus" else _word(getattr(options, name)) for name in names}
+
+
+def _word(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(_word, value))
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "not set" if value is None else str(value)
+
+
+def mean_and_deviation(found: Sequence[Figures], name: str) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation (over n - 1) of a figure.
+
+    None for both where a run lacks the figure (a mean over the others would hide that its loss was not
+    finite, for instance), None for the deviation of one run.
+    """
+    values = [getattr(figures, name) for figures in found]
+    if not values or None in values:
+        return None, None
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def _duration(seconds: float) -> str:
+    """h:mm:ss."""
+    return f"{round(seconds) // 3600}:{round(seconds) // 60 % 60:02}:{round(seconds) % 60:02}"
+
+
+SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
+    "anchors": ("anchors", "{:.0f}".format),
+    "consistency": ("consistency", "{:.1%}".format),
+    "loss": ("loss", "{:.4f}".format),
+    "top1": ("top-1 last", "{:.2%}".format),
+    "best_top1": ("top-1 best", "{:.2%}".format),
+    "seconds": ("h:mm:ss", _duration),
+    "images_per_s": ("images/s", "{:,.0f}".format),
+}
+"""Figure -> its title and how it is written."""
+WHOLE = ("top1", "best_top1", "seconds", "images_per_s")
+BY_ROUND = ("anchors", "consistency", "loss", "top1", "best_top1", "seconds")
+
+
+def text(comparison: Comparison) -> str:
+    """What a person reads: a row for each group, who is in it, and a row for each round and group."""
+    groups, options = comparison.groups, comparison.options
+    runs = [(run, group) for group in groups for run in group.runs]
+    rounds = [(group, group.of_round(round)) for round in comparison.rounds for group in groups]
+    columns = options if len(options) <= 4 else ()  # more would not fit; the list of the groups has them
+    lines = [
+        f"sessions: {len(runs)}; options that differ: {', '.join(options) or 'none'}; equal: {comparison.equal}",
+        "",
+        _table([(group, group.whole()) for group in groups], WHOLE, columns),
+        "",
+        *(f"group {_label(comparison, group)}: {_names(group.runs)}" for group in groups),
+    ]
+    if going := [run for run, _ in runs if not run.finished]:
+        lines.append(f"not finished: {_names(going)}")
+    if repeated := [run for run, group in runs if [r.options.seed for r in group.runs].count(run.options.seed) > 1]:
+        lines.append(f"not independent, as another run of the group has the same seed: {_names(repeated)}")
+    lines += ["", _table([(group, figures) for group, figures in rounds if figures], BY_ROUND), ""]
+    if len(runs) > len(groups):
+        lines.append("±: sample standard deviation over the runs of a group that got furthest (first number of runs)")
+    lines.append("last: at the round's last epoch; best: at its best, by the test labels or held-out ones")
+    return "\n".join(lines)
+
+
+def _table(entries: Sequence[tuple[Group, list[Figures]]], names: Sequence[str], options: Sequence[str] = ()) -> str:
+    """A row for each group and what is known of it; no columns of figures that nobody has."""
+    spread = any(len(figures) > 1 for _, figures in entries)
+    shown = [n for n in names if any(mean_and_deviation(figures, n)[0] is not None for _, figures in entries)]
+    rows = []
+    for group, figures in entries:
+        limits, last = group.runs[0].options, figures[0]
+        place = f"{last.round}/{limits.max_round - 1}", f"{last.epoch + 1}/{limits.max_epoch}"
+        cells = [_cell(name, *mean_and_deviation(figures, name), spread) for name in shown]
+        values = [_plain(value) for value in group.values[: len(options)]]
+        rows.append([group.number, *values, f"{len(figures)}/{len(group.runs)}", *place, *cells])
+    return table(["group", *options, "runs", "round", "epoch", *(SHOWN[name][0] for name in shown)], rows)
+
+
+def _cell(name: str, mean: float | None, deviation: float | None, spread: bool) -> str:
+    if mean is None:
+        return "-"
+    spell = SHOWN[name][1]
+    if not spread or name == "anchors":  # as many in every run of a group
+        return spell(mean)
+    return f"{spell(mean)} ± {'-' if deviation is None else spell(deviation)}"
+
+
+def _label(comparison: Comparison, group: Group) -> str:
+    values = (f"{name} {_plain(value)}" for name, value in zip(comparison.options, group.values, strict=True))
+    return f"{group.number} ({', '.join(values)})" if group.values else f"{group.number}"
+
+
+def _names(runs: Iterable[Run]) -> str:
+    return ", ".join(printable(str(run.session)) for run in runs)
+
+
+def _plain(value: str) -> str:
+    """An option's value in a table or a legend: without the middle of a long one."""
+    shown = printable(value)
+    return shown if len(shown) <= 40 else f"{shown[:12]}...{shown[-25:]}"
+
+
+def write(comparison: Comparison, folder: Path) -> tuple[Path, Path]:
+    """Writes ``comparison.csv`` and ``comparison.png`` into a folder, which is made where it is missing.
+
+    Files of these names are only replaced where they are those of an older comparison, and whole.
+
+    Returns:
+        Where the two are.
+
+    Raises:
+        UsageError: the folder cannot be written, or holds another file of such a name.
+    """
+    paths = folder / "comparison.csv", folder / "comparison.png"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, is_ours in zip(paths, (_is_our_csv, _is_our_png), strict=True):
+            if path.is_symlink() or (path.exists() and not is_ours(path.read_bytes())):
+                raise UsageError(f"{path}: is no whole file of an older comparison; move it away and compare again")
+        for path, content in zip(paths, (to_csv(comparison), draw(comparison)), strict=True):
+            with write_whole(path) as file:
+                file.write(content)
+    except OSError as error:
+        raise UsageError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
+    return paths
+
+
+def to_csv(comparison: Comparison) -> bytes:
+    """A line for each session and round: who, the options that differ, the figures (nothing: not known)."""
+    lines = io.StringIO(newline="")
+    writer = csv.writer(lines)
+    writer.writerow([*FIRST, *comparison.options, *FIGURES])
+    for group in comparison.groups:
+        for run in group.runs:
+            first = [csv_text(str(run.session)), group.number, run.options.seed, "yes" if run.finished else "no"]
+            for figures in run.rounds:
+                writer.writerow([*first, *map(csv_text, group.values), *(getattr(figures, name) for name in FIGURES)])
+    return lines.getvalue().encode("utf-8", "backslashreplace")  # folder names may be any bytes
+
+
+def _is_our_csv(content: bytes) -> bool:
+    header = content.split(b"\r\n")[0].decode("utf-8", "replace").split(",")
+    return header[: len(FIRST)] == FIRST and header[-len(FIGURES) :] == FIGURES and content.endswith(b"\r\n")
+
+
+def _is_our_png(content: bytes) -> bool:
+    return b"tEXtTitle\0" + TITLE.encode() in content[:1000] and content.endswith(b"IEND\xaeB`\x82")
+
+
+def draw(comparison: Comparison) -> bytes:
+    """A PNG: accuracy over the rounds (the loss where nobody has one), and the time that each group took."""
+    # takes half a second, which only a comparison needs to wait for
+    from matplotlib.figure import Figure
+
+    groups = comparison.groups
+    labels = [_legend(comparison, group) for group in groups]
+    rows = sum(label.count("\n") + 1 for label in labels)
+    height = max(4.2, 0.2 * len(groups))
+    figure = Figure(figsize=(11, height + 0.19 * rows + 0.3), dpi=120, layout="constrained")
+    curves, times = figure.subplots(1, 2, width_ratios=(2, 1))
+    handles = _draw_curves(curves, comparison)
+    _draw_times(times, groups)
+    legend = figure.legend(handles, labels, loc="outside lower left", fontsize=8, frameon=False)
+    for written in legend.get_texts():
+        written.set_parse_math(False)  # a name may hold dollars
+    picture = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a character that the font lacks becomes a box
+        figure.savefig(picture, format="png", metadata={"Title": TITLE})
+    return picture.getvalue()
+
+
+def _legend(comparison: Comparison, group: Group) -> str:
+    runs = f"{len(group.runs)} run{'s' if len(group.runs) > 1 else ''}"
+    finished = "" if all(run.finished for run in group.runs) else ", not finished"
+    return "\n".join(textwrap.wrap(f"{_label(comparison, group)}: {runs}{finished}", 150))
+
+
+def _style(group: Group) -> dict[str, Any]:
+    """Colours repeat after ten groups, then with another marker and line."""
+    more, colour = divmod(group.number - 1, 10)
+    return {"color": f"C{colour}", "marker": "os^Dv"[more % 5], "linestyle": ("-", "--", ":", "-.")[more % 4]}
+
+
+def _draw_curves(axes: Any, comparison: Comparison) -> list[Any]:
+    """Mean and deviation of each group over the rounds; groups stand side by side so that bars do not overlap."""
+    found = {g.number: {r: f for r in comparison.rounds if (f := g.of_round(r))} for g in comparison.groups}
+    every = [figures for rounds in found.values() for figures in rounds.values()]
+    name = "top1" if any(mean_and_deviation(figures, "top1")[0] is not None for figures in every) else "loss"
+    scale = 100 if name == "top1" else 1
+    handles = []
+    for group in comparison.groups:
+        points = [mean_and_deviation(figures, name) for figures in found[group.number].values()]
+        means, deviations = np.array(points, dtype=float).T * scale  # None becomes NaN, which is not drawn
+        step = min(0.04, 0.5 / len(comparison.groups))
+        x = np.array(list(found[group.number])) + step * (group.number - (len(comparison.groups) + 1) / 2)
+        handles.append(axes.errorbar(x, means, deviations, capsize=2, markersize=4, linewidth=1, **_style(group)))
+    axes.set(xlabel="round", xticks=comparison.rounds)
+    axes.set_ylabel("top-1 at the round's last epoch, %" if name == "top1" else "loss at the round's last epoch")
+    axes.grid(axis="y", alpha=0.3)
+    return handles
+
+
+def _draw_times(axes: Any, groups: Sequence[Group]) -> None:
+    """A bar for each group: the seconds, minutes or hours of its runs that got furthest."""
+    seconds = np.array([mean_and_deviation(group.whole(), "seconds") for group in groups], dtype=float)
+    longest = np.nanmax(seconds[:, 0], initial=0)
+    unit, name = (3600, "hours") if longest >= 7200 else (60, "minutes") if longest >= 120 else (1, "seconds")
+    means, deviations = seconds.T / unit
+    colours = [_style(group)["color"] for group in groups]
+    axes.barh([str(group.number) for group in groups], means, xerr=deviations, color=colours, capsize=2)
+    axes.set_ylim(max(len(groups), 6) - 0.4, -0.6)  # the first on top, and few bars not too thick
+    axes.set(xlabel=f"training and evaluation, {name}", ylabel="group")

@@ -1,0 +1,80 @@
+"""A picture of what a discovery found: anchors beside their neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from lib.method.neighbourhoods import Neighbourhoods
+from lib.session.atomic_files import write_whole
+
+TILE = 48
+"""Pixels of an image in the picture."""
+EQUAL, OTHER, UNKNOWN = "#2a9d4e", "#d1342f", "#9a9a9a"
+"""Frame of a neighbour: of the anchor's class, of another one, or nobody knows."""
+
+
+def draw(
+    images: Sequence[np.ndarray], labels: np.ndarray | None, found: Neighbourhoods, *, rows: int = 8, columns: int = 6
+) -> Image.Image:
+    """Anchors in order of entropy, evenly spaced from the surest to the least sure, read row by row.
+
+    Each entry is an anchor and up to five of its neighbours, most similar first; a frame tells whether a
+    neighbour shares the anchor's label, where there are labels.
+
+    Args:
+        images: N arrays (H, W, 3) of uint8.
+        labels: (N,) or None.
+        found: a discovery with at least one anchor.
+        rows, columns: entries in the picture at most.
+    """
+    shown = min(found.neighbours.shape[1], 5)
+    columns = max(1, columns // shown)
+    count = min(rows * columns, found.num_anchors)
+    picks = np.linspace(0, found.num_anchors - 1, count).round().astype(int)
+    columns = min(columns, count)
+    gap, cell = 12, TILE + 6
+    width = columns * (cell * (1 + shown) + gap) + gap
+    height = -(-count // columns) * (cell + gap // 2) + gap
+    picture = Image.new("RGB", (width, height), "white")
+    for place, pick in enumerate(picks):
+        anchor = int(found.anchors[pick])
+        left = gap + (place % columns) * (cell * (1 + shown) + gap)
+        top = gap + (place // columns) * (cell + gap // 2)
+        picture.paste(_tile(images[anchor], "white"), (left, top))
+        for number, neighbour in enumerate(found.neighbours[pick, :shown].tolist()):
+            frame = UNKNOWN if labels is None else EQUAL if labels[anchor] == labels[neighbour] else OTHER
+            picture.paste(_tile(images[neighbour], frame), (left + (1 + number) * cell, top))
+    return picture
+
+
+def _tile(image: np.ndarray, frame: str) -> Image.Image:
+    fitted = ImageOps.pad(Image.fromarray(image), (TILE, TILE), Image.Resampling.BICUBIC, color="white")
+    return ImageOps.expand(fitted, 2, frame)
+
+
+def save(
+    path: Path, images: Sequence[np.ndarray], labels: np.ndarray | None, found: Neighbourhoods
+) -> Image.Image | None:
+    """Writes the picture as PNG and returns it; None and nothing written where there is no anchor or no neighbour.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if not found.neighbours.numel():
+        return None
+    picture = draw(images, labels, found)
+    with write_whole(path) as file:
+        picture.save(file, "PNG")
+    return picture
+
+
+def thumbnails(images: Sequence[np.ndarray], index: Sequence[int]) -> np.ndarray:
+    """Chosen images as (n, 3, TILE, TILE) of float32 in [0, 1], with white beside those that are not square."""
+    tiles = [ImageOps.pad(Image.fromarray(images[i]), (TILE, TILE), color="white") for i in index]
+    stacked = np.stack([np.asarray(tile) for tile in tiles])  # (n, TILE, TILE, 3)
+    shown: np.ndarray = np.divide(stacked.transpose(0, 3, 1, 2), 255, dtype=np.float32)
+    return shown

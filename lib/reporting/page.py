@@ -1,0 +1,138 @@
+"""What a run came to, as one page: ``report.html`` and its pictures.
+
+The page holds everything it shows and loads nothing. Where a part cannot be made, a sentence says why.
+``lib/reporting/page.html`` holds the words, ``panels`` and ``classified`` make the parts, ``plots`` draws.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from lib.reporting import plots, test_figures, training_figures
+from lib.reporting.plots import Part
+from lib.reporting.report_data import Material
+from lib.session.atomic_files import write_whole
+
+LIMIT = 5_000_000
+"""Bytes that the page stays below."""
+RESOLUTIONS = (150, 110, 80, 55)
+"""Dots per inch of the pictures: the first with which the page stays below its limit."""
+TEXT = 300
+"""Letters of a name or value on the page at most."""
+
+
+def write(material: Material, folder: Path) -> Path:
+    """Writes ``report.html`` into the session's folder, and the pictures to ``report/`` in it as PNG.
+
+    Everything is drawn before anything is written: where drawing fails, the old report stays as it was.
+
+    Returns:
+        The page. The same material gives the same bytes.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with plots.style():
+        judged = test_figures.classify(material)
+        parts = {
+            **training_figures.training(material),
+            **training_figures.discovery(material),
+            **training_figures.health(material),
+        }
+        parts |= {
+            "map": training_figures.embedding_map(material),
+            "confusion": test_figures.confusion(material, judged),
+            "voters": test_figures.voters(material, judged),
+        }
+        pairs = [(_cut(a), _cut(b), count, share) for a, b, count, share in test_figures.confused(material, judged)]
+        for resolution in RESOLUTIONS:
+            pictures = {
+                name: plots.render(part.figure, resolution) for name, part in parts.items() if part.figure is not None
+            }
+            page = _page(material, parts, pictures, pairs)
+            if len(page) < LIMIT:
+                break
+    place, path = folder / "report", folder / "report.html"
+    place.mkdir(exist_ok=True)
+    for name in parts:
+        if name in pictures:
+            with write_whole(place / f"{name}.png") as file:
+                file.write(pictures[name])
+        else:
+            (place / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
+    with write_whole(path) as file:
+        file.write(page)
+    return path
+
+
+def _page(
+    material: Material,
+    parts: Mapping[str, Part],
+    pictures: Mapping[str, bytes],
+    pairs: Sequence[tuple[str, str, int, str]],
+) -> bytes:
+    """The page, with the pictures in it."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    text = template.render(
+        name=_cut(material.name),
+        material=material,
+        how={name: part.how for name, part in parts.items()},
+        pictures={name: base64.b64encode(data).decode("ascii") for name, data in pictures.items()},
+        summary=_summary(material),
+        rounds=_rounds(material),
+        pairs=pairs,
+        facts={name: _cut(value) for name, value in material.facts.items()},
+        options={name: _cut(value) for name, value in material.options.items()},
+    )
+    return text.encode("utf-8", "backslashreplace")  # file names may be any bytes
+
+
+def _cut(value: object) -> str:
+    """As text, and not longer than a page can bear."""
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= TEXT else f"{text[:TEXT]}…"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"
+
+
+def _summary(material: Material) -> dict[str, str]:
+    """The figures at the top, by what they are."""
+    rows = material.metrics
+    last = rows[-1] if rows else {}
+    seconds = sum((row.get("train_s") or 0) + (row.get("evaluate_s") or 0) for row in rows)
+    minutes, rest = divmod(round(seconds), 60)
+    return {
+        "top-1, last epoch": _percent(last.get("top1")),
+        "top-1, best epoch of the last round": _percent(last.get("best_top1")),
+        "published": _cut(material.published) or "none named",
+        "rounds": str(len({row["round"] for row in rows})),
+        "epochs": str(len(rows)),
+        "time of these epochs": f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s",
+    }
+
+
+def _rounds(material: Material) -> list[dict[str, str]]:
+    """The last epoch of each round; of very many rounds some."""
+    ends = {row["round"]: row for row in material.metrics}
+    every = -(-len(ends) // 50)
+    samples = len(material.features)
+    return [
+        {
+            "round": str(number),
+            "epochs": str(row["epoch"] + 1),
+            "anchors": f"{row['anchors']} ({row['anchors'] / samples:.0%})",
+            "consistency": "-" if row.get("consistency") is None else f"{row['consistency']:.1%}",
+            "loss": f"{row['loss']:.4f}" if row.get("loss") is not None else "-",
+            "top-1 last": _percent(row.get("top1")),
+            "top-1 best": _percent(row.get("best_top1")),
+            "top-5 last": _percent(row.get("top5")),
+        }
+        for number, row in list(ends.items())[:: max(1, every)]
+    ]

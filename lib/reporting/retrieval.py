@@ -1,0 +1,259 @@
+"""Who resembles whom: the neighbours of every training image as a table, and those of any picture.
+
+Nothing is overwritten. Letters: N samples, D embedding, K nearest, Q queries, R rows of a block, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from lib.errors import UsageError
+from lib.method.chunking import block_rows
+from lib.method.discovery import discover
+from lib.method.neighbourhoods import Neighbourhoods
+from lib.method.topk import top_k
+from lib.session.atomic_files import check_ending, check_place, csv_text, new_files, printable
+from lib.session.console import SUMMARY, logger, progress, table
+
+NEVER = -1
+"""In place of a round: the sample was not an anchor in any."""
+TILE = 96
+"""Pixels of an image in the picture; smaller ones are magnified."""
+COLUMNS = 10
+"""Found images side by side; more go on below."""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The training images by what is known of them.
+
+    Attributes:
+        images: N arrays (H, W, 3) of uint8; only those that are shown are read.
+        names: N file names relative to the data root, or None where images have none.
+        labels: (N,) classes, or None where nobody said.
+        classes: their names, may be empty without labels.
+        indices: (N,) where each stands in the data set; None: in order.
+    """
+
+    images: Sequence[np.ndarray]
+    names: Sequence[str] | None = None
+    labels: np.ndarray | None = None
+    classes: Sequence[str] = ()
+    indices: np.ndarray | None = None
+
+    def index_of(self, sample: int) -> int:
+        """Where a sample stands in the data set."""
+        return sample if self.indices is None else int(self.indices[sample])
+
+    def class_of(self, sample: int) -> str:
+        """The name of a sample's class, '' where nobody said."""
+        return "" if self.labels is None else self.classes[int(self.labels[sample])]
+
+
+@dataclass(frozen=True)
+class Query:
+    """A picture that is looked up: how it is called, and its pixels (H, W, 3) of uint8."""
+
+    name: str
+    image: np.ndarray
+
+
+def check(path: Path) -> None:
+    """UsageError unless the table of ``--export-neighbourhoods`` can be written there; ask before training."""
+    check_ending("--export-neighbourhoods", path, (".csv",))
+    check_place(path)
+
+
+def became_anchor(discoveries: Iterable[tuple[int, Neighbourhoods]], samples: int) -> torch.Tensor:
+    """The first of the given rounds in which each sample was an anchor.
+
+    Args:
+        discoveries: rounds in any order, each with what was found in it.
+        samples: N.
+
+    Returns:
+        (N,) rounds; ``NEVER`` for those that were not an anchor in any.
+
+    Raises:
+        UsageError: a discovery is of another number of samples.
+    """
+    first = torch.full((samples,), NEVER)
+    for round, found in sorted(discoveries, key=lambda pair: -pair[0]):  # the earlier overwrite the later
+        if len(found.position) != samples:
+            raise UsageError(
+                f"round {round}: its anchors are of {len(found.position)} samples, not {samples}; choose the data "
+                "that the session was trained on"
+            )
+        first[found.anchors.cpu()] = round
+    return first
+
+
+def save_neighbourhoods(
+    path: Path, *, embeddings: torch.Tensor, temperature: float, size: int, rounds: torch.Tensor, gallery: Gallery
+) -> None:
+    """Writes a line for each training image: who it is, its entropy, and its nearest others, most similar first.
+
+    Columns: ``index`` in the data set, ``file`` and ``class`` where there are any, ``entropy`` in nats, ``round`` in
+    which it became an anchor (empty: in none), and for each neighbour ``neighbour_1``, an index, and
+    ``similarity_1``, the cosine. Entropies and neighbours are those that a discovery on these embeddings finds. The
+    file is RFC 4180 in UTF-8 without a byte order mark, with all text quoted, and as ``csv_text`` leaves it; bytes of a
+    name that are no UTF-8 become ``\\udcff`` and the like.
+
+    Args:
+        path: the file.
+        embeddings: (N, D), unit length.
+        temperature: tau.
+        size: K, cut to N - 1.
+        rounds: (N,), as ``became_anchor`` gives them.
+        gallery: the training images.
+
+    Raises:
+        UsageError: the file exists or cannot be written.
+    """
+    found = discover(embeddings, temperature=temperature, anchors=len(embeddings), size=size)  # everyone an anchor
+    nearest = found.neighbours[found.position]  # (N, K), in order of samples
+    header = ["index", *(["file"] if gallery.names else []), *(["class"] if gallery.labels is not None else [])]
+    header += ["entropy", "round"]
+    for number in range(1, nearest.shape[1] + 1):
+        header += [f"neighbour_{number}", f"similarity_{number}"]
+    with new_files(path) as (file,):
+        text = io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="")  # file names may be any bytes
+        writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC)
+        writer.writerow(header)
+        writer.writerows(_lines(embeddings, found.entropy, nearest, rounds, gallery))
+        text.detach()  # which flushes, and leaves the file open
+    logger().info(
+        "neighbourhoods: %s (%d images, %d neighbours each; %s bytes)",
+        path,
+        *nearest.shape,
+        f"{path.stat().st_size:,}",
+        extra=SUMMARY,
+    )
+
+
+def _lines(
+    embeddings: torch.Tensor, entropy: torch.Tensor, nearest: torch.Tensor, rounds: torch.Tensor, gallery: Gallery
+) -> Iterator[list[object]]:
+    """The table's lines but the first, computed in blocks."""
+    for block in _blocks(
+        len(embeddings), max(1, nearest.shape[1]) * embeddings.shape[1], embeddings.device, "writing neighbourhoods"
+    ):
+        near = nearest[block]  # (R, K)
+        similarity = (embeddings[near] @ embeddings[block, :, None]).squeeze(2)  # (R, K)
+        figures = (part.tolist() for part in (entropy[block], rounds[block], near, similarity))
+        for sample, (own, round, indices, values) in enumerate(zip(*figures, strict=True), start=block.start):
+            line: list[object] = [gallery.index_of(sample)]
+            if gallery.names:
+                line.append(csv_text(gallery.names[sample]))
+            if gallery.labels is not None:
+                line.append(csv_text(gallery.class_of(sample)))
+            line += [_short(own), "" if round == NEVER else round]
+            for index, value in zip(indices, values, strict=True):
+                line += [gallery.index_of(index), _short(value)]
+            yield line
+
+
+def _blocks(rows: int, width: int, device: torch.device, what: str) -> Iterator[slice]:
+    """Slices of ``rows`` rows of ``width`` numbers to be worked on at a time; a progress bar says what."""
+    step = block_rows(width, device)
+    for start in progress(range(0, rows, step), what, "block"):
+        yield slice(start, min(start + step, rows))
+
+
+def _short(value: float) -> float:
+    """As many digits as float32 has to offer, without a sign on zero."""
+    return round(value, 6) + 0.0
+
+
+@torch.no_grad()
+def query(embeddings: torch.Tensor, memory: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The training images most similar to each picture.
+
+    Args:
+        embeddings: (Q, D), unit length.
+        memory: (N, D), unit length.
+        k: how many, cut to N.
+
+    Returns:
+        Indices and cosine similarities (Q, K) on the CPU, most similar first.
+    """
+    indices, similarities = [], []
+    for block in _blocks(len(embeddings), len(memory), memory.device, "looking up"):
+        values, samples = top_k(embeddings[block] @ memory.t(), min(k, len(memory)))  # (R, K)
+        indices.append(samples.cpu())
+        similarities.append(values.cpu())
+    return torch.cat(indices), torch.cat(similarities)
+
+
+def describe(name: str, indices: torch.Tensor, similarities: torch.Tensor, gallery: Gallery) -> str:
+    """The table of one query: its name, then rank, file or index, class and similarity of the K found (K,)."""
+    labelled = gallery.labels is not None
+    rows = []
+    for rank, (sample, value) in enumerate(zip(indices.tolist(), similarities.tolist(), strict=True), start=1):
+        kind = [printable(gallery.class_of(sample))] if labelled else []
+        rows.append([rank, _called(sample, gallery), *kind, f"{_short(value):.4f}"])
+    header = ["rank", "file" if gallery.names else "index", *(["class"] if labelled else []), "similarity"]
+    return f"{printable(name)}\n{table(header, rows)}"
+
+
+def _called(sample: int, gallery: Gallery) -> str:
+    return printable(gallery.names[sample]) if gallery.names else str(gallery.index_of(sample))
+
+
+def draw(queries: Sequence[Query], indices: torch.Tensor, similarities: torch.Tensor, gallery: Gallery) -> Image.Image:
+    """A row for each query: its name, its picture, and the K found (Q, K), most similar first, with what is known.
+
+    Under each found image are its similarity, and its class or else its file or index.
+    """
+    font, line = ImageFont.load_default(TILE // 6), TILE // 4
+    gap, width, height = TILE // 12, TILE + TILE // 12, TILE + 2 * line + TILE // 12
+    columns = min(COLUMNS, indices.shape[1])
+    depth = line + gap + height * -(-indices.shape[1] // COLUMNS)  # of a row
+    picture = Image.new("RGB", (4 * gap + width * (1 + columns), gap + depth * len(queries)), "white")
+    pen = ImageDraw.Draw(picture)
+
+    def write(text: str, left: int, top: int, most: int) -> None:
+        pen.text((left, top), _fit(text, font, most), fill="black", font=font)
+
+    for row, shown in enumerate(queries):
+        top = gap + row * depth
+        write(shown.name, gap, top, picture.width - 2 * gap)
+        picture.paste(_tile(shown.image), (gap, top + line))
+        for place, (sample, value) in enumerate(zip(indices[row].tolist(), similarities[row].tolist(), strict=True)):
+            below, column = divmod(place, COLUMNS)
+            x, y = 4 * gap + width * (1 + column), top + line + height * below
+            picture.paste(_tile(gallery.images[sample]), (x, y))
+            write(f"{_short(value):.3f}", x, y + TILE, TILE)
+            write(gallery.class_of(sample) or Path(_called(sample, gallery)).name, x, y + TILE + line, TILE)
+    return picture
+
+
+def _tile(image: np.ndarray) -> Image.Image:
+    """The image in a white square, its shape kept; the pixels of a small one are meant to be seen."""
+    how = Image.Resampling.NEAREST if max(image.shape[:2]) <= TILE // 2 else Image.Resampling.BICUBIC
+    return ImageOps.pad(Image.fromarray(image), (TILE, TILE), how, color="white")
+
+
+def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, most: int) -> str:
+    """The text cut to ``most`` pixels, with question marks for letters that the font lacks."""
+    text = printable(text).encode("latin-1", "replace").decode("latin-1")
+    if font.getlength(text) <= most:
+        return text
+    while text and font.getlength(f"{text}...") > most:
+        text = text[:-1]
+    return f"{text}..."
+
+
+def save_picture(path: Path, picture: Image.Image) -> None:
+    """Writes a picture of ``draw`` as PNG; UsageError where the file exists or cannot be written."""
+    with new_files(path) as (file,):
+        picture.save(file, format="PNG")
+    logger().info("pictures: %s (%d x %d pixels)", path, *picture.size, extra=SUMMARY)

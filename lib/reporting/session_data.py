@@ -1,0 +1,90 @@
+"""A session as its report and its followers need it, read from its folder.
+
+Letters: N training samples, D embedding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lib.config.options import Options
+from lib.config.parser import extra
+from lib.errors import UsageError
+from lib.reporting.report_data import Discovered, Material, Tested
+from lib.session import metrics
+from lib.session.run_folder import STARTS
+from lib.training import checkpoint
+from lib.training.checkpoint import Checkpoint
+
+
+def facts(folder: Path) -> dict[str, str]:
+    """What the session's last start said of itself; nothing where it left no such file."""
+    try:
+        lines = (folder / STARTS).read_text(encoding="utf-8").splitlines()
+        return {str(name): str(value) for name, value in json.loads(lines[-1]).items()}
+    except (OSError, ValueError, IndexError, AttributeError):
+        return {}
+
+
+def material(
+    folder: Path,
+    options: Options,
+    loaded: Checkpoint,
+    *,
+    images: Sequence[np.ndarray],
+    labels: np.ndarray | None,
+    classes: tuple[str, ...],
+    protocol: str,
+    features: np.ndarray,
+    tested: Tested | None,
+) -> Material:
+    """All that the report of a session shows.
+
+    Args:
+        folder: the session's.
+        options: its options.
+        loaded: its latest checkpoint.
+        images: N training images.
+        labels: (N,), or None.
+        classes: their names.
+        protocol: how the accuracies of the training came about.
+        features: (N, D) embeddings of the training images, computed with the test transform.
+        tested: the test images, or None without labels.
+
+    Raises:
+        UsageError: the session has no metrics, or a checkpoint cannot be used.
+    """
+    rows = metrics.read(folder)
+    last = rows[-1]
+    shown: dict[str, Any] = options.model_dump(mode="json")
+    try:
+        memory: torch.Tensor = loaded["npc"]["memory"]
+        if len(memory) != len(images):
+            raise UsageError(f"{folder}: was trained on {len(memory)} samples, not {len(images)}; choose its data")
+    except (KeyError, TypeError):
+        raise UsageError(f"{folder}: its latest checkpoint holds no memory bank; a report needs one") from None
+    return Material(
+        name=folder.resolve().name,
+        facts=facts(folder),
+        options={name: value for name, value in shown.items() if not extra(name)["this_run"]},
+        metrics=rows,
+        protocol=protocol,
+        published=options.published or "",
+        rounds=[
+            Discovered(round, *(part.cpu().numpy() for part in (found.entropy, found.anchors, found.neighbours)))
+            for round, found in checkpoint.discoveries(folder, loaded, len(images))
+        ],
+        images=images,
+        labels=labels,
+        classes=classes,
+        features=features,
+        tested=tested,
+        chooser="held-out training images" if options.val_fraction else "the test labels",
+        finished=(last["round"], last["epoch"]) >= (options.max_round - 1, options.max_epoch - 1),
+    )

@@ -1,0 +1,124 @@
+"""The pictures of a report that show what became of the test images.
+
+Letters: N training samples, D embedding, M test images, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lib.evaluation import knn
+from lib.reporting import plots
+from lib.reporting.plots import Part, Tile
+from lib.reporting.report_data import SEED, Material
+
+TESTS, PAIRS = 10_000, 10
+"""Test images that are classified, and confused pairs, at most."""
+
+
+@dataclass(frozen=True)
+class Classified:
+    """Test images and the share of the votes (M, C) that each class had.
+
+    ``chosen`` (M,) are their places in ``Material.tested``.
+    """
+
+    chosen: np.ndarray
+    labels: np.ndarray
+    shares: np.ndarray
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """(M,) the class of most votes."""
+        return np.asarray(self.shares.argmax(axis=1))
+
+
+def classify(material: Material) -> Classified | str:
+    """Weighted kNN of the test images, or of some where there are many; or why there is none."""
+    tested = material.tested
+    if material.labels is None or tested is None or not len(tested.labels):
+        return "This takes labelled training and test images."
+    chosen = np.sort(np.random.default_rng(SEED).permutation(len(tested.labels))[:TESTS])
+    queries = np.require(tested.features[chosen], np.float32, ["C", "W"])
+    bank = np.require(material.features, np.float32, ["C", "W"])  # no copy of what PyTorch can take as it is
+    if not (np.isfinite(queries).all() and np.isfinite(bank).all()):
+        return "Some embeddings are not finite numbers."
+    arrays = (torch.from_numpy(array) for array in (queries, bank, np.require(material.labels, np.int64, ["C", "W"])))
+    scores = knn.weighted_knn(*arrays, classes=len(material.classes), k=tested.k, sigma=tested.sigma).numpy()
+    return Classified(chosen, tested.labels[chosen], scores / scores.sum(axis=1, keepdims=True))
+
+
+def _counts(material: Material, classified: Classified) -> np.ndarray:
+    """(C, C) test images by their true class, downwards, and the predicted one."""
+    counts = np.zeros((len(material.classes),) * 2, int)
+    np.add.at(counts, (classified.labels, classified.predicted), 1)
+    return counts
+
+
+def _basis(material: Material, classified: Classified) -> str:
+    """How the predictions came about, and how many are right."""
+    assert material.tested is not None
+    right, shown = (classified.predicted == classified.labels).sum(), len(classified.labels)
+    all_ = len(material.tested.labels)
+    some = "" if shown == all_ else f", drawn at random from {all_},"
+    judged = f"{right} of {shown} test images{some} are right ({right / shown:.2%})"
+    return f"{material.tested.protocol}; {judged}; {material.when}."
+
+
+def confusion(material: Material, classified: Classified | str) -> Part:
+    """The confusion matrix."""
+    if isinstance(classified, str):
+        return Part(None, classified)
+    return Part(
+        plots.confusion(_counts(material, classified), plots.all_writable(material.classes)),
+        _basis(material, classified),
+    )
+
+
+def confused(material: Material, classified: Classified | str) -> list[tuple[str, str, int, str]]:
+    """True and predicted class, test images, and their share of the true class; the most frequent first."""
+    if isinstance(classified, str):
+        return []
+    counts = _counts(material, classified)
+    wrong = counts - np.diag(counts.diagonal())
+    order = np.argsort(-wrong, axis=None, kind="stable")[:PAIRS]
+    pairs = [(row, column) for row, column in zip(*np.unravel_index(order, wrong.shape), strict=True)]
+    return [
+        (material.classes[a], material.classes[b], int(wrong[a, b]), f"{wrong[a, b] / counts[a].sum():.1%}")
+        for a, b in pairs
+        if wrong[a, b]
+    ]
+
+
+def voters(material: Material, classified: Classified | str) -> Part:
+    """Test images beside their nearest training images: the surest mistakes, and right ones at random."""
+    if isinstance(classified, str):
+        return Part(None, classified)
+    is_right = classified.predicted == classified.labels
+    (right,), (wrong,) = is_right.nonzero(), (~is_right).nonzero()
+    right = np.random.default_rng(SEED).permutation(right)[:4]
+    wrong = wrong[np.argsort(-classified.shares[wrong].max(axis=1), kind="stable")][:4]
+    rows = [_row(material, classified, int(place)) for place in (*right, *wrong)]
+    text = f"{len(right)} right ones drawn at random, then the {len(wrong)} mistakes with the most votes."
+    return Part(plots.voters(rows), f"{_basis(material, classified)} Shown: {text}")
+
+
+def _row(material: Material, classified: Classified, place: int) -> tuple[list[Tile], str, list[tuple[float, bool]]]:
+    tested, labels, names = material.tested, material.labels, plots.all_writable(material.classes)
+    assert tested is not None and labels is not None
+    number, truth, shares = int(classified.chosen[place]), int(classified.labels[place]), classified.shares[place]
+    similarity = np.asarray(material.features, np.float32) @ np.asarray(tested.features[number], np.float32)  # (N,)
+    nearest = np.argsort(-similarity, kind="stable")[: min(8, tested.k)]
+    tiles = [Tile(tested.images[number], "", framed=False)]
+    tiles += [Tile(material.images[near], "", bool(labels[near] == truth)) for near in nearest.tolist()]
+    first = [c for c in np.argsort(-shares, kind="stable")[:3].tolist() if shares[c] >= 0.005]
+    said = ", ".join(f"{plots.fit(names[c], 1.2, 9)} ({shares[c]:.0%})" for c in first)
+    verdict = "right" if first[0] == truth else "wrong"
+    return (
+        tiles,
+        f"{plots.fit(names[truth], 1.2, 9)}, {verdict}. Votes: {said}",
+        [(float(shares[c]), c == truth) for c in first],
+    )

@@ -1,0 +1,161 @@
+"""What a run shows, judges and hands over: test, report, queries, exports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import datasets
+from lib.config.options import Options
+from lib.errors import UsageError
+from lib.evaluation import evaluate, features
+from lib.evaluation.evaluate import Subject
+from lib.reporting import export, image_grid, retrieval, session_data
+from lib.reporting.report_data import Tested
+from lib.session.atomic_files import reason
+from lib.session.console import SUMMARY, logger
+from lib.session.locate import folder_of
+from lib.session.run_folder import Session, create_folder
+from lib.training import checkpoint
+from lib.training.checkpoint import Checkpoint
+from lib.training.setup import Setting
+
+SIMILAR = 10
+"""Training images that a query shows."""
+PROJECTED = 1000
+"""Samples that TensorBoard's projector shows at most."""
+
+
+def show_embeddings(setting: Setting, memory: torch.Tensor, session: Session) -> None:
+    """Some rows of the memory bank, evenly spaced, for TensorBoard's projector."""
+    train = setting.splits.train
+    index = np.linspace(0, len(train) - 1, min(len(train), PROJECTED)).round().astype(int).tolist()
+    labels = None if train.labels is None else [train.classes[label] for label in train.labels[index]]
+    if setting.options.log_tfb and session.folder:
+        session.write_projector(memory[index].cpu().numpy(), labels, image_grid.thumbnails(train.images, index))
+
+
+def test(setting: Setting) -> None:
+    """Prints the table of a test run, and keeps the figures with the session."""
+    options, source = setting.options, setting.source
+    subject = _subject(setting)
+    unlabelled = subject.train_labels is None or subject.test_labels is None
+    if unlabelled and "cluster" not in options.protocol and _exports(options):
+        return
+    rows = evaluate.evaluate(subject, options)
+    logger().info("%s", evaluate.text(rows), extra=SUMMARY)
+    if source and not options.debug and setting.world.is_first:
+        session = folder_of(source)
+        facts = {"checkpoint": str(source), "dataset": options.dataset, "network": options.network}
+        reached = {name: setting.loaded.get(name) for name in ("round", "epoch")}
+        path = session / "evaluation.json" if session else source.with_suffix(".evaluation.json")
+        evaluate.save(rows, path, {**facts, **reached, "seed": options.seed})
+
+
+def _subject(setting: Setting) -> Subject:
+    """What a test run judges."""
+    train, test = setting.splits.train, setting.splits.test
+    evaluators = [setting.evaluator(test, name) for name in setting.options.protocol if name in ("knn", "nn")]
+    assert setting.options.seed is not None
+    return Subject(
+        network=setting.network,
+        train=setting.loader(train, train=False),
+        test=None if test is None else setting.loader(test, train=False),
+        train_labels=train.labels,
+        test_labels=None if test is None else test.labels,
+        classes=len(train.classes),
+        memory=setting.loaded.get("npc", {}).get("memory"),
+        evaluators=[evaluator for evaluator in evaluators if evaluator],
+        seed=setting.options.seed,
+        device=setting.device,
+        world=setting.world,
+    )
+
+
+def _exports(options: Options) -> bool:
+    return bool(options.export_features or options.export_model or options.export_neighbourhoods)
+
+
+def write_report(setting: Setting, folder: Path, loaded: Checkpoint) -> None:
+    """Writes the report of a session, whose network is the setting's."""
+    from lib.reporting import page  # draws with matplotlib and scikit-learn, which take seconds to import
+
+    options, train, test = setting.options, setting.splits.train, setting.splits.test
+    evaluator = setting.evaluator(test)
+    compared = f"{evaluator.name} against training features, both computed with the test transform" if evaluator else ""
+    tested = None
+    if evaluator and test and test.labels is not None:
+        embeddings = features.extract(setting.network, setting.loader(test, train=False), "test features")
+        tested = Tested(
+            images=test.images,
+            labels=test.labels,
+            features=embeddings.cpu().numpy(),
+            protocol=compared,
+            k=options.knn_k,
+            sigma=options.knn_sigma or options.npc_temperature,
+        )
+    material = session_data.material(
+        folder,
+        options,
+        loaded,
+        images=train.images,
+        labels=train.labels,
+        classes=train.classes,
+        protocol=f"{evaluator.name} against the memory bank" if evaluator else "",
+        features=setting.train_embeddings().cpu().numpy(),
+        tested=tested,
+    )
+    try:
+        logger().info("report: %s", page.write(material, folder), extra=SUMMARY)
+    except OSError as error:
+        raise UsageError(f"{folder}: the report cannot be written: {reason(error)}; make room there") from None
+
+
+def show_similar(setting: Setting) -> None:
+    """Prints the training images most similar to each picture of ``--query``, and draws them."""
+    options = setting.options
+    queries = [retrieval.Query(str(path), datasets.read_picture(path)) for path in options.query]
+    pictures = setting.loader(datasets.ImageSet([query.image for query in queries]), train=False)
+    embeddings = features.extract(setting.network, pictures, "pictures")
+    logger().info("similarity: cosine between embeddings, computed with the test transform")
+    indices, similarities = retrieval.query(embeddings, setting.train_embeddings(), SIMILAR)
+    gallery = setting.gallery()
+    for row, query in enumerate(queries):
+        logger().info("%s\n", retrieval.describe(query.name, indices[row], similarities[row], gallery), extra=SUMMARY)
+    session = folder_of(setting.source) if setting.source else None
+    folder = create_folder((session or options.sess_dir) / "queries", None)
+    retrieval.save_picture(folder / "query.png", retrieval.draw(queries, indices, similarities, gallery))
+
+
+def export_results(setting: Setting, loaded: Checkpoint, folder: Path | None) -> None:
+    """Writes what the user asks for.
+
+    Args:
+        setting: with the network as it is now.
+        loaded: the checkpoint of now.
+        folder: the session's, or None.
+    """
+    options, splits = setting.options, setting.splits
+    if options.export_features:
+        parts = [
+            export.Part(name, setting.loader(split, train=False), split.labels, split.names, split.indices)
+            for name, split in (("train", splits.train), ("val", splits.val), ("test", splits.test))
+            if split
+        ]
+        classes = splits.train.classes
+        export.save_features(options.export_features, setting.network, parts, classes=classes)
+    if options.export_model:
+        means, stds = setting.colours
+        export.save_model(options.export_model, setting.network, options, means=means, stds=stds)
+    if options.export_neighbourhoods:
+        found = checkpoint.discoveries(folder, loaded, len(splits.train))
+        retrieval.save_neighbourhoods(
+            options.export_neighbourhoods,
+            embeddings=setting.train_embeddings(),
+            temperature=options.npc_temperature,
+            size=options.ANs_size,
+            rounds=retrieval.became_anchor(found, len(splits.train)),
+            gallery=setting.gallery(),
+        )

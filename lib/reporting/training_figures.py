@@ -1,0 +1,239 @@
+"""The pictures of a report that show training, discovery, health and embeddings.
+
+Each is a ``Part``; where one cannot be drawn it says why.
+
+Letters: N training samples, A anchors, K neighbours, E epochs, P points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import rankdata
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
+
+from lib.reporting import plots
+from lib.reporting.plots import Part, Tile
+from lib.reporting.report_data import SEED, Discovered, Material
+
+MAPPED, ROUNDS = 2_000, 6
+"""Points of the map, and rounds with a histogram, at most."""
+QUANTILES = ("entropy_05", "entropy_25", "entropy_50", "entropy_75", "entropy_95")
+"""Quantiles of the entropy after an epoch, in nats."""
+HEALTH = {
+    "reciprocal": "reciprocal neighbours",
+    "kept": "neighbours kept",
+    "drift": "drift of the bank",
+    "hubness": "hubness",
+    "orphans": "samples that are nobody's neighbour",
+    "largest_hub": "samples of the largest hub",
+}
+SHARES = {"reciprocal", "kept", "orphans", "largest_hub"}
+"""Those that are shares of the samples."""
+"""Health figures of an epoch, one number each, and what a plot calls them."""
+
+
+def _column(material: Material, name: str) -> np.ndarray:
+    """(E,) of the metrics; NaN where a row has none."""
+    return np.array([np.nan if row.get(name) is None else row[name] for row in material.metrics], float)
+
+
+def training(material: Material) -> dict[str, Part]:
+    """Accuracy and loss over the epochs."""
+    if not material.metrics:
+        return dict.fromkeys(("accuracy", "loss"), Part(None, "No epoch is done yet."))
+    rounds, top1, top5, loss = (_column(material, name) for name in ("round", "top1", "top5", "loss"))
+    last, best = np.full(len(rounds), np.nan), np.full(len(rounds), np.nan)
+    for number in np.unique(rounds[np.isfinite(top1)]):
+        epochs = np.flatnonzero((rounds == number) & np.isfinite(top1))
+        chosen = epochs[top1[epochs] == top1[epochs].max()][-1]  # of epochs equally good the last
+        last[epochs[-1]], best[chosen] = top1[epochs[-1]], top1[chosen]
+    accuracy = Part(None, "No accuracy: that takes labelled training and test images.")
+    if np.isfinite(top1).sum() == 1:
+        accuracy = Part(None, f"Only one epoch was judged: top-1 {np.nanmax(top1):.2%}, {material.protocol}.")
+    elif np.isfinite(top1).any():
+        series = {"top-1": top1, **({"top-5": top5} if np.isfinite(top5).any() else {})}
+        marks = {"last epoch of a round": last, "best epoch of a round": best}
+        figure = plots.curves(series, rounds.astype(int), "accuracy", percent=True, marks=marks)
+        accuracy = Part(
+            figure, f"{material.protocol}, after each epoch. The best epoch is chosen by {material.chooser}."
+        )
+    return {"accuracy": accuracy, "loss": _loss(loss, rounds.astype(int))}
+
+
+def _loss(loss: np.ndarray, rounds: np.ndarray) -> Part:
+    finite = np.isfinite(loss)
+    lost = int((~finite).sum())
+    if not finite.any():
+        return Part(None, "The loss was not a finite number in any epoch.")
+    if finite.sum() == 1:
+        return Part(None, f"Only one epoch has a loss that is a finite number: {loss[finite][0]:.4f}.")
+    left = f" {lost} epochs whose loss was not a finite number are left out." if lost else ""
+    how = f"Mean over the training images of each epoch, while the network learns from them.{left}"
+    return Part(plots.curves({"loss": loss}, rounds, "loss"), how)
+
+
+def discovery(material: Material) -> dict[str, Part]:
+    """Consistency, entropies and galleries."""
+    names = ("consistency", "entropy", "surest", "random", "mistakes")
+    if not material.rounds:
+        return dict.fromkeys(names, Part(None, "No discovery yet: the first one is at the start of round 1."))
+    parts = {"consistency": _consistency(material), "entropy": _entropy(material)}
+    found = material.rounds[-1]
+    if not found.neighbours.size:
+        none = Part(None, f"Round {found.round} found no anchor with a neighbour.")
+        return parts | dict.fromkeys(names[2:], none)
+    return parts | _galleries(material, found)
+
+
+def _equal(found: Discovered, labels: np.ndarray) -> np.ndarray:
+    """(A, K) whether anchor and neighbour are of one class."""
+    return np.asarray(labels[found.anchors][:, None] == labels[found.neighbours])
+
+
+def _consistency(material: Material) -> Part:
+    if material.labels is None:
+        return Part(None, "No consistency: the training images have no labels.")
+    rounds = [found for found in material.rounds if found.neighbours.size]
+    if not rounds:
+        return Part(None, "No consistency: no round found an anchor with a neighbour.")
+    values = np.array([_equal(found, material.labels).mean() for found in rounds])
+    shares = np.array([len(found.anchors) / len(found.entropy) for found in rounds])
+    figure = plots.consistency(shares, values, [found.round for found in rounds])
+    return Part(
+        figure, "Share of anchor-neighbour pairs of one class, from the memory bank at the start of each round."
+    )
+
+
+def _entropy(material: Material) -> Part:
+    whole = [found for found in material.rounds if np.isfinite(found.entropy).all()]
+    if not whole:
+        return Part(None, "No histogram: the entropies are not finite numbers.")
+    picks = np.unique(np.linspace(0, len(whole) - 1, min(ROUNDS, len(whole))).round().astype(int))
+    rounds = [(whole[pick].round, whole[pick].entropy, _is_anchor(whole[pick])) for pick in picks]
+    left = len(material.rounds) - len(rounds)
+    how = "From the memory bank at the start of each round." + (f" {left} rounds are not shown." if left else "")
+    return Part(plots.histograms(rounds), how)
+
+
+def _is_anchor(found: Discovered) -> np.ndarray:
+    """(N,) of bool."""
+    chosen = np.zeros(len(found.entropy), bool)
+    chosen[found.anchors] = True
+    return chosen
+
+
+def _galleries(material: Material, found: Discovered) -> dict[str, Part]:
+    """The anchors of lowest entropy, some at random, and the worst mistakes."""
+    near = found.neighbours[:, :5]  # (A, K)
+    count = 4 * max(1, 8 // (1 + near.shape[1]))
+    drawn = np.random.default_rng(SEED).permutation(len(near))[:count]
+    where = f"Discovery at the start of round {found.round}"
+    parts = {
+        "surest": Part(_gallery(material, found, range(min(count, len(near)))), f"{where}, anchors of lowest entropy."),
+        "random": Part(_gallery(material, found, drawn), f"{where}, anchors drawn at random."),
+    }
+    if material.labels is None:
+        return parts | {"mistakes": Part(None, "Mistakes are not known: the training images have no labels.")}
+    equal = _equal(found, material.labels)
+    (wrong,) = (~equal[:, : near.shape[1]]).any(axis=1).nonzero()
+    if not len(wrong):
+        return parts | {"mistakes": Part(None, f"Round {found.round} made none among its {len(near)} anchors.")}
+    order = "lowest entropy"
+    if found.similarities is not None:
+        alike = np.where(equal, -np.inf, found.similarities)[wrong, : near.shape[1]].max(axis=1)
+        wrong, order = wrong[np.argsort(-alike, kind="stable")], "greatest similarity"
+    how = f"{where}, {(~equal).sum()} of {equal.size} pairs are of two classes; shown are those of {order}."
+    return parts | {"mistakes": Part(_gallery(material, found, wrong[:count]), how)}
+
+
+def _gallery(material: Material, found: Discovered, picks: Sequence[int] | np.ndarray) -> Figure:
+    entries = []
+    for pick in picks:
+        anchor, labels = int(found.anchors[pick]), material.labels
+        entry = [Tile(material.images[anchor], _name(material, anchor), framed=False)]
+        for near in found.neighbours[pick, :5].tolist():
+            same = None if labels is None else bool(labels[anchor] == labels[near])
+            entry.append(Tile(material.images[near], _name(material, near), same))
+        entries.append(entry)
+    return plots.gallery(entries)
+
+
+def _name(material: Material, sample: int) -> str:
+    if material.labels is None:
+        return ""
+    number = int(material.labels[sample])
+    return plots.writable(material.classes[number], number)
+
+
+def health(material: Material) -> dict[str, Part]:
+    """What can be known without labels, over the epochs, and how it went with the truth."""
+    rounds = _column(material, "round").astype(int)
+    values = np.stack([_column(material, name) for name in QUANTILES], axis=1)  # (E, 5)
+    values[~np.isfinite(values).all(axis=1)] = np.nan
+    how = "From the memory bank, after each epoch that has a point; no labels are used."
+    columns = {"median entropy, nats": values[:, 2]}
+    parts = {"quantiles": _too_few(values[:, 2]) or Part(plots.quantiles(values, rounds), how)}
+    for name, label in HEALTH.items():
+        columns[label] = column = _column(material, name)
+        parts[name] = _too_few(column) or Part(
+            plots.curves({label: column}, rounds, label, percent=name in SHARES), how
+        )
+    return parts | {"follows": _follows(material, rounds, columns)}
+
+
+def _too_few(values: np.ndarray) -> Part | None:
+    """Why values (E,) make no line, or None where they do."""
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return Part(None, "Not recorded by this run.")
+    return Part(None, f"Known after one epoch only: {known[0]:.3g}.") if len(known) == 1 else None
+
+
+def _follows(material: Material, rounds: np.ndarray, columns: Mapping[str, np.ndarray]) -> Part:
+    truth, pairs = _column(material, "consistency"), {}
+    first = np.flatnonzero(np.diff(rounds, prepend=-1))  # of each round
+    for label, column in columns.items():
+        at = first[np.isfinite(column[first]) & np.isfinite(truth[first])]
+        if len(at) >= 2:
+            pairs[label] = (column[at], truth[at], _rank_correlation(column[at], truth[at]))
+    if not pairs:
+        return Part(None, "This takes labels, health figures, and two rounds with a discovery.")
+    how = "A point is a round: the figure after its first epoch, and the consistency of its discovery."
+    return Part(plots.follows(pairs), how)
+
+
+def _rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Spearman's; NaN below three points, or where one of them is constant."""
+    if len(one) < 3 or np.ptp(one) == 0 or np.ptp(other) == 0:
+        return float("nan")
+    return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
+
+
+def embedding_map(material: Material) -> Part:
+    """Some of the embeddings in the plane."""
+    samples = len(material.features)
+    chosen = np.sort(np.random.default_rng(SEED).permutation(samples)[:MAPPED])
+    features = np.asarray(material.features[chosen], np.float64)  # (P, D)
+    if not np.isfinite(features).all():
+        return Part(None, "No map: some embeddings are not finite numbers.")
+    if len(features) < 5 or np.ptp(features, axis=0).max() < 1e-6:
+        return Part(None, "No map: there are fewer than five embeddings, or all are the same.")
+    before = ""
+    if features.shape[1] > 50 and len(features) > 50:
+        features, before = PCA(50, random_state=SEED).fit_transform(features), ", after PCA to 50 dimensions"
+    perplexity = min(30.0, (len(features) - 1) / 3)
+    with threadpool_limits(1):  # sums in one order; and threads that wait for a busy core cost more than they bring
+        points = TSNE(perplexity=perplexity, init="pca", random_state=SEED).fit_transform(features)  # (P, 2)
+    labels = None if material.labels is None else material.labels[chosen]
+    classes = len(material.classes)
+    left = f" Of {classes} classes the legend names {plots.LEGEND}." if classes > plots.LEGEND else ""
+    how = (
+        f"{len(features)} of {samples} rows of the memory bank, by t-SNE (perplexity {perplexity:.3g}, from PCA, seed "
+        f"{SEED}){before}; {material.when}.{left}"
+    )
+    return Part(plots.embedding_map(points, labels, plots.all_writable(material.classes)), how)

@@ -1,0 +1,1 @@
+"""Rounds, epochs and steps, and the checkpoints that they leave."""

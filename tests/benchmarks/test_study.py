@@ -1,0 +1,150 @@
+"""The study's runs: branched as they should be, stopped and started again, left alone when they are done."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from benchmarks import study
+from lib.session import metrics
+from runs import RUN, content, equal, output_of, read_until, start, until, written
+
+SMALL = """
+import sys
+from benchmarks import study
+study.CFGS, study.SEEDS, study.FIRST_EPOCHS, study.EPOCHS, study.ROUNDS = [sys.argv[1]], (5,), 3, 2, 3
+sys.exit(study.main(sys.argv[2:]))
+"""
+"""The study at a size for tests; the first word is the config."""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The options of ``RUN``, in a file; those that the study sets itself are left out."""
+    options: dict[str, Any] = {}
+    for word in RUN.split():
+        if word.startswith("--"):
+            name = word[2:].replace("-", "_")
+            options[name] = []
+        else:
+            options[name].append(yaml.safe_load(word))
+    kept = {name: values[0] if len(values) == 1 else values for name, values in options.items() if values}
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in kept.items() if name not in ("seed", "max_round")}))
+    return path
+
+
+HOLD = """
+import filelock, sys
+with filelock.FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def words(config: Path, photos: Path, folder: Path) -> list[str]:
+    return [str(config), "--data-root", str(photos), "--sess-dir", str(folder), "--jobs", "2"]
+
+
+@pytest.mark.slow
+def test_a_study_is_stopped_and_carried_out_to_its_end(config: Path, photos: Path, tmp_path: Path) -> None:
+    given = words(config, photos, tmp_path)
+    process = start(*given, program=("-c", SMALL))
+    until(lambda: written(tmp_path / "round0-s5") > 0, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    shown = output_of(process)
+    assert process.returncode == 128 + signal.SIGTERM, shown
+    before = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text().splitlines()]
+    assert [line["status"] for line in before if line["event"] == "end" and line["run"] == "round0-s5"] == [143]
+    assert before[0]["event"] == "start" and before[0]["run"] == "round0-s5" and before[0]["processor"]
+
+    process = start(*given, program=("-c", SMALL))
+    shown = output_of(process)
+    assert process.returncode == 0, shown
+    lines = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text().splitlines()]
+    assert all(line["status"] == 0 for line in lines[len(before) :] if line["event"] == "end")
+
+    arms = ("restarts-s5", "and-s5", "all-at-once-s5", "and-k5-s5")
+    anchors = {name: [row["anchors"] for row in metrics.read(tmp_path / name)] for name in arms}
+    assert anchors == {
+        "restarts-s5": [0, 0, 0, 0],
+        "and-s5": [25, 25, 50, 50],
+        "all-at-once-s5": [100] * 4,
+        "and-k5-s5": [25, 25, 50, 50],
+    }
+    assert content(tmp_path / "and-k5-s5")["ANs_discovery"]["neighbours"].shape == (50, 5)
+    rows = metrics.read(tmp_path / "one-round-s5")
+    assert [(row["round"], row["epoch"]) for row in rows] == [(0, epoch) for epoch in range(7)]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0.01] * 4 + [0.001] * 2 + [0.0001])
+
+    # the round 0 that was stopped equals one that was not, and the arms start from its last epoch
+    first = torch.load(tmp_path / "restarts-s5" / "checkpoint" / "latest.ckpt", weights_only=True)["history"][0]
+    assert first["round"] == 0 and first["epoch"] == 2
+    alone = start(*words(config, photos, tmp_path / "again"), program=("-c", SMALL))
+    until(lambda: len(study.epochs_of(tmp_path / "again" / "round0-s5")) == 3, alone)
+    os.killpg(alone.pid, signal.SIGTERM)
+    output_of(alone)
+    one, other = (content(folder / "round0-s5") for folder in (tmp_path, tmp_path / "again"))
+    assert equal(one["net"], other["net"]) and equal(one["npc"], other["npc"])
+
+    process = start(*given, program=("-c", SMALL))
+    assert output_of(process) == "" and process.returncode == 0  # all is done
+    process = start(*given, "--list", program=("-c", SMALL))
+    assert output_of(process).count("done") == 6
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_reported_and_the_others_go_on(config: Path, photos: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(config.read_text().replace("batch_size: 8", "batch_size: 800"))
+    process = start(*words(broken, photos, tmp_path / "study"), program=("-c", SMALL))
+    shown = output_of(process)
+    assert process.returncode == 1
+    assert "error: round0-s5 ended with status 2" in shown and "error: one-round-s5 ended with status 2" in shown
+    assert "and-s5" not in shown  # there is nothing that it could branch from
+    assert "fewer than a batch" in (tmp_path / "study" / "round0-s5.out").read_text()
+
+
+def test_a_second_study_in_the_same_folder_is_refused(photos: Path, tmp_path: Path, capsys: Any) -> None:
+    read_until(start(str(tmp_path / ".study.lock"), program=("-c", HOLD)), "held")
+    assert study.main(["--data-root", str(photos), "--sess-dir", str(tmp_path)]) == 2
+    assert "another process carries out this study" in capsys.readouterr().err
+
+
+def test_a_folder_without_training_images_is_refused(tmp_path: Path, capsys: Any) -> None:
+    assert study.main(["--data-root", str(tmp_path), "--sess-dir", str(tmp_path / "study")]) == 2
+    assert "has no folder train/" in capsys.readouterr().err and not (tmp_path / "study").exists()
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path: Path) -> None:
+    carried_out = study.Study(tmp_path / "photos", tmp_path, study.plan(study.SEEDS))
+    run, session = carried_out.runs[0], tmp_path / "round0-s0"
+    session.mkdir()
+    (session / "config.yaml").write_text("seed: 0\n")
+    assert "--resume" not in carried_out.command(run) and not session.exists()
+    (session / "checkpoint").mkdir(parents=True)
+    (session / "checkpoint" / "latest.ckpt").touch()
+    assert carried_out.command(run)[-2:] == ["--resume", str(session)] and session.exists()
+
+
+def test_learning_rates_drop_at_three_and_at_four_fifths_of_a_round() -> None:
+    for epochs, drops in {50: (30, 40), 10: (6, 8), 90: (54, 72)}.items():
+        _, length, _, offset, _, step = study.schedule(epochs)
+        assert int(length) == epochs and (int(offset) + int(step), int(offset) + 2 * int(step)) == drops
+        assert int(offset) + 3 * int(step) >= epochs
+
+
+def test_the_runs_that_matter_most_come_first() -> None:
+    plan = study.plan(study.SEEDS)
+    names = [run.name for run in plan]
+    assert names[:3] == ["round0-s0", "restarts-s0", "and-s0"] and len(set(names)) == len(names) == 18
+    assert all(
+        names.index(run.branches_from) < names.index(run.name) for run in study.plan(study.SEEDS) if run.branches_from
+    )

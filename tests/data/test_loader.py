@@ -1,0 +1,184 @@
+"""Batches: every sample once, the same ones for the same seed whoever prepares them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import made
+from lib.data.augmentation import Augmentation
+from lib.data.loader import Loader
+
+CPU = torch.device("cpu")
+many = settings(max_examples=50, deadline=None)
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def images(samples: int) -> list[np.ndarray]:
+    """One pixel each, which says which sample it is."""
+    return [np.array([[[i // 128, i % 128, 7]]], dtype=np.uint8) for i in range(samples)]
+
+
+PLAIN = made.untouched(1, 1, stds=(1 / 255,) * 3)
+NOISY = replace(PLAIN, jitter=(0.9, 0, 0, 0))
+"""Another brightness each time, which the third channel tells."""
+
+
+def loader_of(samples: int, augmentation: Augmentation = NOISY, *, in_memory: bool = False, **options: Any) -> Loader:
+    given = torch.from_numpy(np.stack(images(samples))) if in_memory else images(samples)
+    return Loader(given, augmentation, **{"batch_size": 4, "workers": 0, "seed": 3, "device": CPU, **options})
+
+
+def same(first: Batches, second: Batches) -> bool:
+    pairs = zip(first, second, strict=False)
+    return len(first) == len(second) and all(torch.equal(x, y) for a, b in pairs for x, y in zip(a, b, strict=True))
+
+
+def order(batches: Batches) -> list[int]:
+    return [i for _, index in batches for i in index.tolist()]
+
+
+@contextmanager
+def generator_untouched() -> Iterator[None]:
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(torch.get_rng_state(), before), "PyTorch's generator moved"
+
+
+@many
+@given(st.integers(1, 70), st.integers(1, 20), st.sampled_from([None, 0, 5]), st.integers(0, 3), st.booleans())
+def test_an_epoch_has_every_sample_once(
+    samples: int, batch_size: int, seed: int | None, epoch: int, in_memory: bool
+) -> None:
+    loader = loader_of(samples, PLAIN, batch_size=batch_size, seed=seed, in_memory=in_memory)
+    batches = list(loader.epoch(1, epoch))
+    assert sorted(order(batches)) == list(range(samples))
+    assert len(batches) == len(loader)
+    for pixels, index in batches:
+        assert pixels.shape == (len(index), 3, 1, 1)
+        assert index.dtype == torch.int64
+        assert (pixels[:, 0, 0, 0].round() * 128 + pixels[:, 1, 0, 0].round()).tolist() == index.tolist()
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "sizes"),
+    [
+        (12, 4, [4, 4, 4]),
+        (14, 4, [4, 4, 4, 2]),
+        (13, 4, [4, 4, 5]),
+        (5, 4, [5]),
+        (4, 4, [4]),
+        (3, 4, [3]),
+        (1, 4, [1]),
+        (3, 2, [3]),
+    ],
+)
+@pytest.mark.parametrize("seed", [None, 1])
+def test_a_single_image_left_over_joins_the_batch_before(
+    samples: int, batch_size: int, sizes: list[int], seed: int | None
+) -> None:
+    loader = loader_of(samples, batch_size=batch_size, seed=seed)
+    assert [len(index) for _, index in loader.epoch()] == sizes
+    assert len(loader) == len(sizes)
+
+
+def test_without_a_seed_the_order_is_the_images() -> None:
+    loader = loader_of(11, PLAIN, seed=None)
+    for epoch in range(2):
+        assert order(list(loader.epoch(0, epoch))) == list(range(11))
+
+
+def test_with_a_seed_the_order_is_another_in_every_epoch_and_round() -> None:
+    loader = loader_of(40)
+    orders = [order(list(loader.epoch(round, epoch))) for round in range(3) for epoch in range(3)]
+    assert list(range(40)) not in orders
+    assert len({tuple(o) for o in orders}) == 9
+
+
+def test_the_random_order_favours_no_place() -> None:
+    loader = loader_of(6, PLAIN, batch_size=6)
+    places = np.array([order(list(loader.epoch(0, epoch))) for epoch in range(600)])
+    for sample in range(6):
+        np.testing.assert_allclose((places == sample).mean(axis=0), 1 / 6, atol=0.076)  # five deviations
+
+
+def test_another_seed_gives_other_batches() -> None:
+    first, second = (list(loader_of(40, seed=seed).epoch()) for seed in (1, 2))
+    assert order(first) != order(second)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_samples_augmentation_is_another_in_every_epoch_and_for_every_sample(in_memory: bool) -> None:
+    loader = loader_of(30, in_memory=in_memory)
+    drawn = [pixels[:, 2] for epoch in range(2) for pixels, _ in loader.epoch(0, epoch)]
+    assert len(torch.cat(drawn).unique()) == 60
+
+
+def test_images_in_memory_give_the_batches_that_workers_give() -> None:
+    """But for the rounding of a crop to 8 bits, and there is none where nothing is resized."""
+    pairs = zip(loader_of(23).epoch(1, 2), loader_of(23, in_memory=True).epoch(1, 2), strict=True)
+    for (decoded, index), (resident, same_index) in pairs:
+        assert torch.equal(index, same_index)
+        torch.testing.assert_close(decoded, resident, atol=1e-4, rtol=0)
+
+
+def test_batches_are_channels_last() -> None:
+    augmentation = made.untouched(5, 6)
+    given = np.zeros((4, 3, 5, 6), np.uint8).transpose(0, 2, 3, 1)  # as CIFAR's files have them
+    for images in (torch.from_numpy(given), list(given)):
+        ((batch, _),) = Loader(images, augmentation, batch_size=4, workers=0, seed=None, device=CPU).epoch()
+        assert batch.shape == (4, 3, 5, 6)
+        assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_batches_do_not_depend_on_what_came_before() -> None:
+    fresh = list(loader_of(30).epoch(2, 5))
+    loader = loader_of(30)
+    list(loader.epoch(0, 0))
+    next(loader.epoch(1, 1))  # an epoch that is left early
+    torch.manual_seed(99)
+    assert same(list(loader.epoch(2, 5)), fresh)
+
+
+def test_every_number_of_workers_gives_the_same_batches() -> None:
+    loaders = [loader_of(23, workers=workers) for workers in (0, 1, 2)]
+    for where in ((0, 0), (0, 1), (1, 0)):
+        alone, one, two = (list(loader.epoch(*where)) for loader in loaders)
+        assert sorted(order(alone)) == list(range(23))
+        assert same(one, alone)
+        assert same(two, alone)
+        assert same(list(loaders[2].epoch(*where)), alone)
+
+
+def test_workers_keep_the_order_without_a_seed() -> None:
+    assert order(list(loader_of(23, PLAIN, workers=2, seed=None).epoch())) == list(range(23))
+
+
+def test_preparing_batches_leaves_pytorchs_generator_alone() -> None:
+    loader = loader_of(10)
+    batches = loader.epoch()
+    with generator_untouched():
+        assert len(list(batches)) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_an_epoch_leaves_pytorchs_generator_alone(workers: int, seed: int | None) -> None:
+    loader = loader_of(10, workers=workers, seed=seed)
+    for epoch in range(2):
+        with generator_untouched():
+            list(loader.epoch(0, epoch))
+
+
+def test_building_a_loader_leaves_pytorchs_generator_alone() -> None:
+    with generator_untouched():
+        loader_of(10)

@@ -1,0 +1,46 @@
+"""What all processes refuse together."""
+
+from __future__ import annotations
+
+from lib.distributed.consensus import agree, together
+from lib.distributed.processes import World
+from lib.errors import ToldElsewhereError, UsageError
+from team import Team
+
+
+def refusing(world: World, which: list[int], text: str) -> str:
+    def work() -> str:
+        if world.rank in which:
+            raise UsageError(text.format(rank=world.rank))
+        return "done"
+
+    try:
+        return together(world, work)
+    except ToldElsewhereError:
+        return "elsewhere"
+    except UsageError as error:
+        return str(error)
+
+
+def test_what_one_process_refuses_all_refuse_and_the_first_one_says(team: Team) -> None:
+    others = ["elsewhere"] * (len(team.run(refusing, [], "no")) - 1)
+    assert team.run(refusing, [], "no") == ["done"] * (len(others) + 1)
+    assert team.run(refusing, [1], "no image") == ["process 1: no image", *others]
+    assert team.run(refusing, [0], "no image") == ["no image", *others]
+    assert team.run(refusing, [0, 1, 2, 3], "no image") == ["no image", *others]
+
+
+def agreeing(world: World, odd: int) -> str:
+    try:
+        agree(world, {"--low-dim": "64", "training images": "9" if world.rank != odd else "8"})
+        return "agreed"
+    except ToldElsewhereError:
+        return "elsewhere"
+    except UsageError as error:
+        return str(error)
+
+
+def test_a_process_with_other_data_is_refused_with_both(team: Team) -> None:
+    assert set(team.run(agreeing, -1)) == {"agreed"}
+    said, *others = team.run(agreeing, 1)
+    assert said.startswith("training images: process 1 has 8, and process 0 has 9; ") and set(others) == {"elsewhere"}

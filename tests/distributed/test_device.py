@@ -1,0 +1,131 @@
+"""Which device a run gets, on a machine with GPUs or without."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lib.distributed import device
+from lib.errors import UsageError
+
+
+def test_the_cpu_serves_where_no_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert device.select(()) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("gpus", "first"), [((0,), 0), ((1,), 1), ((1, 0), 1), ((0, 1, 2, 3), 0)])
+def test_the_first_named_gpu_is_the_device(gpus: tuple[int, ...], first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert device.select(gpus) == torch.device("cuda", first)
+
+
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for number, gpu in enumerate((2, 0, 3)):
+        monkeypatch.setenv("LOCAL_RANK", str(number))
+        assert device.select((2, 0, 3)) == torch.device("cuda", gpu)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(UsageError, match=r"^--gpus 2,0,3: process 3 of this machine has none; "):
+        device.select((2, 0, 3))
+
+
+def test_a_gpu_on_a_machine_without_any_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UsageError, match=r"--gpus 0: .*no GPU.*--gpus '' runs on the CPU"):
+        device.select((0,))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "seen", "chosen"),
+    [((), 2, ()), ((0,), 0, ()), ((1, 0), 2, (1, 0)), ((0, 1, 2), 2, (0, 1)), ((3,), 2, (0,)), ((), 0, ())],
+)
+def test_what_is_only_shown_takes_the_gpus_that_are_there(
+    gpus: tuple[int, ...], seen: int, chosen: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    assert device.available(gpus) == chosen
+
+
+@pytest.mark.parametrize("gpus", [(2,), (0, 2), (7, 0)])
+def test_a_gpu_beyond_those_there_is_refused_with_their_numbers(
+    gpus: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError) as refused:
+        device.select(gpus)
+    text = str(refused.value)
+    assert text.startswith("--gpus " + ",".join(map(str, gpus))) and "GPUs 0 to 1" in text and "\n" not in text
+
+
+@pytest.fixture
+def nondeterminism_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    yield
+    device.allow_nondeterminism(True)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def test_pytorch_is_told_what_it_may_do(nondeterminism_as_before: None) -> None:
+    """What it asks for itself: pytorch.org/docs/stable/notes/randomness.html."""
+    for allowed in (True, False, True):
+        device.allow_nondeterminism(allowed)
+        assert torch.are_deterministic_algorithms_enabled() != allowed
+        assert torch.backends.cudnn.deterministic != allowed
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_a_place_that_the_user_has_chosen_for_cublas_stays(
+    nondeterminism_as_before: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    device.allow_nondeterminism(False)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+def test_what_knows_no_other_way_warns_and_works(nondeterminism_as_before: None) -> None:
+    """``put_`` of accumulated values is one on a CPU."""
+    device.allow_nondeterminism(False)
+    with pytest.warns(UserWarning, match="does not have a deterministic implementation"):
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
+
+
+def test_a_network_on_the_cpu_is_not_wrapped() -> None:
+    network = torch.nn.Linear(2, 3)
+    assert device.place(network, torch.device("cpu")) is network
+
+
+def test_a_network_is_moved_to_its_device() -> None:
+    placed = device.place(torch.nn.Linear(2, 3), torch.device("meta"))
+    assert {parameter.device.type for parameter in placed.parameters()} == {"meta"}
+
+
+def test_a_network_is_placed_channels_last() -> None:
+    placed = device.place(torch.nn.Conv2d(3, 4, 3), torch.device("cpu"))
+    assert placed.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not placed.weight.is_contiguous()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="PyTorch compiles for CPUs by g++")
+def test_a_compiled_network_keeps_its_names_and_its_answers() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
+    expected, images = network(torch.ones(2, 3)), torch.ones(2, 3)
+    placed = device.place(network, torch.device("cpu"), compile=True)
+    assert list(placed.state_dict()) == ["0.weight", "0.bias"]
+    assert placed._compiled_call_impl is not None
+    torch.testing.assert_close(placed(images), expected)
+
+
+def test_tf32_is_off_unless_asked_for() -> None:
+    try:
+        for allowed in (True, False):
+            device.allow_tf32(allowed)
+            assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is allowed
+    finally:
+        device.allow_tf32(False)

@@ -1,0 +1,406 @@
+"""Several processes give what one gives: loss, gradients, bank, anchors, neighbours, votes, figures, whole runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.testing import assert_allclose
+
+import models
+from lib.data.augmentation import Augmentation
+from lib.data.loader import Loader
+from lib.distributed import device
+from lib.distributed.processes import World
+from lib.distributed.sharded import Rows
+from lib.distributed.sync_batchnorm import over_processes
+from lib.errors import ToldElsewhereError, UsageError
+from lib.evaluation import linear_probe
+from lib.evaluation.classifier import Evaluator
+from lib.evaluation.features import extract
+from lib.evaluation.knn import top_k_accuracy, weighted_knn
+from lib.method import diagnostics
+from lib.method.discovery import discover
+from lib.method.loss import neighbourhood_loss
+from lib.method.memory_bank import MemoryBank
+from lib.method.neighbourhoods import Neighbourhoods
+from lib.session.run_folder import Session
+from lib.training import checkpoint, optim, trainer
+from lib.training.checkpoint import TrainingState
+from lib.training.plan import Helpers, Plan
+from patches import blocks_of, parcels_of
+from team import Team
+
+CPU = torch.device("cpu")
+ALONE = World()
+near = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def rows_of(samples: int, low_dim: int = 5, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(samples, low_dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+# the parts of the method
+
+
+def lost(world: World, embeddings: torch.Tensor, memory: torch.Tensor, members: torch.Tensor) -> Any:
+    shares = world.shares(len(embeddings))
+    own = embeddings[world.among(shares)].clone().requires_grad_()
+    everyone = world.gather(own, shares)
+    with blocks_of(64):
+        loss = neighbourhood_loss(everyone, Rows.deal(memory, world), members, temperature=0.1)
+    (3 * loss).backward()
+    assert own.grad is not None
+    return loss.item(), own.grad
+
+
+@pytest.mark.parametrize(("batch", "samples", "k"), [(8, 24, 1), (3, 23, 3), (2, 10, 1), (1, 3, 2), (13, 101, 5)])
+def test_loss_and_gradient_are_those_of_one_process(batch: int, samples: int, k: int, team: Team) -> None:
+    draw = torch.Generator().manual_seed(batch)
+    embeddings, memory = rows_of(batch, seed=1), rows_of(samples, seed=2)
+    memory[0] *= 0.1  # as before its first update
+    index = torch.randperm(samples, generator=draw)[:batch]
+    others = torch.randint(samples, (batch, k), generator=draw)
+    others[::2] = -1
+    members = torch.cat([index[:, None], others], dim=1)
+    loss, gradient = lost(ALONE, embeddings, memory, members)
+    expected = oracles_loss(embeddings, memory, members)
+    assert loss == pytest.approx(expected, abs=1e-5)
+    answers = team.run(lost, embeddings, memory, members)
+    assert_allclose([loss for loss, _ in answers], loss, **near)
+    assert_allclose(torch.cat([part for _, part in answers]), gradient, **near)
+
+
+def oracles_loss(embeddings: torch.Tensor, memory: torch.Tensor, members: torch.Tensor) -> float:
+    """In double precision, with all of the softmax."""
+    share = (embeddings.double() @ memory.double().t() / 0.1).softmax(dim=1)
+    inside = [share[i, [j for j in row if j >= 0]].sum() for i, row in enumerate(members.tolist())]
+    return -torch.stack(inside).log().mean().item()
+
+
+def banked(world: World, samples: int, whole: torch.Tensor, parcel: int) -> Any:
+    with parcels_of(parcel):
+        return banked_in_parcels(world, samples, whole)
+
+
+def banked_in_parcels(world: World, samples: int, whole: torch.Tensor) -> Any:
+    bank = MemoryBank(samples, 5, temperature=0.1, momentum=0.3, seed=4, device="cpu", world=world)
+    first = bank.state_dict()["memory"].clone()
+    index = torch.randperm(samples, generator=torch.Generator().manual_seed(2))[: max(1, samples // 2)]
+    bank.update(rows_of(len(index), seed=9), index)
+    updated = bank.state_dict()["memory"].clone()
+    bank.load_state_dict({"memory": whole})
+    return first, updated, bank.state_dict()["memory"].clone(), len(bank.memory)
+
+
+@pytest.mark.parametrize("parcel", [7, 2**22])
+@pytest.mark.parametrize("samples", [3, 24, 25])
+def test_the_bank_is_drawn_updated_saved_and_loaded_as_by_one_process(samples: int, parcel: int, team: Team) -> None:
+    whole = rows_of(samples)
+    expected = banked(ALONE, samples, whole, 2**22)
+    answers = team.run(banked, samples, whole, parcel)
+    for ours, theirs in zip(answers[0][:3], expected[:3], strict=True):
+        assert torch.equal(ours, theirs)
+    assert sum(part for *_, part in answers) == samples
+    assert all(len(saved) == 0 for answer in answers[1:] for saved in answer[:3])
+
+
+def found(world: World, memory: torch.Tensor, size: int, block: int, temperature: float) -> Any:
+    with blocks_of(block):
+        given = Rows.deal(memory, world)
+        return discover(given, temperature=temperature, anchors=len(memory) // 3, size=size)
+
+
+@pytest.mark.parametrize("kind", ["unit rows", "rows of all lengths"])
+@pytest.mark.parametrize(
+    ("samples", "size", "block"), [(24, 1, 2**20), (23, 3, 60), (7, 6, 16), (3, 1, 16), (130, 5, 400)]
+)
+def test_anchors_and_neighbours_are_those_of_one_process(
+    kind: str, samples: int, size: int, block: int, team: Team
+) -> None:
+    memory = rows_of(samples)
+    temperature = 0.1
+    if kind == "rows of all lengths":
+        memory *= torch.linspace(0.1, 3, samples)[:, None]
+        temperature = 0.05
+    alone = found(ALONE, memory, size, block, temperature)
+    for answer in team.run(found, memory, size, block, temperature):
+        assert torch.equal(answer.anchors, alone.anchors) and torch.equal(answer.position, alone.position)
+        assert torch.equal(answer.neighbours, alone.neighbours) and torch.equal(answer.instances, alone.instances)
+        assert_allclose(answer.entropy, alone.entropy, **near)
+
+
+def voted(world: World, queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor) -> Any:
+    mine = world.part(len(queries))
+    scores = weighted_knn(queries[mine], Rows.deal(bank, world), labels, classes=4, k=7, sigma=0.1)
+    return scores, top_k_accuracy(scores, truth[mine], 1, world)
+
+
+@pytest.mark.parametrize(("queries", "samples"), [(10, 30), (3, 7), (1, 9), (11, 3)])
+def test_votes_are_those_of_one_process(queries: int, samples: int, team: Team) -> None:
+    draw = torch.Generator().manual_seed(0)
+    given = rows_of(queries, seed=5), rows_of(samples, seed=6), torch.randint(4, (samples,), generator=draw)
+    truth = torch.randint(4, (queries,), generator=draw)
+    scores, accuracy = voted(ALONE, *given, truth)
+    answers = team.run(voted, *given, truth)
+    assert_allclose(torch.cat([part for part, _ in answers]), scores, **near)
+    assert [share for _, share in answers] == [accuracy] * len(answers)
+
+
+def measured(world: World, memory: torch.Tensor, rows: int) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diagnostics, "ROWS", rows)
+        before = None
+        for round in range(2):
+            figures, before = diagnostics.measure(
+                Rows.deal(memory, world), before, round=round, temperature=0.1, size=3
+            )
+            memory = F.normalize(memory + 0.1, dim=1)
+    return figures
+
+
+@pytest.mark.parametrize("rows", [10, 100])
+def test_health_is_that_of_one_process(rows: int, team: Team) -> None:
+    memory = rows_of(41)
+    alone = measured(ALONE, memory, rows)
+    for figures in team.run(measured, memory, rows):
+        assert figures == pytest.approx(alone, rel=1e-5, abs=1e-5)
+
+
+def probed(world: World, train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, truth: torch.Tensor) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_probe, "STEPS", (30, 60))
+        return linear_probe.probe(
+            Rows.deal(train, world),
+            labels,
+            Rows.deal(test, world),
+            truth,
+            classes=3,
+            seed=1,
+            device=CPU,
+            what="probe",
+        )
+
+
+def test_the_linear_probe_is_that_of_one_process(team: Team) -> None:
+    draw = torch.Generator().manual_seed(0)
+    labels, truth = torch.arange(301) % 3, torch.arange(50) % 3
+    train, test = (F.one_hot(part, 8) + torch.randn(len(part), 8, generator=draw) for part in (labels, truth))
+    alone = probed(ALONE, train, labels, test, truth)
+    assert 0.5 < alone.top1 < 1
+    assert team.run(probed, train, labels, test, truth) == [alone] * len(team.run(probed, train, labels, test, truth))
+
+
+# a whole run
+
+
+SAMPLES, SIZE = 27, 8
+
+
+def images_of(count: int) -> np.ndarray:
+    return np.random.default_rng(3).integers(0, 256, (count, SIZE, SIZE, 3)).astype(np.uint8)
+
+
+def loader_of(world: World, batch: int, *, train: bool, count: int = SAMPLES) -> Loader:
+    augmentation = Augmentation(
+        resize=SIZE,
+        size=(SIZE, SIZE),
+        means=(0.5, 0.5, 0.5),
+        stds=(0.2, 0.2, 0.2),
+        scale=(0.3, 1) if train else None,
+        flip=train,
+        centred=not train,
+    )
+    images = torch.from_numpy(images_of(count))
+    return Loader(images, augmentation, batch_size=batch, workers=0, seed=5 if train else None, device=CPU, world=world)
+
+
+class Precise(torch.nn.Module):
+    """A network in double precision: in single, steps would make large differences of small ones."""
+
+    def __init__(self, network: torch.nn.Module, frozen: bool) -> None:
+        super().__init__()
+        self.network = network.double()
+        self.frozen = frozen
+
+    def train(self, mode: bool = True) -> Precise:
+        """Batch normalisation stays in inference mode where it is frozen."""
+        self.training = mode
+        self.network.train(mode and not self.frozen)
+        return self
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(images.double())
+
+
+def trained(world: World, kind: str, batch: int, iter_size: int, start: Any, folder: str | None) -> Any:
+    """Two rounds; the checkpoint, the figures, and the accuracy of the last epoch."""
+    torch.manual_seed(0)
+    network = models.build("resnet10-w16", low_dim=6)
+    placed = device.place(network, CPU, world, sync_bn=kind == "joined")
+    network = Precise(placed, kind == "frozen")
+    bank = MemoryBank(SAMPLES, 6, temperature=0.2, momentum=0.5, seed=1, device="cpu", world=world)
+    bank.memory = bank.memory.double()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    state = TrainingState(network, optimizer, bank, Neighbourhoods.none(SAMPLES), 5)
+    if start:
+        state.restore(start, Path("a.ckpt"), embed=lambda: torch.zeros(()))
+    labels, truth = np.arange(SAMPLES) % 3, np.arange(5) % 3
+    test = loader_of(world, 4, train=False, count=5)
+    evaluator = Evaluator(
+        "knn", test=test, test_labels=truth, train_labels=labels, classes=3, k=5, sigma=0.1, device=CPU, world=world
+    )
+    plan = Plan(2, 2, 0.5, 2, iter_size, optim.fixed(0.01), 1)
+    helpers = Helpers(
+        batches=loader_of(world, batch, train=True),
+        evaluate=evaluator,
+        validate=None,
+        labels=torch.from_numpy(labels),
+        session=Session(Path(folder) if folder and world.is_first else None, log_tfb=False),
+        on_discovery=lambda round, found: None,
+        network_name="resnet10-w16",
+        world=world,
+    )
+    trainer.run(state, plan, helpers)
+    helpers.session.close()
+    features = extract(network, loader_of(world, 4, train=False), "features")
+    return state.checkpoint("resnet10-w16", ""), features
+
+
+def assert_alike(ours: Any, theirs: Any, where: str = "") -> None:
+    """Tensors and numbers within 1e-5, all else equal."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), where
+        for name in theirs.keys() - {"images_per_s", "train_s", "evaluate_s", "num_batches_tracked"}:
+            assert_alike(ours[name], theirs[name], f"{where}.{name}")
+    elif isinstance(theirs, (list, tuple)):
+        assert len(ours) == len(theirs), where
+        for one, other in zip(ours, theirs, strict=True):
+            assert_alike(one, other, where)
+    elif isinstance(theirs, (torch.Tensor, float)):
+        assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5, err_msg=where)
+    else:
+        assert ours == theirs, where
+
+
+@pytest.mark.parametrize("kind", ["frozen", "joined"])
+@pytest.mark.parametrize(("batch", "iter_size"), [(8, 1), (12, 2)])  # the last one of three images
+def test_a_run_of_several_processes_is_that_of_one(
+    kind: str, batch: int, iter_size: int, team: Team, tmp_path: Path
+) -> None:
+    alone, features = trained(ALONE, kind, batch, iter_size, None, None)
+    answers = team.run(trained, kind, batch, iter_size, None, str(tmp_path))
+    assert_alike(answers[0][0], alone)
+    assert_allclose(torch.cat([part for _, part in answers]), features, rtol=1e-4, atol=1e-5)
+    assert len(answers[1][0]["npc"]["memory"]) == 0
+    saved = checkpoint.load(tmp_path / "checkpoint" / "latest.ckpt")
+    assert (saved["round"], saved["epoch"]) == (1, 2)
+    for part in ("net", "optimizer", "npc", "ANs_discovery"):
+        assert_alike(saved[part], alone[part])
+
+
+def test_a_checkpoint_of_one_number_of_processes_goes_on_with_another(team: Team) -> None:
+    """The state after the first round, written by one process, gone on with by several, and the other way round."""
+    whole, _ = trained(ALONE, "joined", 8, 1, None, None)
+    begun = stopped_after_a_round(ALONE)
+    assert_alike(team.run(trained, "joined", 8, 1, begun, None)[0][0], whole)
+    begun = team.run(stopped_after_a_round)[0]
+    assert_alike(trained(ALONE, "joined", 8, 1, begun, None)[0], whole)
+
+
+def stopped_after_a_round(world: World) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "run", lambda state, plan, helpers: run_one(state, plan, helpers))
+        return trained(world, "joined", 8, 1, None, None)[0]
+
+
+real_run = trainer.run
+
+
+def run_one(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
+    real_run(state, replace(plan, rounds=1), helpers)
+
+
+def test_processes_that_normalise_for_themselves_train_too(team: Team) -> None:
+    """Nothing to compare with: the batches that are normalised are others."""
+    content, features = team.run(trained, "own", 8, 1, None, None)[0]
+    assert features.isfinite().all() and all(value.isfinite().all() for value in content["net"].values())
+    assert content["history"][-1]["loss"] > 0
+
+
+def normalised(world: World, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Joined batch normalisation of this process's share of (B, C, H, W); its output, gradient and statistics."""
+    own = images[world.among(world.shares(len(images)))].clone().requires_grad_()
+    layer = over_processes(torch.nn.BatchNorm2d(images.shape[1]), world, joined=True).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=images.dtype == torch.bfloat16):
+        out = layer(own)
+    (out.float().square() * torch.arange(128) / 128).sum().backward()
+    assert own.grad is not None
+    return out.detach(), own.grad, layer.running_mean, layer.running_var
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_joined_statistics_are_of_full_precision_whatever_the_images_are(dtype: torch.dtype, team: Team) -> None:
+    """The batch has 131,072 pixels, a number that fp16 does not have."""
+    drawn = torch.Generator().manual_seed(0)
+    images = (torch.randn(8, 2, 128, 128, generator=drawn) * 3 + 1).to(dtype)
+    plain = torch.nn.BatchNorm2d(2).train()
+    given = images.float().clone().requires_grad_()
+    expected = plain(given)
+    (expected.square() * torch.arange(128) / 128).sum().backward()
+    ours = team.run(normalised, images)
+    rounding = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    for part, reference in enumerate((expected.detach(), given.grad)):
+        assert reference is not None
+        joined = torch.cat([answer[part] for answer in ours])
+        assert joined.dtype == dtype
+        torch.testing.assert_close(joined.float(), reference, rtol=rounding, atol=rounding)
+    for _, _, mean, var in ours:
+        torch.testing.assert_close(mean, plain.running_mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(var, plain.running_var, rtol=1e-5, atol=1e-5)
+
+
+def resumed(world: World, there: Path, samples: int) -> Any:
+    """What a process knows of a checkpoint that only the first one sees."""
+    source, loaded = checkpoint.load_resumed(there if world.is_first else there.parent / "not here.ckpt", world)
+    bank = MemoryBank(samples, 5, temperature=0.1, momentum=0.3, seed=4, device="cpu", world=world)
+    memory = loaded["npc"]["memory"]
+    bank.load_state_dict(loaded["npc"])
+    return source, loaded["net"], memory.is_meta, memory.shape, bank.memory, Rows.deal(memory, world).own
+
+
+@pytest.mark.parametrize("samples", [3, 10])
+def test_a_checkpoint_is_read_by_the_first_process_and_its_rows_are_dealt_out(
+    samples: int, team: Team, tmp_path: Path
+) -> None:
+    there, memory = tmp_path / "a.ckpt", rows_of(samples)
+    net = {"weight": torch.arange(3.0)}
+    checkpoint.save({"net": net, "npc": {"params": torch.zeros(2), "memory": memory}}, there)
+    answers = team.run(resumed, there, samples)
+    for rank, (source, theirs, is_meta, shape, _, _) in enumerate(answers):
+        assert source == there and torch.equal(theirs["weight"], net["weight"])
+        assert is_meta == (rank > 0) and shape == memory.shape
+    for part in (4, 5):
+        assert torch.equal(torch.cat([answer[part] for answer in answers]), memory)
+
+
+def damaged(world: World, there: Path) -> str:
+    try:
+        checkpoint.load_resumed(there, world)
+    except ToldElsewhereError:
+        return "elsewhere"
+    except UsageError as error:
+        return str(error)
+    return "read"
+
+
+@pytest.mark.parametrize("memory", [torch.eye(3).to_sparse(), None, [1.0]])
+def test_a_bank_that_is_no_table_is_refused_by_all(memory: Any, team: Team, tmp_path: Path) -> None:
+    checkpoint.save({"net": {}, "npc": {"memory": memory}}, tmp_path / "a.ckpt")
+    said, *others = team.run(damaged, tmp_path / "a.ckpt")
+    assert "its memory bank is no table of numbers" in said and set(others) == {"elsewhere"}

@@ -1,0 +1,181 @@
+"""A test run's figures, against those of the protocols taken one by one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import made
+import oracles
+from lib.config.options import Options
+from lib.data.loader import Loader
+from lib.errors import UsageError
+from lib.evaluation import evaluate
+from lib.evaluation.classifier import Evaluator
+from lib.evaluation.evaluate import BANK, RECOMPUTED, Row, Subject
+
+CPU = torch.device("cpu")
+CLASSES, TEST = 4, 60
+
+
+class Staged(torch.nn.Module):
+    """Image i, which is one pixel of value i, has the i-th row of a table; nonsense in training mode."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        super().__init__()
+        self.rows = torch.from_numpy(rows).float()
+        self.passes = 0
+
+    def stages(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.passes += 1
+        rows = self.rows[x[:, 0, 0, 0].round().long()] * (0 if self.training else 1)
+        return {"conv1": rows[:, :2, None, None], "fc": rows}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.stages(x)["fc"]
+
+
+def loader_of(first: int, count: int) -> Loader:
+    images = [np.full((1, 1, 3), first + i, dtype=np.uint8) for i in range(count)]
+    scaled = made.untouched(1, 1, stds=(1 / 255,) * 3)  # back to the numbers
+    return Loader(images, scaled, batch_size=8, workers=0, seed=None, device=torch.device("cpu"))
+
+
+def subject_of(**changes: Any) -> Subject:
+    """150 training and 60 test images in four classes that the embeddings roughly tell."""
+    draw = np.random.default_rng(0)
+    centres = draw.normal(size=(CLASSES, 5))
+    labels = draw.integers(0, CLASSES, 210)
+    rows = centres[labels] + 0.7 * draw.normal(size=(210, 5))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    train_labels, test_labels = labels[:150], labels[150:]
+    test = loader_of(150, TEST)
+    constants: dict[str, Any] = {"test": test, "test_labels": test_labels, "train_labels": train_labels}
+    constants |= {"classes": CLASSES, "k": 20, "sigma": 0.1, "device": CPU}
+    subject = Subject(
+        network=Staged(rows),
+        train=loader_of(0, 150),
+        test=test,
+        train_labels=train_labels,
+        test_labels=test_labels,
+        classes=CLASSES,
+        memory=torch.from_numpy(oracles.rows("random", 150, 5, seed=5)).float(),
+        evaluators=[Evaluator("knn", **constants), Evaluator("nn", **constants)],
+        seed=3,
+        device=CPU,
+    )
+    return replace(subject, **changes)
+
+
+def table_of(subject: Subject) -> np.ndarray:
+    rows = subject.network.rows
+    assert isinstance(rows, torch.Tensor)
+    return rows.numpy().astype(np.float64)
+
+
+def knn(subject: Subject, bank: np.ndarray, k: int) -> float:
+    """Top-1 by plain loops."""
+    assert subject.train_labels is not None and subject.test_labels is not None
+    constants: dict[str, Any] = {"classes": CLASSES, "k": k, "sigma": 0.1}
+    scores = [oracles.knn_scores(q, bank, subject.train_labels, **constants) for q in table_of(subject)[150:]]
+    return oracles.accuracy(np.array(scores), subject.test_labels, 1)
+
+
+def test_every_protocol_gives_its_rows_from_one_pass_over_each_split() -> None:
+    subject = subject_of()
+    options = Options(protocol="knn nn linear cluster", linear_layers="conv1 fc")
+    rows = evaluate.evaluate(subject, options)
+    names = ["weighted kNN (K=20, sigma=0.1)"] * 2 + ["NN"] * 2
+    assert [row.protocol for row in rows][:4] == names
+    assert [row.features for row in rows] == [
+        RECOMPUTED, BANK, RECOMPUTED, BANK,
+        f"conv1, {RECOMPUTED}", f"fc, {RECOMPUTED}", f"training images, {RECOMPUTED}",
+    ]  # fmt: skip
+    assert subject.network.passes == len(subject.train) + len(subject.test or [])
+    assert subject.memory is not None
+    bank = subject.memory.numpy().astype(np.float64)
+    rows_of_training = table_of(subject)[:150]
+    expected = [knn(subject, source, k) for k in (20, 1) for source in (rows_of_training, bank)]
+    assert [row.figures["top1"] for row in rows[:4]] == pytest.approx(expected)
+    assert expected[0] > expected[1] + 0.2
+    assert all(("top5" in row.figures) is (row.protocol != "NN") for row in rows[:4])
+    for row in rows[4:6]:
+        assert row.figures["top1"] <= row.figures["best_top1"] <= 1 and row.protocol.startswith("linear probe")
+    assert rows[5].figures["top1"] > 0.6
+    assert set(rows[6].figures) == {"nmi", "ari", "accuracy"} and "4 clusters" in rows[6].protocol
+
+
+@pytest.mark.parametrize("memory", [None, torch.ones(149, 5), torch.ones(150, 6)])
+def test_a_bank_that_is_missing_or_of_other_images_is_left_out(memory: torch.Tensor | None) -> None:
+    rows = evaluate.evaluate(subject_of(memory=memory), Options(protocol="knn"))
+    assert {row.features for row in rows} == {RECOMPUTED}
+
+
+def test_without_labels_there_is_clustering_alone() -> None:
+    subject = subject_of(train_labels=None, test_labels=None, test=None, classes=0, evaluators=[])
+    (row,) = evaluate.evaluate(subject, Options(protocol="cluster", clusters=3))
+    assert set(row.figures) == {"silhouette"} and "3 clusters" in row.protocol
+    with pytest.raises(UsageError, match="linear: needs labelled"):
+        evaluate.evaluate(subject, Options(protocol="cluster linear"))
+
+
+@pytest.mark.parametrize("protocol", ["knn", "nn", "knn nn cluster"])
+@pytest.mark.parametrize("train_labels", [None, np.arange(150) % CLASSES])
+def test_without_test_labels_neighbourhoods_and_clusters_are_judged(
+    protocol: str, train_labels: np.ndarray | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    classes = 0 if train_labels is None else CLASSES
+    subject = subject_of(train_labels=train_labels, test_labels=None, test=None, classes=classes, evaluators=[])
+    health, clusters = evaluate.evaluate(subject, Options(protocol=protocol, clusters=3, npc_temperature=0.2))
+    rows = table_of(subject)[:150]
+    entropies = [oracles.entropy(row, rows, 0.2) for row in rows]
+    assert health.figures["entropy_50"] == pytest.approx(np.median(entropies), abs=1e-5)
+    nearest = [oracles.neighbours(rows, sample, 1)[0] for sample in range(150)]
+    assert health.figures["reciprocal"] == pytest.approx(np.mean([nearest[nearest[i]] == i for i in range(150)]))
+    assert health.figures["orphans"] == pytest.approx(1 - len(set(nearest)) / 150)
+    assert set(clusters.figures) == ({"silhouette"} if train_labels is None else {"nmi", "ari", "accuracy"})
+    assert "median entropy" in evaluate.text([health, clusters])
+    (record,) = caplog.records
+    assert "needs labelled training and test images" in record.getMessage()
+
+
+def test_a_stage_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"conv7.*conv1, fc"):
+        evaluate.evaluate(subject_of(), Options(protocol="linear", linear_layers="conv7"))
+
+
+ROWS = [
+    Row("weighted kNN (K=20, sigma=0.1)", RECOMPUTED, {"top1": 0.5, "top5": 1.0}),
+    Row("linear probe (SGD)", f"conv5, {RECOMPUTED}", {"top1": 0.25, "top5": 0.75, "best_top1": 0.5}),
+    Row("k-means (4 clusters)", "training images", {"nmi": 0.1234, "ari": -0.05, "accuracy": 0.5}),
+]
+
+
+def test_the_table_shows_what_somebody_has_and_how_it_came_about() -> None:
+    lines = evaluate.text(ROWS).splitlines()
+    assert lines[0].split()[2:] == "top-1 top-5 top-1 best NMI ARI accuracy".split()
+    assert lines[2].startswith(f"{RECOMPUTED}: weighted kNN (K=20, sigma=0.1) ")
+    assert lines[2].split()[-6:] == ["50.00%", "100.00%", "-", "-", "-", "-"]
+    assert lines[4].split()[-3:] == ["0.123", "-0.050", "50.00%"]
+    assert "chosen by the test labels" in lines[5]
+    short = evaluate.text(ROWS[:1])
+    assert "best" not in short and "NMI" not in short and len(short.splitlines()) == 3
+
+
+def test_the_figures_are_kept_whole_as_json(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    evaluate.save(ROWS, path, {"seed": 3, "checkpoint": None})
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["seed"] == 3 and len(content["results"]) == 3
+    assert content["results"][1] == {
+        "protocol": "linear probe (SGD)", "features": f"conv5, {RECOMPUTED}",
+        "top1": 0.25, "top5": 0.75, "best_top1": 0.5,
+    }  # fmt: skip
+    evaluate.save(ROWS, tmp_path / "none" / "evaluation.json", {})  # the figures have been shown: no error
+    assert [entry.name for entry in tmp_path.iterdir()] == ["evaluation.json"]

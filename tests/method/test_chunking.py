@@ -1,0 +1,21 @@
+"""The size of blocks: a constant of the kind of device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lib.method.chunking import LEAST, block_rows, block_size
+
+GPU = torch.device("cuda", 0)
+
+
+def test_blocks_do_not_depend_on_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another size would round sums differently, so that a run beside another program would give other bits."""
+    for name in ("mem_get_info", "memory_reserved", "memory_allocated", "memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments: pytest.fail("the device is asked"))
+    assert block_size(GPU) == block_size(torch.device("cuda", 1)) > block_size(torch.device("cpu"))
+    for device in (GPU, torch.device("cpu")):
+        size = block_size(device)
+        assert size & (size - 1) == 0  # a power of two
+        assert block_rows(1000, device) == size // 1000 and block_rows(10 * size, device) == LEAST

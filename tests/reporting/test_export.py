@@ -1,0 +1,417 @@
+"""What is exported, read back by others' readers and held against the network image by image."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+from safetensors.torch import load_file
+
+import models
+from lib.config.options import Options
+from lib.config.parser import read_options
+from lib.errors import UsageError
+from lib.reporting import export
+from lib.reporting.export import Part
+from lib.session import atomic_files
+from lib.session.console import SUMMARY
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+LOW_DIM = 6
+COLOURS: dict[str, Any] = {"means": (0.1, 0.2, 0.30000000000000004), "stds": (0.5, 0.6, 0.7)}
+ONNX_TOLERANCE = 1e-5
+"""Of an embedding's numbers, which are at most 1. Measured are 4e-6 at most; torch is 3e-6 off its own float64."""
+
+
+def options_of(**values: Any) -> Options:
+    return Options(**{"network": "resnet10", "low_dim": LOW_DIM, "resize": 9, "size": 8, **values})
+
+
+def trained(name: str = "resnet10", low_dim: int = LOW_DIM) -> torch.nn.Module:
+    """A network in training mode whose normalisations have seen images."""
+    torch.manual_seed(5)
+    network = models.build(name, low_dim=low_dim).train()
+    with torch.no_grad():
+        network(2 * torch.randn(4, 3, 32, 32) + 0.5)
+    return network
+
+
+@pytest.fixture(scope="module")
+def resnet() -> torch.nn.Module:
+    return trained()
+
+
+def modes(network: torch.nn.Module) -> list[bool]:
+    return [module.training for module in network.modules()]
+
+
+@torch.no_grad()
+def one_by_one(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    network = copy.deepcopy(network).eval()
+    return torch.cat([network(image[None]) for image in images])
+
+
+class Shuffled:
+    """Batches of three, out of order."""
+
+    def __init__(self, samples: int, seed: int, fails: type[BaseException] | None = None) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.images = torch.randn(samples, 3, 8, 8, generator=draw)
+        self.parts = torch.randperm(samples, generator=draw).split(3)
+        self.fails = fails
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def epoch(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for part in self.parts:
+            yield self.images[part], part
+        if self.fails:
+            raise self.fails
+
+
+NAMES = ["d/é.png", "b/\udcff raw.png", "c/new\nline.png", "a/😀.png", "e/" + "x" * 200, "f f", "g"]
+
+
+def parts() -> list[Part]:
+    train = Part("train", Shuffled(7, 1), np.array([2, 0, 1, 1, 0, 2, 2]), NAMES)
+    return [train, Part("test", Shuffled(5, 2), np.array([0, 1, 2, 1, 0]), NAMES[2:])]
+
+
+def saved(path: Path, network: torch.nn.Module, given: list[Part], classes: tuple[str, ...] = ()) -> dict[str, Any]:
+    export.save_features(path, network, given, classes=classes)
+    with np.load(path, allow_pickle=False) as content:
+        return dict(content)
+
+
+# embeddings
+
+
+def test_every_row_is_the_embedding_of_the_image_that_its_label_and_name_are_of(
+    tmp_path: Path, resnet: torch.nn.Module
+) -> None:
+    given = parts()
+    content = saved(tmp_path / "out.npz", resnet, given, ("ant", "bée", "cat"))
+    assert list(content) == [
+        f"{split}_{what}" for split in ("train", "test") for what in ("embeddings", "indices", "labels", "names")
+    ] + ["classes"]
+    for part in given:
+        embeddings = content[f"{part.name}_embeddings"]
+        expected = one_by_one(resnet, part.batches.images)  # type: ignore[attr-defined]
+        assert embeddings.dtype == np.float32 and embeddings.shape == (len(expected), LOW_DIM)
+        np.testing.assert_allclose(embeddings, expected.numpy(), rtol=0, atol=1e-6)
+        assert content[f"{part.name}_indices"].dtype == content[f"{part.name}_labels"].dtype == np.int64
+        assert content[f"{part.name}_indices"].tolist() == list(range(len(expected)))
+        assert part.labels is not None and content[f"{part.name}_labels"].tolist() == part.labels.tolist()
+        assert content[f"{part.name}_names"].dtype.kind == "U"
+        assert content[f"{part.name}_names"].tolist() == part.names
+    assert content["classes"].tolist() == ["ant", "bée", "cat"]
+
+
+def test_without_labels_names_or_test_images_their_arrays_are_left_out(tmp_path: Path, resnet: torch.nn.Module) -> None:
+    bare = Part("train", Shuffled(7, 1), None, None)
+    assert list(saved(tmp_path / "bare.npz", resnet, [bare])) == ["train_embeddings", "train_indices"]
+    named = Part("train", Shuffled(7, 1), None, NAMES)
+    assert list(saved(tmp_path / "named.npz", resnet, [named]))[2:] == ["train_names"]
+
+
+def test_exporting_embeddings_leaves_the_network_as_it_was(tmp_path: Path, resnet: torch.nn.Module) -> None:
+    before = copy.deepcopy(resnet.state_dict())
+    saved(tmp_path / "out.npz", resnet, parts())
+    assert all(modes(resnet))
+    assert all(torch.equal(value, before[name]) for name, value in resnet.state_dict().items())
+
+
+# the network with its options
+
+
+def test_safetensors_load_into_a_fresh_network_that_gives_the_same_embeddings(
+    tmp_path: Path, resnet: torch.nn.Module
+) -> None:
+    path = tmp_path / "out.safetensors"
+    export.save_model(path, resnet, options_of(), **COLOURS)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata == {"format": "pt", "network": "resnet10", "low_dim": str(LOW_DIM)}
+    fresh = models.build(metadata["network"], low_dim=int(metadata["low_dim"]))
+    fresh.load_state_dict(load_file(path))
+    images = torch.randn(5, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(images), copy.deepcopy(resnet).eval()(images))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out.safetensors", "out.yaml"]
+
+
+def test_weights_in_another_memory_layout_are_saved_as_the_numbers_they_are(
+    tmp_path: Path, resnet: torch.nn.Module
+) -> None:
+    moved = copy.deepcopy(resnet).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    export.save_model(tmp_path / "out.safetensors", moved, options_of(), **COLOURS)
+    content = load_file(tmp_path / "out.safetensors")
+    assert content.keys() == resnet.state_dict().keys()
+    assert all(torch.equal(value, content[name]) for name, value in resnet.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [8, (8, 12)])
+def test_the_options_beside_a_network_read_back(tmp_path: Path, resnet: torch.nn.Module, size: Any) -> None:
+    options = options_of(resize=(16, 17), size=size, npc_temperature=0.07, means=(9.0, 9.0, 9.0), batch_size=3)
+    export.save_model(tmp_path / "my net.safetensors", resnet, options, **COLOURS)
+    written = tmp_path / "my net.yaml"
+    read = read_options(["--cfgs", str(written)])
+    expected = {"network": "resnet10", "low_dim": LOW_DIM, "resize": (16, 17), "size": size, "npc_temperature": 0.07}
+    assert read == Options(**expected, **COLOURS, cfgs=(written,))  # and nothing else, such as the batch size
+
+
+def test_the_options_open_with_a_command_that_the_program_takes(tmp_path: Path, resnet: torch.nn.Module) -> None:
+    path = tmp_path / "odd: 'name\n--oops.safetensors"
+    export.save_model(tmp_path / "net.safetensors", resnet, options_of(), **COLOURS)
+    export.save_model(path, resnet, options_of(), **COLOURS)
+    assert read_options(["--cfgs", str(path.with_suffix(".yaml"))]).low_dim == LOW_DIM
+    (command,) = re.findall(r"^#   python main\.py (.+)$", (tmp_path / "net.yaml").read_text(encoding="utf-8"), re.M)
+    read = read_options(command.split())
+    assert read.resume == tmp_path / "net.safetensors" and read.test_only and read.means == COLOURS["means"]
+
+
+def test_a_line_of_the_log_tells_of_each_file(
+    tmp_path: Path, resnet: torch.nn.Module, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("and"), "propagate", True)
+    caplog.set_level(logging.INFO, "and")
+    saved(tmp_path / "out.npz", resnet, parts())
+    export.save_model(tmp_path / "net.safetensors", resnet, options_of(), **COLOURS)
+    sizes = {name: f"{(tmp_path / name).stat().st_size:,}" for name in ("out.npz", "net.safetensors", "net.yaml")}
+    assert caplog.messages == [
+        f"embeddings: {tmp_path}/out.npz (7 train, 5 test, of 6 numbers each; {sizes['out.npz']} bytes)",
+        f"model: {tmp_path}/net.safetensors (resnet10, embedding 6; {sizes['net.safetensors']} bytes)",
+        f"model's options: {tmp_path}/net.yaml (for --cfgs; {sizes['net.yaml']} bytes)",
+    ]
+    assert all(getattr(record, "summary", False) == SUMMARY["summary"] for record in caplog.records)
+
+
+# ONNX
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("resnet10", 8), ("alexnet-small", (40, 24)), ("imagenet-resnet18", 33)], ids=str
+)
+def test_onnx_gives_torch_s_embeddings_for_batches_of_any_size(
+    tmp_path: Path, name: str, size: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    network, path = trained(name), tmp_path / "net.onnx"
+    before = copy.deepcopy(network.state_dict())
+    options = options_of(network=name, resize=64, size=size)
+    export.save_model(path, network, options, **COLOURS)
+    assert capfd.readouterr() == ("", "")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["net.onnx", "net.yaml"]  # the weights are inside
+    assert read_options(["--cfgs", str(tmp_path / "net.yaml")]).network == name
+    assert all(modes(network)) and all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+    session = runtime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    height, width = size if isinstance(size, tuple) else (size, size)
+    (taken,), (given,) = session.get_inputs(), session.get_outputs()
+    assert (taken.name, taken.shape[1:]) == ("images", [3, height, width])
+    assert (given.name, given.shape[1:]) == ("embeddings", [LOW_DIM])
+    for samples in (1, 2, 5):
+        images = 2 * torch.randn(samples, 3, height, width) + 0.5
+        (embeddings,) = session.run(["embeddings"], {"images": images.numpy()})
+        expected = one_by_one(network, images).numpy()
+        np.testing.assert_allclose(embeddings, expected, rtol=0, atol=ONNX_TOLERANCE)
+        np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=0, atol=ONNX_TOLERANCE)
+
+
+class Unknown(torch.nn.Module):
+    """What no exporter can translate."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.bessel_j0(x).flatten(1)
+
+
+def test_where_the_exporter_fails_a_sentence_says_so_and_nothing_is_left(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    network = Unknown().train()
+    with pytest.raises(UsageError, match=r"^the exporter to ONNX of PyTorch .* failed: .*bessel_j0.*safetensors file$"):
+        export.save_model(tmp_path / "net.onnx", network, options_of(), **COLOURS)
+    assert network.training and not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
+
+
+# what is refused, before anything is done
+
+
+def asked(**paths: Path) -> Options:
+    return options_of(**{f"export_{what}": path for what, path in paths.items()})
+
+
+def test_what_can_be_exported_passes_and_writes_nothing(tmp_path: Path) -> None:
+    export.check(options_of())
+    export.check(asked(features=tmp_path / "out.npz", model=tmp_path / "OUT.SafeTensors"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["out", "out.npy", ".npz", "out.npz.gz", "out.safetensors"])
+def test_embeddings_need_their_ending(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"^--export-features .*: the file's name should end in \.npz$"):
+        export.check(asked(features=tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["out", "out.pt", ".onnx", "out.npz", "out.yaml"])
+def test_a_network_needs_one_of_its_endings(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"^--export-model .*: the file's name should end in \.safetensors or \.onnx$"):
+        export.check(asked(model=tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "there"),
+    [
+        ("features", "out.npz", "out.npz"),
+        ("model", "out.safetensors", "out.safetensors"),
+        ("model", "out.safetensors", "out.yaml"),
+        ("model", "out.onnx", "out.onnx"),
+        ("model", "out.onnx", "out.yaml"),
+    ],
+)
+@pytest.mark.parametrize("link", [False, True], ids=["file", "broken link"])
+def test_nothing_is_overwritten(
+    tmp_path: Path, what: str, name: str, there: str, link: bool, resnet: torch.nn.Module
+) -> None:
+    taken = tmp_path / there
+    taken.symlink_to(tmp_path / "nowhere") if link else taken.write_text("mine")
+    refused = pytest.raises(UsageError, match=rf"/{re.escape(there)}: exists; choose another name, or move it away$")
+    with refused:
+        export.check(asked(**{what: tmp_path / name}))
+    with refused:  # it came while the network was trained
+        if what == "features":
+            export.save_features(tmp_path / name, resnet, parts(), classes=())
+        elif name.endswith(".onnx"):
+            pytest.importorskip("onnxscript")
+            small = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+            export.save_model(tmp_path / name, small, options_of(), **COLOURS)
+        else:
+            export.save_model(tmp_path / name, resnet, options_of(), **COLOURS)
+    assert [entry.name for entry in tmp_path.iterdir()] == [there]
+    assert taken.is_symlink() if link else taken.read_text() == "mine"
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for given in (asked(features=tmp_path / "no" / "out.npz"), asked(model=tmp_path / "no" / "out.onnx")):
+        with pytest.raises(UsageError, match=r"out\.\w+: there is no folder .*/no; make it"):
+            export.check(given)
+
+
+@pytest.mark.parametrize("name", ["x" * 250 + ".npz", "x\0.npz"], ids=["long", "NUL"])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r": cannot be written: .*; choose another name$"):
+        export.check(asked(features=tmp_path / name))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(UsageError, match="cannot be written to; allow it, or choose another one"):
+            export.check(asked(features=tmp_path / "out.npz"))
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_folder_that_the_system_calls_read_only_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path or not mode & os.W_OK)
+    with pytest.raises(UsageError, match="cannot be written to; allow it, or choose another one"):
+        export.check(asked(model=tmp_path / "out.safetensors"))
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_missing_packages_are_named_with_the_command_that_brings_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    for name in ("onnx", "onnxscript"):  # as if installed, so that the test runs without them
+        monkeypatch.setitem(sys.modules, name, sys.modules[__name__])
+    export.check(asked(model=tmp_path / "out.onnx"))
+    monkeypatch.setitem(sys.modules, package, None)  # type: ignore[arg-type]  # importing it fails
+    with pytest.raises(UsageError, match=rf"{package}, which .*; pip install -r requirements-onnx\.txt$"):
+        export.check(asked(model=tmp_path / "out.onnx"))
+    export.check(asked(model=tmp_path / "out.safetensors"))
+
+
+# interruptions
+
+
+class Full(OSError):
+    """A full disk."""
+
+    def __init__(self) -> None:
+        super().__init__(28, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Full])
+def test_embeddings_that_cannot_be_finished_leave_nothing(
+    tmp_path: Path, resnet: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    with pytest.raises(error):
+        export.save_features(tmp_path / "a.npz", resnet, [Part("train", Shuffled(7, 1, error), None, None)], classes=())
+
+    def half(file: Any, **arrays: Any) -> None:
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(np, "savez", half)
+    with pytest.raises(UsageError if error is Full else error, match="No space left" if error is Full else None):
+        export.save_features(tmp_path / "b.npz", resnet, parts(), classes=())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Full])
+@pytest.mark.parametrize("call", [1, 3])  # of a file each; their folder's comes between
+def test_a_network_comes_with_its_options_or_not_at_all(
+    tmp_path: Path, resnet: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], call: int
+) -> None:
+    calls = []
+
+    def fsync(number: int) -> None:
+        calls.append(number)
+        if len(calls) == call:
+            raise error
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(UsageError if error is Full else error):
+        export.save_model(tmp_path / "net.safetensors", resnet, options_of(), **COLOURS)
+    assert len(calls) == call and not list(tmp_path.iterdir())
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(ValueError, match="half"), atomic_files.write_whole(path) as file:
+        file.write(b"new")
+        raise ValueError("half")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with atomic_files.write_whole(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+# what has to be installed
+
+
+def test_the_packages_for_onnx_are_in_both_lists_and_say_what_they_are_for() -> None:
+    lists = [(ROOT / name).read_text(encoding="utf-8") for name in ("requirements-onnx.txt", "requirements-dev.txt")]
+    (extra, tests) = ([line for line in text.splitlines() if not line.startswith("#")] for text in lists)
+    assert all(re.fullmatch(r"[\w-]+>=[\d.]+\s+# \w.+", line) for line in extra)
+    assert {line.split()[0] for line in extra} <= {line.split()[0] for line in tests}

@@ -1,0 +1,584 @@
+"""The page of a run: what stands in it, against recounts by plain loops, and what it does where things lack."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import spearmanr
+
+import oracles
+from lib.reporting import page, plots, test_figures, training_figures
+from lib.reporting.report_data import Discovered, Material
+from lib.reporting.report_data import Tested as Judged
+from lib.reporting.training_figures import QUANTILES
+from runs import LIMIT
+
+N, D, M, K, VOTERS, SIGMA = 60, 6, 25, 2, 7, 0.1
+EVIL = '<script>alert("1")</script>'
+CLASSES = (EVIL, "<b>bold&amp;", "$x^2$ \udcff")
+PARTS = "accuracy loss consistency entropy surest random mistakes quantiles reciprocal kept drift hubness orphans"
+PARTS += " largest_hub follows map confusion voters"
+DRAWN = len(PARTS.split()) - 1  # what ``metrics`` below has no figures for is not: the neighbours kept
+
+
+def image(number: int, height: int = 8, width: int = 8) -> np.ndarray:
+    """An image that tells its number."""
+    return np.full((height, width, 3), number, np.uint8)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def discovered(number: int, features: np.ndarray) -> Discovered:
+    entropy = oracles.entropies(features, 0.3)
+    anchors = oracles.anchors(entropy, 15 * number)
+    neighbours = [oracles.neighbours(features, anchor, K) for anchor in anchors]
+    alike = [[oracles.dot(features[a], features[b]) for b in near] for a, near in zip(anchors, neighbours, strict=True)]
+    return Discovered(number, entropy, np.array(anchors), np.array(neighbours), np.array(alike))
+
+
+def metrics(rounds: int = 4, epochs: int = 3) -> list[dict[str, Any]]:
+    top1 = iter([0.2, 0.4, 0.3, 0.5, 0.45, 0.44, 0.3, 0.2, 0.3, 0.61, 0.7123, 0.6789])
+    rows = []
+    for number in range(rounds):
+        best = 0.0
+        for epoch in range(epochs):
+            now = next(top1)
+            best = max(best, now)
+            row = {"round": number, "epoch": epoch, "anchors": 15 * number, "loss": 5 - number, "top1": now}
+            row |= {"consistency": [None, 0.9, 0.7, 0.8][number], "top5": 0.9, "best_top1": best}
+            row |= {"learning_rate": 0.1, "images_per_s": 10.0, "train_s": 600.0, "evaluate_s": 60.0}
+            row |= {
+                **dict(zip(QUANTILES, (1.0, 2.0, 3.0 - number, 4.0, 5.0), strict=True)),
+                "reciprocal": 0.1 * number + 0.01 * epoch,
+            }
+            row |= {"drift": 0.5, "hubness": [0, 3, 1, 2][number] + 0.1 * epoch}
+            rows.append(row | {"orphans": 0.4, "largest_hub": 0.02})
+    return rows
+
+
+def material() -> Material:
+    rng = np.random.default_rng(5)
+    labels, test_labels = rng.integers(0, 3, N), rng.integers(0, 3, M)
+    centres = rng.normal(size=(3, D))
+    features = unit(centres[labels] + rng.normal(size=(N, D)))
+    tested = Judged(
+        images=[image(200 + number) for number in range(M)],
+        labels=test_labels,
+        features=unit(centres[test_labels] + 2 * rng.normal(size=(M, D))),
+        protocol=f"weighted kNN (K={VOTERS}, sigma={SIGMA}), features <i>recomputed</i>",
+        k=VOTERS,
+        sigma=SIGMA,
+    )
+    return Material(
+        name=f"run {EVIL}",
+        facts={"versions": "python 3", "commit <b>": "<i>x</i>"},
+        options={"dataset": "<u>digits</u>", "lr_schedule": None, "long": "y" * 5000},
+        metrics=metrics(),
+        protocol="kNN <i>bank</i>",
+        published="86.3 % weighted kNN (https://arxiv.org/abs/2002.12158)",
+        rounds=[discovered(number, features) for number in (1, 2, 3)],
+        images=[image(number) for number in range(N)],
+        labels=labels,
+        classes=CLASSES,
+        features=features,
+        tested=tested,
+        finished=True,
+    )
+
+
+class Page(HTMLParser):
+    """A page's tags with their attributes, its text, and the text below each heading of a part."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.parts, self.cells = "", {}, []
+        self._open, self._heading = "", ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._open = tag
+        if tag in ("h2", "h3"):
+            self._heading = ""
+        elif tag == "tr":
+            self.cells.append([])
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._open in ("h2", "h3") and not self._heading:
+            self._heading = data
+            self.parts[data] = ""
+        elif self._heading:
+            self.parts[self._heading] += data
+        if self._open in ("td", "th") and data.strip():
+            self.cells[-1].append(data)
+
+    def images(self) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.tags if tag == "img"]
+
+
+class Drawn:
+    """What ``plots`` was asked to draw, by the function's name: positional and named arguments."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.calls: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        for name in "curves quantiles consistency histograms follows gallery voters embedding_map confusion".split():
+            patch.setattr(plots, name, self._recorder(name, getattr(plots, name)))
+
+    def _recorder(self, name: str, draw: Callable[..., Any]) -> Callable[..., Any]:
+        def record(*args: Any, **named: Any) -> Any:
+            self.calls.setdefault(name, []).append((args, named))
+            return draw(*args, **named)
+
+        return record
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coarse pictures take less time."""
+    monkeypatch.setattr(page, "RESOLUTIONS", (40,))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Drawn]]:
+    """The report of the whole material, at the first of the real resolutions, and what was drawn."""
+    folder = tmp_path_factory.mktemp("session")
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = Drawn(patch)
+        assert page.write(material(), folder) == folder / "report.html"
+    yield folder, drawn
+
+
+def old_report(folder: Path) -> bytes:
+    """What an earlier report left in the folder; the page's bytes."""
+    (folder / "report").mkdir()
+    for name in PARTS.split():
+        (folder / "report" / f"{name}.png").write_bytes(b"old picture")
+    (folder / "report.html").write_bytes(b"old page")
+    return b"old page"
+
+
+def missing(given: Material, folder: Path) -> dict[str, str]:
+    """The text of each part that has no picture."""
+    shown = Page(page.write(given, folder))
+    titles = re.findall(r'<h3>([^<]*)</h3>\s*<p class="missing">', (folder / "report.html").read_text("utf-8"))
+    return {title: shown.parts[title].strip() for title in titles}
+
+
+def test_the_page_holds_its_pictures_and_loads_nothing(written: tuple[Path, Drawn]) -> None:
+    folder, _ = written
+    page, source = Page(folder / "report.html"), (folder / "report.html").read_text("utf-8")
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "iframe", "object", "embed", "base", "form")
+        for name in ("src", "href", "srcset", "data", "action", "poster", "style", "onload"):
+            value = attributes.get(name)
+            assert value is None or (value.startswith(("data:", "#")) and name in ("src", "href"))
+    assert "url(" not in source and "@import" not in source
+    files = {path.read_bytes(): path.stem for path in (folder / "report").iterdir()}
+    held = [base64.b64decode((each["src"] or "").removeprefix("data:image/png;base64,")) for each in page.images()]
+    assert sorted(files[data] for data in held) == sorted(set(PARTS.split()) - {"kept"})  # no row has that one
+    for data in held:
+        Image.open(io.BytesIO(data)).verify()
+    assert sorted(path.name for path in folder.iterdir()) == ["report", "report.html"]
+
+
+def test_the_outline_and_the_links_hold_together(written: tuple[Path, Drawn]) -> None:
+    page = Page(written[0] / "report.html")
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    targets = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    links = [str(attributes["href"]) for tag, attributes in page.tags if tag == "a"]
+    assert len(links) == 5 and {link.removeprefix("#") for link in links} == targets
+    alts = [str(each["alt"]) for each in page.images()]
+    assert len(set(alts)) == len(alts) == DRAWN and all(len(alt) > 20 for alt in alts)
+    assert ("html", {"lang": "en"}) in page.tags
+    assert any(attributes.get("name") == "viewport" for _, attributes in page.tags)
+
+
+def test_every_name_comes_out_as_text(written: tuple[Path, Drawn]) -> None:
+    shown = Page(written[0] / "report.html")
+    assert not {tag for tag, _ in shown.tags} & {"script", "b", "i", "u"}
+    for text in (f"run {EVIL}", "commit <b>", "<i>x</i>", "<u>digits</u>", "kNN <i>bank</i>", "<i>recomputed</i>"):
+        assert text in shown.text
+    cells = [cell for row in shown.cells for cell in row]
+    assert EVIL in cells and "<b>bold&amp;" in cells and "$x^2$ \\udcff" in cells
+    assert "not set" in cells and f"{'y' * page.TEXT}…" in cells
+
+
+def test_the_summary_shows_last_and_best_and_the_published_figure(written: tuple[Path, Drawn]) -> None:
+    source = (written[0] / "report.html").read_text("utf-8")
+    cards = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", source))
+    assert cards["top-1, last epoch"] == "67.89%"
+    assert cards["top-1, best epoch of the last round"] == "71.23%"
+    assert cards["published"] == material().published
+    assert (cards["rounds"], cards["epochs"], cards["time of these epochs"]) == ("4", "12", "2 h 12 min")
+    assert "a finished run" in Page(written[0] / "report.html").text
+
+
+def test_the_table_of_rounds_has_their_last_epochs(written: tuple[Path, Drawn]) -> None:
+    rows = Page(written[0] / "report.html").cells
+    assert "top-1 last" in rows[0] and "top-1 best" in rows[0]
+    assert rows[1] == ["0", "3", "0 (0%)", "-", "5.0000", "30.00%", "40.00%", "90.00%"]
+    assert rows[4] == ["3", "3", "45 (75%)", "80.0%", "2.0000", "67.89%", "71.23%", "90.00%"]
+
+
+def test_the_accuracy_marks_last_and_best_of_each_round(written: tuple[Path, Drawn]) -> None:
+    (args, named), *_ = written[1].calls["curves"]
+    marks = {
+        name: dict(zip(np.isfinite(m).nonzero()[0], m[np.isfinite(m)], strict=True))
+        for name, m in named["marks"].items()
+    }
+    assert marks["last epoch of a round"] == {2: 0.3, 5: 0.44, 8: 0.3, 11: 0.6789}
+    assert marks["best epoch of a round"] == {1: 0.4, 3: 0.5, 8: 0.3, 10: 0.7123}
+    assert args[1].tolist() == [number for number in range(4) for _ in range(3)]
+    text = Page(written[0] / "report.html").parts["Accuracy"]
+    assert "kNN <i>bank</i>" in text and "chosen by the test labels" in text
+
+
+def test_the_consistency_is_that_of_the_pairs(written: tuple[Path, Drawn]) -> None:
+    given = material()
+    (shares, values, rounds), _ = written[1].calls["consistency"][0]
+    assert shares.tolist() == [0.25, 0.5, 0.75] and rounds == [1, 2, 3]
+    for found, value in zip(given.rounds, values, strict=True):
+        assert value == pytest.approx(oracles.consistency(found.anchors, found.neighbours, given.labels))
+
+
+def test_the_galleries_show_surest_random_and_worst(written: tuple[Path, Drawn]) -> None:
+    given, found = material(), material().rounds[-1]
+    assert given.labels is not None
+    surest, drawn, worst = (
+        [[int(tile.image[0, 0, 0]) for tile in entry] for entry in args[0]] for args, _ in written[1].calls["gallery"]
+    )
+    near = dict(zip(found.anchors.tolist(), found.neighbours.tolist(), strict=True))
+    assert [entry[0] for entry in surest] == found.anchors[:8].tolist()
+    assert len({entry[0] for entry in drawn}) == 8 and [entry[0] for entry in drawn] != found.anchors[:8].tolist()
+    for entry in [*surest, *drawn, *worst]:
+        assert entry[1:] == near[entry[0]]
+    mistakes = []
+    for anchor in found.anchors.tolist():
+        other = [b for b in near[anchor] if given.labels[b] != given.labels[anchor]]
+        if other:
+            mistakes.append((-max(oracles.dot(given.features[anchor], given.features[b]) for b in other), anchor))
+    assert [entry[0] for entry in worst] == [anchor for _, anchor in sorted(mistakes)][:8]
+    for args, _ in written[1].calls["gallery"]:
+        for first, *others in args[0]:
+            label = given.labels[first.image[0, 0, 0]]
+            assert not first.framed and first.name == plots.writable(CLASSES[label], label)
+            assert [tile.same for tile in others] == [given.labels[t.image[0, 0, 0]] == label for t in others]
+            assert all(tile.framed for tile in others)
+    wrong = sum(given.labels[a] != given.labels[b] for a, several in near.items() for b in several)
+    assert f"{wrong} of 90 pairs are of two classes" in Page(written[0] / "report.html").parts["The worst mistakes"]
+
+
+def test_confusion_and_confused_pairs_are_those_of_the_votes(written: tuple[Path, Drawn]) -> None:
+    given = material()
+    tested = given.tested
+    assert tested is not None and given.labels is not None
+    counts = [[0] * 3 for _ in range(3)]
+    for query, truth in zip(tested.features, tested.labels.tolist(), strict=True):
+        scores = oracles.knn_scores(query, given.features, given.labels, classes=3, k=VOTERS, sigma=SIGMA)
+        counts[truth][int(np.argmax(scores))] += 1
+    (shown, _), _ = written[1].calls["confusion"][0]
+    assert shown.tolist() == counts
+    right = sum(counts[c][c] for c in range(3))
+    page = Page(written[0] / "report.html")
+    assert f"{right} of 25 test images are right ({right / 25:.2%})" in page.parts["Confusion matrix"]
+    assert tested.protocol in page.parts["Confusion matrix"]
+    names = [name.encode("utf-8", "backslashreplace").decode() for name in CLASSES]
+    expected = {
+        (names[a], names[b], str(counts[a][b]), f"{counts[a][b] / sum(counts[a]):.1%}")
+        for a in range(3)
+        for b in range(3)
+        if a != b and counts[a][b]
+    }
+    start = next(place for place, row in enumerate(page.cells) if row[:1] == ["true class"]) + 1
+    rows = page.cells[start : start + len(expected)]
+    assert {tuple(row) for row in rows} == expected
+    assert [int(row[2]) for row in rows] == sorted((int(row[2]) for row in rows), reverse=True)
+
+
+def test_voters_and_votes_are_those_of_plain_loops(written: tuple[Path, Drawn]) -> None:
+    given = material()
+    tested = given.tested
+    assert tested is not None and given.labels is not None
+    (rows,), _ = written[1].calls["voters"][0]
+    surest: dict[int, float] = {}
+    for number, (query, truth) in enumerate(zip(tested.features, tested.labels, strict=True)):
+        scores = oracles.knn_scores(query, given.features, given.labels, classes=3, k=VOTERS, sigma=SIGMA)
+        if int(np.argmax(scores)) != truth:
+            surest[number] = scores.max()
+    shown = [int(tiles[0].image[0, 0, 0]) - 200 for tiles, _, _ in rows]
+    assert len(set(shown[:4])) == 4 and not set(shown[:4]) & set(surest)
+    assert shown[4:] == sorted(surest, key=lambda number: -surest[number])[:4]
+    for number, (tiles, sentence, votes) in zip(shown, rows, strict=True):
+        query, truth = tested.features[number], tested.labels[number]
+        similarity = [oracles.dot(query, row) for row in given.features]
+        nearest = sorted(range(N), key=lambda j: -similarity[j])[:VOTERS]
+        assert [int(tile.image[0, 0, 0]) for tile in tiles[1:]] == nearest
+        assert [tile.same for tile in tiles[1:]] == [given.labels[j] == truth for j in nearest]
+        scores = oracles.knn_scores(query, given.features, given.labels, classes=3, k=VOTERS, sigma=SIGMA)
+        order = [c for c in sorted(range(3), key=lambda c: -scores[c]) if scores[c] >= 0.005]
+        assert [true for _, true in votes] == [c == truth for c in order]
+        assert [share for share, _ in votes] == pytest.approx([scores[c] for c in order], abs=1e-5)
+        assert (", wrong. Votes: " in sentence) == (number in surest)
+        assert [int(share) for share in re.findall(r"\((\d+)%\)", sentence)] == [round(100 * scores[c]) for c in order]
+
+
+def test_health_is_held_against_the_consistency(written: tuple[Path, Drawn]) -> None:
+    (pairs,), _ = written[1].calls["follows"][0]
+    assert list(pairs) == [
+        "median entropy, nats",
+        "reciprocal neighbours",
+        "drift of the bank",
+        "hubness",
+        "samples that are nobody's neighbour",
+        "samples of the largest hub",
+    ]
+    truth = [0.9, 0.7, 0.8]
+    for label, expected in {"reciprocal neighbours": [0.1, 0.2, 0.3], "hubness": [3, 1, 2]}.items():
+        values, beside, rank = pairs[label]
+        assert values.tolist() == pytest.approx(expected) and beside.tolist() == truth
+        assert rank == pytest.approx(spearmanr(expected, truth).statistic)
+    assert np.isnan(pairs["drift of the bank"][2])  # it never changed
+
+
+def test_the_map_is_of_all_samples_and_their_labels(written: tuple[Path, Drawn]) -> None:
+    (points, labels, names), _ = written[1].calls["embedding_map"][0]
+    assert points.shape == (N, 2) and np.isfinite(points).all() and labels.tolist() == material().labels.tolist()
+    assert names == ['<script>alert("1")</script>', "<b>bold&amp;", "class 2"]
+    assert "60 of 60 rows of the memory bank, by t-SNE" in Page(written[0] / "report.html").parts["Map"]
+
+
+def test_of_many_samples_the_map_and_the_matrix_take_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_figures, "MAPPED", 20)
+    monkeypatch.setattr(test_figures, "TESTS", 10)
+    drawn = Drawn(monkeypatch)
+    shown = Page(page.write(material(), tmp_path))
+    assert "20 of 60 rows" in shown.parts["Map"] and len(drawn.calls["embedding_map"][0][0][0]) == 20
+    assert "of 10 test images, drawn at random from 25, are right" in shown.parts["Confusion matrix"]
+    assert drawn.calls["confusion"][0][0][0].sum() == 10
+    given = material()
+    assert given.tested is not None and given.labels is not None
+    for tiles, sentence, _ in drawn.calls["voters"][0][0][0]:  # the number of the chosen one, not its place among them
+        number = int(tiles[0].image[0, 0, 0]) - 200
+        assert sentence.startswith(
+            f"{plots.fit(plots.all_writable(given.classes)[given.tested.labels[number]], 1.2, 9)}, "
+        )
+        similarity = [oracles.dot(given.tested.features[number], row) for row in given.features]
+        assert int(tiles[1].image[0, 0, 0]) == int(np.argmax(similarity))
+
+
+def test_the_same_material_gives_the_same_bytes_and_leaves_matplotlib_alone(tmp_path: Path) -> None:
+    before = dict(matplotlib.rcParams)
+    first = page.write(material(), tmp_path).read_bytes()
+    assert page.write(material(), tmp_path).read_bytes() == first
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_without_labels_sentences_say_why(tmp_path: Path) -> None:
+    rows = [row | {"top1": None, "top5": None, "best_top1": None, "consistency": None} for row in metrics()]
+    given = replace(material(), labels=None, classes=(), tested=None, metrics=rows, protocol="")
+    said = missing(given, tmp_path)
+    assert set(said) == {
+        "Accuracy",
+        "Consistency of the anchors",
+        "The worst mistakes",
+        "Neighbours kept",
+        "Do they follow the truth?",
+        "Confusion matrix",
+        "Test images and who votes for them",
+    }
+    assert all("label" in said[title] for title in set(said) - {"Neighbours kept"})
+    page = Page(tmp_path / "report.html")
+    assert "chosen by the test labels" not in page.text and "Most confused pairs" not in page.parts
+
+
+def test_in_round_0_sentences_say_what_is_not_yet(tmp_path: Path) -> None:
+    old_report(tmp_path)
+    given = replace(material(), rounds=(), metrics=metrics()[:1], finished=False, published="")
+    said = missing(given, tmp_path)
+    assert "first one is at the start of round 1" in said["The surest anchors"]
+    assert said["Accuracy"].startswith("Only one epoch was judged: top-1 20.00%")
+    assert "5.0000" in said["Loss"] and "one epoch" in said["Drift of the bank"]
+    kept = {path.stem for path in (tmp_path / "report").iterdir()}
+    assert kept == {"map", "confusion", "voters"}  # those of the earlier report are gone
+    text = Page(tmp_path / "report.html").text
+    assert "goes on or was stopped" in text and "none named" in text
+
+
+def test_before_the_first_epoch_there_is_a_report_too(tmp_path: Path) -> None:
+    said = missing(replace(material(), rounds=(), metrics=(), tested=None), tmp_path)
+    assert said["Accuracy"] == said["Loss"] == "No epoch is done yet."
+    assert "before the first epoch" in Page(tmp_path / "report.html").parts["Map"]
+
+
+def test_a_diverged_run_has_a_report_too(tmp_path: Path) -> None:
+    given = material()
+    nothing = np.full_like(given.features, np.nan)
+    rounds = [replace(found, entropy=np.full(N, np.nan)) for found in given.rounds]
+    rows = [row | {"loss": float("nan"), **dict.fromkeys(QUANTILES, float("nan"))} for row in metrics()]
+    said = missing(replace(given, features=nothing, rounds=rounds, metrics=rows), tmp_path)
+    for title in ("Loss", "Map", "Confusion matrix", "Entropy and the selection"):
+        assert "not" in said[title] and "finite" in said[title], title
+    rows[0]["loss"], rows[1]["loss"] = 3.0, 2.0
+    assert (
+        "10 epochs whose loss was not a finite number"
+        in training_figures.training(replace(given, metrics=rows))["loss"].how
+    )
+
+
+@pytest.mark.parametrize(("samples", "value"), [(N, 0.5), (4, None)])
+def test_embeddings_that_make_no_map_get_a_sentence(samples: int, value: float | None) -> None:
+    given = material()
+    features = given.features[:samples] if value is None else np.full((samples, D), value, np.float32)
+    assert training_figures.embedding_map(replace(given, features=features)).figure is None
+
+
+def test_a_discovery_without_anchors_has_no_gallery() -> None:
+    none = Discovered(1, np.arange(N, dtype=float), np.empty(0, int), np.empty((0, K), int), None)
+    with plots.style():
+        parts = training_figures.discovery(replace(material(), rounds=[none]))
+    assert [name for name, part in parts.items() if part.figure] == ["entropy"]
+
+
+def test_mistakes_come_in_order_of_entropy_where_similarities_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = material()
+    assert given.labels is not None
+    drawn, found = Drawn(monkeypatch), replace(given.rounds[-1], similarities=None)
+    with plots.style():
+        training_figures._galleries(given, found)
+    worst = [int(entry[0].image[0, 0, 0]) for entry in drawn.calls["gallery"][-1][0][0]]
+    pairs = zip(found.anchors.tolist(), found.neighbours.tolist(), strict=True)
+    assert worst == [a for a, near in pairs if any(given.labels[b] != given.labels[a] for b in near)][:8]
+
+
+@pytest.mark.parametrize("when", ["drawing", "writing"])
+def test_a_failure_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    old_report(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    calls = []
+
+    def fail(*args: Any) -> bytes:
+        calls.append(args)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(plots, "confusion", fail) if when == "drawing" else monkeypatch.setattr(page, "_page", fail)
+    with pytest.raises(OSError, match="no space left"):
+        page.write(replace(material(), name="another", rounds=()), tmp_path)
+    assert calls and before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_the_page_is_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = old_report(tmp_path)
+
+    def fail(file: int) -> None:
+        if list(tmp_path.glob("report.html.*.part")):  # the pictures could still be written
+            raise OSError("no space left")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="no space left"):
+        page.write(replace(material(), name="another"), tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == old
+    assert not list(tmp_path.rglob("*.part"))
+
+
+class Photographs:
+    """Large noise, which compresses to nothing less; counts what is read."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.read = count, set[int]()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        self.read.add(index)
+        return np.random.default_rng(index).integers(0, 256, (300, 700 + index % 50, 3), dtype=np.uint8)
+
+
+@pytest.mark.slow
+def test_a_thousand_classes_and_large_photographs_stay_below_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(training_figures, "MAPPED", 50)
+    rng = np.random.default_rng(0)
+    classes, photographs = 1000, Photographs(1500)
+    labels, features = rng.integers(0, classes, 1500), unit(rng.normal(size=(1500, D)))
+    nearest = np.argsort(-(features @ features.T), axis=1)[:, 1:6]
+    found = Discovered(1, rng.random(1500), np.arange(700), nearest[:700])
+    tested = Judged(photographs, labels[:400], unit(features[:400] + 0.2), "kNN", 200, SIGMA)  # type: ignore[arg-type]
+    given = replace(
+        material(),
+        rounds=[found],
+        images=photographs,  # type: ignore[arg-type]
+        labels=labels,
+        classes=tuple(f"{'very ' * 100}long {number}" for number in range(classes)),
+        features=features,
+        tested=tested,
+    )
+    path = page.write(given, tmp_path)
+    assert 1_000_000 < path.stat().st_size < 5_000_000
+    assert len(photographs.read) < 200
+    assert "Of 1000 classes the legend names 20." in Page(path).parts["Map"]
+
+
+@pytest.mark.slow
+def test_pictures_lose_resolution_before_the_page_grows_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def width() -> int:
+        return Image.open(io.BytesIO((tmp_path / "report" / "map.png").read_bytes())).width
+
+    monkeypatch.setattr(page, "RESOLUTIONS", (60, 40, 20))
+    monkeypatch.setattr(page, "LIMIT", 1)
+    page.write(material(), tmp_path)
+    assert width() == 20 * plots.WIDTH
+    monkeypatch.setattr(page, "LIMIT", 10**9)
+    page.write(material(), tmp_path)
+    assert width() == 60 * plots.WIDTH
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PROBE = """<body style="margin:0"><iframe src="report.html" style="border:0;width:{0}px;height:900px"></iframe><script>
+onload = () => {{ const page = frames[0].document, root = page.documentElement, pictures = [...page.images];
+document.title = [frames[0].innerWidth, root.scrollWidth, pictures.length, pictures.filter(p => p.naturalWidth).length,
+Math.max(...pictures.map(p => p.getBoundingClientRect().right))].join(' ') }}
+</script>"""
+"""A page that shows the report in a frame (a window has a least width) and tells its measures as its title."""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_fits_desktops_and_phones(written: tuple[Path, Drawn], tmp_path: Path, width: int) -> None:
+    shutil.copy(written[0] / "report.html", tmp_path)
+    probe = tmp_path / "probe.html"
+    probe.write_text(PROBE.format(width), encoding="utf-8")
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    command += [f"--user-data-dir={tmp_path / 'browser'}", "--virtual-time-budget=5000", "--dump-dom", probe.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=True).stdout
+    told = re.search(r"<title>(.*?)</title>", shown)
+    assert told, shown
+    inner, scrolled, pictures, loaded, right = map(float, told[1].split())
+    assert inner == width and scrolled <= inner and right <= inner
+    assert pictures == loaded == DRAWN

@@ -1,0 +1,428 @@
+"""The tables and pictures of who resembles whom, read back and held against plain loops."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import oracles
+from lib.errors import UsageError
+from lib.method.discovery import discover
+from lib.method.neighbourhoods import Neighbourhoods
+from lib.reporting import retrieval
+from lib.reporting.retrieval import (
+    NEVER,
+    TILE,
+    Gallery,
+    Query,
+    became_anchor,
+    describe,
+    draw,
+    query,
+    save_neighbourhoods,
+)
+from lib.session import atomic_files
+from patches import blocks_of
+
+many = settings(max_examples=40, deadline=None)
+seeds = st.integers(0, 2**32 - 1)
+ODD = [
+    "a,b.png",
+    'say "x".png',
+    "new\nline.png",
+    "cr\r.png",
+    "b/\udcff raw.png",
+    "=1+1.png",
+    "é 狗.png",
+    " ",
+    "x" * 200,
+]
+
+
+def dummies(samples: int, **known: Any) -> Gallery:
+    return Gallery([np.zeros((2, 2, 3), np.uint8)] * samples, **known)
+
+
+def written(
+    path: Path, memory: np.ndarray, size: int, rounds: list[int], gallery: Gallery, block: int = 2**20
+) -> list[list[str]]:
+    bank = torch.from_numpy(memory)
+    with blocks_of(block):
+        save_neighbourhoods(
+            path, embeddings=bank, temperature=0.2, size=size, rounds=torch.tensor(rounds), gallery=gallery
+        )
+    return list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8"), newline=""), strict=True))
+
+
+# The table of all.
+
+
+@many
+@given(st.integers(1, 12), st.integers(2, 5), seeds, st.integers(1, 15), st.integers(1, 60))
+def test_the_table_is_what_plain_loops_find(
+    tmp_path_factory: pytest.TempPathFactory, samples: int, low_dim: int, seed: int, size: int, block: int
+) -> None:
+    memory = oracles.rows("random", samples, low_dim, seed)
+    rounds = [number % 4 - 1 for number in range(samples)]
+    path = tmp_path_factory.mktemp("table") / "out.csv"
+    header, *lines = written(path, memory, size, rounds, dummies(samples), block)
+    near = min(size, samples - 1)
+    columns = [f"{what}_{number}" for number in range(1, near + 1) for what in ("neighbour", "similarity")]
+    assert header == ["index", "entropy", "round", *columns]
+    assert [line[0] for line in lines] == [str(sample) for sample in range(samples)]
+    for sample, (_, entropy, round, *found) in enumerate(lines):
+        assert float(entropy) == pytest.approx(oracles.entropy(memory[sample], memory, 0.2), abs=1e-6)
+        assert round == ("" if rounds[sample] == -1 else str(rounds[sample]))
+        nearest = oracles.neighbours(memory, sample, size)
+        assert [int(cell) for cell in found[::2]] == nearest
+        similar = [oracles.dot(memory[sample], memory[j]) for j in nearest]
+        assert [float(cell) for cell in found[1::2]] == pytest.approx(similar, abs=1e-6)
+
+
+def test_files_and_classes_stand_with_their_images_whatever_their_letters(tmp_path: Path) -> None:
+    labels = np.array([2, 0, 1, 1, 0, 2, 2, 0, 1])
+    classes = ("=cmd", "b,é", 'c"\n')
+    gallery = dummies(9, names=ODD, labels=labels, classes=classes)
+    memory = oracles.rows("random", 9, 4, seed=1)
+    header, *lines = written(tmp_path / "out.csv", memory, 2, [NEVER] * 9, gallery)
+    assert header[:5] == ["index", "file", "class", "entropy", "round"]
+    escaped = {"=1+1.png": "'=1+1.png", "=cmd": "'=cmd"}  # no formulas to a spreadsheet
+    assert [line[1] for line in lines] == [escaped.get(name, name.replace("\udcff", "\\udcff")) for name in ODD]
+    assert [line[2] for line in lines] == [escaped.get(classes[label], classes[label]) for label in labels]
+    assert all(len(line) == len(header) for line in lines)
+
+
+def test_text_is_quoted_numbers_are_not_and_lines_end_as_rfc_4180_says(tmp_path: Path) -> None:
+    memory = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, -0.8]])
+    written(tmp_path / "out.csv", memory, 2, [1, 0, NEVER], dummies(3, names=["a", "b", 'c"']))
+    first, *lines = (tmp_path / "out.csv").read_bytes().split(b"\r\n")
+    assert first.startswith(b'"index","file","entropy"') and lines.pop() == b""
+    assert lines[0].startswith(b'0,"a",') and lines[0].endswith(b",1,2,0.6,1,0.0")
+    assert lines[1].startswith(b'1,"b",') and lines[1].endswith(b",0,0,0.0,2,-0.8")
+    assert lines[2].startswith(b'2,"c""",') and lines[2].endswith(b',"",0,0.6,1,-0.8')
+
+
+@pytest.mark.parametrize("kind", ["equal", "zero"])
+def test_equal_and_empty_rows_have_neighbours_too(kind: str, tmp_path: Path) -> None:
+    memory = oracles.rows("equal", 5, 3, seed=1) * (kind == "equal")
+    _, *lines = written(tmp_path / "out.csv", memory, 9, [NEVER] * 5, dummies(5))
+    for sample, (_, entropy, _, *found) in enumerate(lines):
+        assert float(entropy) == pytest.approx(np.log(5), abs=1e-6)
+        assert sorted([str(sample), *found[::2]]) == list("01234")
+        assert {float(cell) for cell in found[1::2]} == {float(kind == "equal")}
+
+
+def test_the_neighbours_are_those_of_a_discovery(tmp_path: Path) -> None:
+    """In float32, as in training."""
+    memory = oracles.rows("duplicates", 40, 6, seed=1).astype(np.float32)
+    _, *lines = written(tmp_path / "out.csv", memory, 1, [NEVER] * 40, dummies(40))
+    found = discover(torch.from_numpy(memory), temperature=0.2, anchors=20, size=1)
+    for anchor, near in zip(found.anchors.tolist(), found.neighbours[:, 0].tolist(), strict=True):
+        assert int(lines[anchor][3]) == near
+
+
+def test_the_table_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(list[str]):
+        def __getitem__(self, index: Any) -> Any:
+            if index == 3:
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    memory = oracles.rows("random", 5, 3, seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        written(tmp_path / "out.csv", memory, 1, [NEVER] * 5, dummies(5, names=Failing("abcde")))
+    assert list(tmp_path.iterdir()) == []
+
+    def full(descriptor: int) -> None:
+        assert next(tmp_path.glob("out.csv.*.part")).stat().st_size > 100 and not (tmp_path / "out.csv").exists()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UsageError, match=r"out.csv: cannot be written: No space left on device; choose another place$"):
+        written(tmp_path / "out.csv", memory, 1, [NEVER] * 5, dummies(5))
+    assert list(tmp_path.iterdir()) == []
+
+
+# Where it may go.
+
+
+def test_a_place_that_will_do_passes_and_nothing_is_written(tmp_path: Path) -> None:
+    for name in ("out.csv", "OUT.CSV", "\udcff.csv"):
+        retrieval.check(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("out.txt", r"--export-neighbourhoods .*out.txt: the file's name should end in .csv$"),
+        ("csv", r"should end in .csv$"),
+        ("taken.csv", r"taken.csv: exists; choose another name, or move it away$"),
+        ("link.csv", r"link.csv: exists"),
+        ("no/out.csv", r"there is no folder .*no; make it, or choose another one$"),
+        ("x" * 252 + ".csv", r"cannot be written: File name too long; choose another name$"),
+        ("a\0b.csv", r"cannot be written: .*null"),
+    ],
+)
+def test_a_place_that_will_not_do_is_refused_in_a_sentence(name: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "taken.csv").write_text("mine")
+    (tmp_path / "link.csv").symlink_to("nowhere")
+    with pytest.raises(UsageError, match=words):
+        retrieval.check(tmp_path / name)
+    assert (tmp_path / "taken.csv").read_text() == "mine"
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    memory = oracles.rows("random", 3, 3, seed=1)
+    for name in ("out.csv", "out.png"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError, match=r"out.csv: exists"):
+        written(tmp_path / "out.csv", memory, 1, [NEVER] * 3, dummies(3))
+    with pytest.raises(UsageError, match=r"out.png: exists"):
+        retrieval.save_picture(tmp_path / "out.png", Image.new("RGB", (2, 2)))
+    assert sorted(p.name for p in tmp_path.iterdir() if p.read_text() == "mine") == ["out.csv", "out.png"]
+
+
+def test_of_several_files_all_come_into_being_or_none(tmp_path: Path) -> None:
+    with atomic_files.new_files(tmp_path / "a", tmp_path / "b") as (one, other):
+        one.write(b"1")
+        other.write(b"2")
+        assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+    assert [(tmp_path / name).read_bytes() for name in "ab"] == [b"1", b"2"]
+    with pytest.raises(ZeroDivisionError), atomic_files.new_files(tmp_path / "c", tmp_path / "d"):
+        raise ZeroDivisionError
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_where_the_last_of_several_files_fails_none_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+
+    def full(descriptor: int) -> None:
+        done.append(descriptor)
+        if len(done) == 3:  # one of the second file, whose folder comes between
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UsageError, match="No space left"), atomic_files.new_files(tmp_path / "a", tmp_path / "b"):
+        pass
+    assert len(done) == 3 and list(tmp_path.iterdir()) == []
+
+
+# The round of each anchor.
+
+
+def found(anchors: list[int], samples: int) -> Neighbourhoods:
+    others = [sample for sample in range(samples) if sample not in anchors]
+    position = torch.tensor(oracles.positions(anchors, samples))
+    near = torch.zeros(len(anchors), 1, dtype=torch.long)
+    return Neighbourhoods(torch.tensor(anchors), torch.tensor(others), position, near, torch.zeros(samples))
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2]])
+def test_the_first_round_as_anchor_counts(order: list[int]) -> None:
+    rounds = {0: [], 1: [4, 2], 2: [0, 2], 3: [1, 0, 4]}
+    nothing = Neighbourhoods.none(6)
+    given = [(round, found(rounds[round], 6) if rounds[round] else nothing) for round in order]
+    assert became_anchor(iter(given), 6).tolist() == [2, 3, 1, NEVER, 1, NEVER]
+    assert became_anchor([], 3).tolist() == [NEVER] * 3
+
+
+def test_anchors_of_other_data_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"^round 2: its anchors are of 5 samples, not 6; choose the data .*$"):
+        became_anchor([(1, found([1], 6)), (2, found([1], 5))], 6)
+
+
+# Looking up.
+
+
+@many
+@given(st.integers(1, 9), st.integers(1, 12), st.integers(1, 15), seeds, st.integers(1, 60))
+def test_the_most_similar_are_the_oracles(queries: int, samples: int, k: int, seed: int, block: int) -> None:
+    asked, memory = oracles.rows("random", queries, 4, seed), oracles.rows("random", samples, 4, seed + 1)
+    with blocks_of(block):
+        indices, similarities = query(torch.from_numpy(asked), torch.from_numpy(memory), k)
+    assert indices.shape == similarities.shape == (queries, min(k, samples))
+    for row in range(queries):
+        values = [oracles.dot(asked[row], other) for other in memory]
+        best = sorted(range(samples), key=lambda j: -values[j])[:k]
+        assert indices[row].tolist() == best
+        assert similarities[row].tolist() == pytest.approx([values[j] for j in best])
+
+
+def test_nothing_of_the_network_hangs_on_what_is_found() -> None:
+    embeddings = torch.eye(3, requires_grad=True)
+    _, similarities = query(embeddings, torch.eye(3), 2)
+    assert not similarities.requires_grad
+
+
+def test_a_table_for_people_tells_rank_file_class_and_similarity() -> None:
+    indices, similarities = torch.tensor([2, 0, 1]), torch.tensor([0.98765, 0.5, -1e-9])
+    names = ["a.png", "new\nline.png", "\udcff.png"]
+    gallery = dummies(3, names=names, labels=np.array([1, 0, 0]), classes=("cat", "dog"))
+    name, header, rule, *lines = describe("my\npicture.jpg", indices, similarities, gallery).split("\n")
+    assert name == "my\\npicture.jpg"
+    assert header.split() == ["rank", "file", "class", "similarity"]
+    assert [line.split() for line in lines] == [
+        ["1", "\\udcff.png", "cat", "0.9877"],
+        ["2", "a.png", "dog", "0.5000"],
+        ["3", "new\\nline.png", "cat", "0.0000"],
+    ]
+    assert {len(line) for line in (header, rule, *lines)} == {len(rule)}  # columns stand under each other
+    bare = describe("x", indices[:1], similarities[:1], dummies(3))
+    assert bare.split("\n")[1:] == ["rank  index  similarity", "----  -----  ----------", "1         2      0.9877"]
+
+
+# The picture. Each image has a colour of its own, with a blue that no letter has.
+
+
+def flat(number: int, height: int = 8, width: int = 8) -> np.ndarray:
+    return np.full((height, width, 3), (1 + 2 * number, 3, 250), np.uint8)
+
+
+def boxes(picture: Image.Image) -> list[tuple[int, int, int, int, int]]:
+    """Every single-coloured rectangle, row by row: number, left, top, width, height."""
+    pixels = np.asarray(picture).astype(int)
+    image = (pixels[..., 1] == 3) & (pixels[..., 2] == 250)
+    result = []
+    for y, x in np.argwhere(image):
+        if (y and image[y - 1, x]) or (x and image[y, x - 1]):
+            continue
+        wide = int(np.argmin(np.append(image[y, x:], False)))
+        high = int(np.argmin(np.append(image[y:, x], False)))
+        assert (pixels[y : y + high, x : x + wide] == pixels[y, x]).all()
+        result.append(((pixels[y, x, 0] - 1) // 2, int(x), int(y), wide, high))
+    return result
+
+
+def drawn(asked: list[np.ndarray], indices: list[list[int]], gallery: Gallery, names: str = "qrstuv") -> Image.Image:
+    queries = [Query(name, image) for name, image in zip(names, asked, strict=False)]
+    chosen = torch.tensor(indices)
+    return draw(queries, chosen, torch.linspace(1, -1, chosen.numel()).reshape(chosen.shape), gallery)
+
+
+def test_every_query_has_a_row_its_picture_first_and_the_most_similar_next() -> None:
+    gallery = Gallery([flat(number) for number in range(20)])
+    picture = drawn([flat(90), flat(91)], [[7, 3, 5], [4, 3, 19]], gallery)
+    found = boxes(picture)
+    assert [number for number, *_ in found] == [90, 7, 3, 5, 91, 4, 3, 19]
+    assert {(wide, high) for *_, wide, high in found} == {(TILE, TILE)}
+    assert len({top for _, _, top, *_ in found[:4]}) == len({top for _, _, top, *_ in found[4:]}) == 1
+    lefts = [left for _, left, *_ in found]
+    assert lefts[:4] == lefts[4:] == sorted(lefts[:4])
+    assert lefts[1] - lefts[0] > lefts[2] - lefts[1] == lefts[3] - lefts[2] > TILE  # the query stands apart
+    assert found[4][2] - found[0][2] > TILE + 40  # room for the lines of text
+
+
+@pytest.mark.parametrize(("k", "lines"), [(1, [1]), (10, [10]), (11, [10, 1]), (25, [10, 10, 5])])
+def test_many_that_are_found_go_on_below(k: int, lines: list[int]) -> None:
+    gallery = Gallery([flat(number) for number in range(30)])
+    found = boxes(drawn([flat(90), flat(91)], [list(range(k))] * 2, gallery))
+    assert [number for number, *_ in found] == [90, *range(k), 91, *range(k)]
+    tops = [top for _, _, top, *_ in found]
+    assert [tops.count(top) for top in sorted(set(tops))] == [lines[0] + 1, *lines[1:]] * 2
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(8, 8), (16, 8), (32, 32), (375, 500), (500, 375), (96, 96), (1, 1), (50, 500)]
+)
+def test_an_image_fills_its_place_and_keeps_its_shape(height: int, width: int) -> None:
+    picture = drawn([flat(0)], [[1]], Gallery([flat(0), flat(1, height, width)]))
+    (_, _, top, *_), (number, _, top_of_it, wide, high) = boxes(picture)
+    assert number == 1 and max(wide, high) == TILE
+    assert abs(wide / high - width / height) <= 0.06 * width / height
+    assert abs((top + TILE / 2) - (top_of_it + high / 2)) <= 1  # in the middle
+
+
+def test_the_pixels_of_small_images_are_shown_as_they_are() -> None:
+    image = np.random.default_rng(0).integers(0, 255, (8, 8, 3)).astype(np.uint8)
+    pixels = np.asarray(drawn([flat(0)], [[0]], Gallery([image])))
+    _, left, top, *_ = boxes(drawn([flat(0)], [[0]], Gallery([flat(1)])))[1]
+    assert (pixels[top : top + TILE, left : left + TILE] == np.kron(image, np.ones((12, 12, 1), np.uint8))).all()
+
+
+def test_an_image_too_thin_to_be_seen_leaves_the_others_be() -> None:
+    gallery = Gallery([flat(0), flat(1, 1, 5000), flat(2, 3000, 1), flat(3)])
+    numbers = [number for number, *_, high in boxes(drawn([flat(90)], [[0, 1, 2, 3]], gallery)) if high == TILE]
+    assert numbers[:2] == [90, 0] and numbers[-1] == 3
+
+
+def strip(picture: Image.Image, place: int, line: int) -> bytes:
+    """The pixels of a line of text under an image: 0 the similarity, 1 the class, file or index."""
+    _, left, top, *_ = boxes(picture)[place]
+    height = TILE // 4
+    down = top + TILE + line * height
+    return picture.crop((left, down, left + TILE, down + height)).tobytes()
+
+
+def test_under_each_image_stand_its_similarity_and_its_class_file_or_index() -> None:
+    images = [flat(0), flat(0)]
+    text = {
+        "class": Gallery(images, ["f.png", "f.png"], np.array([0, 1]), ("cat", "dog")),
+        "file": Gallery(images, ["a/f.png", "b/g.png"]),
+        "same": Gallery(images, ["a/f.png", "b/f.png"]),
+        "index": Gallery(images),
+    }
+    pictures = {name: drawn([flat(90)], [[0, 1]], gallery) for name, gallery in text.items()}
+    for name, picture in pictures.items():
+        assert strip(picture, 1, 0) != strip(picture, 2, 0)  # 1.000 and -1.000
+        assert (strip(picture, 1, 1) == strip(picture, 2, 1)) == (name == "same")
+        assert len(set(strip(picture, 1, 0))) > 10 and len(set(strip(picture, 1, 1))) > 10  # letters
+    assert len({strip(picture, 1, 1) for picture in pictures.values()}) == 3
+    assert len({strip(picture, 1, 0) for picture in pictures.values()}) == 1
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "W" * 300, "\udcff\n狗" * 50, "", "é"])
+def test_names_of_any_length_and_letters_stay_in_their_place(name: str) -> None:
+    gallery = Gallery([flat(0), flat(0)], [name, "b"])
+    picture = draw([Query(name, flat(90))], torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.25]]), gallery)
+    other = draw(
+        [Query("q", flat(90))], torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.25]]), Gallery(gallery.images, ["a", "b"])
+    )
+    assert picture.size == other.size and boxes(picture) == boxes(other)
+    assert strip(picture, 2, 0) == strip(other, 2, 0) and strip(picture, 2, 1) == strip(other, 2, 1)
+    assert (np.asarray(picture)[:, -2:] == 255).all()
+
+
+def test_letters_that_the_font_lacks_are_question_marks() -> None:
+    lacking, marked = (drawn([flat(90)], [[0]], Gallery([flat(0)], [name]), names=name[0]) for name in ("狗 é", "? é"))
+    assert lacking.tobytes() == marked.tobytes()
+
+
+def test_the_picture_is_written_as_png(tmp_path: Path) -> None:
+    picture = drawn([flat(90)], [[0]], Gallery([flat(0)]))
+    retrieval.save_picture(tmp_path / "found.png", picture)
+    with Image.open(tmp_path / "found.png") as read:
+        assert read.format == "PNG" and read.mode == "RGB"
+        assert read.tobytes() == picture.tobytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["found.png"]
+
+
+def test_no_name_in_a_table_is_a_formula_to_a_spreadsheet(tmp_path: Path) -> None:
+    names = ["=1+1.png", "+a.png", "-a.png", "@a.png", "\ta.png", "\ra.png", "a=b.png", "-5", "1e5"]
+    bank = measure_rows(len(names))
+    images = np.zeros((len(names), 2, 2, 3), np.uint8)
+    gallery = retrieval.Gallery(images, names, np.arange(len(names)) % 2, ("=SUM(A1)", "plain"))
+    path = tmp_path / "table.csv"
+    rounds = torch.full((len(names),), retrieval.NEVER)
+    retrieval.save_neighbourhoods(path, embeddings=bank, temperature=0.1, size=1, rounds=rounds, gallery=gallery)
+    assert not path.read_bytes().startswith(b"\xef\xbb\xbf")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    escaped = [row["file"] for row in rows]
+    assert escaped[:6] == ["'" + name for name in names[:6]] and escaped[6:] == names[6:]
+    assert [row["class"] for row in rows[:2]] == ["'=SUM(A1)", "plain"]
+
+
+def measure_rows(count: int) -> torch.Tensor:
+    rows = torch.randn(count, 4, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.normalize(rows, dim=1)

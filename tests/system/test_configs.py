@@ -1,0 +1,89 @@
+"""Each config, by its own command, on made files of its data set's real format: one step of training."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import made
+import main
+from lib import commands
+from lib.training import trainer
+from lib.training.setup import Setting
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+PARTS = {"cifar10-cpu", "cifar10", "cifar100", "svhn", "imagenet", "cub200", "dogs", "folder", "digits"}
+
+
+def make(name: str, root: Path) -> None:
+    """A few images of a data set, as its archives unpack."""
+    if name in ("cifar10", "cifar100"):
+        made.cifar(root, classes=int(name.removeprefix("cifar")))
+    elif name == "svhn":
+        made.svhn(root)
+    elif name == "cub200":
+        made.cub200(root, classes=4)
+    elif name == "dogs":
+        made.dogs(root, classes=4)
+    elif name == "imagenet":
+        made.imagenet(root, flat=True)
+    elif name == "folder":
+        made.imagenet(root)
+
+
+def command_of(config: Path) -> list[str]:
+    """The option files of the command in a config's header."""
+    found = re.search(r"^# Command: +python main\.py --cfgs (.*)$", config.read_text(encoding="utf-8"), re.MULTILINE)
+    assert found, config
+    return [word for word in found[1].split() if word.endswith(".yaml")]
+
+
+EXPERIMENTS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "base.yaml")
+
+
+@pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
+def test_each_config_trains_a_step_by_its_own_command(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = command_of(config)
+    assert files[-1] == f"configs/{config.name}"
+    name = next(part for part in sorted(PARTS, key=len, reverse=True) if config.stem.startswith(part))
+    name = {"cifar10-cpu": "folder"}.get(name, name)  # the same images as files
+    make(name, tmp_path)
+    made.accept(monkeypatch, tmp_path)
+    monkeypatch.chdir(CONFIGS.parent)
+    records: list[dict[str, Any]] = []
+    losses: list[Any] = []
+    loss_of = trainer.neighbourhood_loss
+    monkeypatch.setattr(trainer, "report_epoch", lambda record, *others: records.append(record))
+    monkeypatch.setattr(
+        trainer, "neighbourhood_loss", lambda *words, **more: losses.append(loss_of(*words, **more)) or losses[-1]
+    )
+    seen: list[Setting] = []
+    train = commands.train
+    monkeypatch.setattr(commands, "train", lambda setting: seen.append(setting) or train(setting))
+    samples = {"imagenet": 12, "folder": 12, "cub200": 8, "dogs": 8, "digits": 1437}.get(name, 20)
+    words = (
+        f"--data-root {tmp_path} --batch-size {samples} --max-round 1 --max-epoch 1 --workers-num 0 --debug --seed 1"
+    )
+    assert main.main(["--cfgs", *files, *words.split()]) == 0
+    (setting,), (record,), (loss,) = seen, records, losses
+    assert setting.options.dataset == name and len(setting.splits.train) == samples
+    assert setting.splits.test is not None and setting.splits.test.labels is not None
+    pixels = setting.options.size if isinstance(setting.options.size, int) else setting.options.size[0]
+    (images, _), *_ = setting.loader(setting.splits.train, train=True).epoch()
+    assert images.shape == (samples, 3, pixels, pixels)
+    expected = {"imagenet": 224, "cub200": 224, "dogs": 224, "digits": 8, "folder": 32}.get(name, 32)
+    assert pixels == {"cifar10-cpu": 16}.get(config.stem, expected)
+    assert record["loss"] == pytest.approx(loss.item()) and math.isfinite(loss.item())
+    assert 0 <= record["top1"] <= 1
+
+
+def test_every_data_set_of_the_paper_has_its_configs() -> None:
+    small = {f"{name}{network}" for name in ("cifar10", "cifar100", "svhn") for network in ("", "-alexnet")}
+    large = {"imagenet-alexnet", "imagenet-resnet18", "cub200", "dogs"}
+    assert {path.stem for path in EXPERIMENTS} == small | large | {"digits", "folder", "cifar10-cpu"}

@@ -1,0 +1,240 @@
+"""Runs that are killed or stopped anywhere end, when they go on, as the run that never was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+import runs
+from lib.distributed import signals
+from lib.distributed.signals import Interrupts, Stopped
+from runs import (
+    LIMIT,
+    altered,
+    assert_alike,
+    content,
+    equal,
+    finished,
+    metrics,
+    nothing_is_saved,
+    output_of,
+    read_until,
+    start,
+    until,
+    words_of,
+    written,
+)
+
+New = Callable[[str], list[str]]
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there")
+
+
+@pytest.fixture
+def new(photos: Path, tmp_path: Path) -> Callable[[str], list[str]]:
+    """The words of a new run of this name."""
+    return lambda name: words_of(photos, tmp_path, name)
+
+
+@pytest.fixture(scope="module")
+def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    finished(*words_of(photos, folder, "whole"))
+    return folder / "whole"
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_as_the_one_that_was_not(whole: Path, tmp_path: Path, new: New) -> None:
+    """SIGKILL from outside as soon as the first checkpoint is there, then in a step drawn at random, twice."""
+    session, draw = tmp_path / "killed", np.random.default_rng(0)
+    process = start(*new("killed"))
+    until(lambda: written(session) > 0, process)
+    runs.kill_group(process)
+    output_of(process)
+    words = ["--resume", str(session), "--brief"]
+    for calls in draw.integers(1, 40, 2):
+        process = start("lib.training.trainer", "train_step", str(calls), *words, program=altered("kill_itself()"))
+        shown = output_of(process)
+        assert process.returncode == -signal.SIGKILL, shown
+    finished(*words)
+    assert_alike(session, whole)
+
+
+PLACES = {
+    "in training": ("lib.training.trainer", "train_step", 8),
+    "with a checkpoint half written": ("lib.training.pretrained", "seal", 1),
+    "with a checkpoint written and not renamed": ("os", "replace", 1),
+    "between the names of the last checkpoint": ("os", "link", 1),
+    "in the evaluation": ("lib.evaluation.knn", "similarities", 1),
+    "in the health figures": ("lib.method.diagnostics", "_hubs", 1),
+    "with the metrics written and no checkpoint": ("lib.training.trainer", "save", 1),
+    "with the latest checkpoint written and not the best": ("lib.training.pretrained", "seal", 4),
+    "at the end of a round": ("lib.training.trainer", "finish_round", 1),
+    "in the discovery": ("lib.method.neighbourhoods", "_positions", 1),
+    "with the anchors found and not drawn": ("lib.reporting.image_grid", "draw", 1),
+    "with the run done": ("lib.reporting.test_run", "show_embeddings", 1),
+}
+"""Where a run dies, in the order of a run: module, function, and which call of it since the start."""
+UNFINISHED = [place for place in PLACES if place.startswith("with a checkpoint") or place.endswith("not the best")]
+"""Of these, where a file is left half written."""
+
+
+@pytest.mark.slow
+def test_a_run_that_dies_in_every_part_ends_as_the_one_that_did_not(whole: Path, tmp_path: Path, new: New) -> None:
+    session = tmp_path / "dying"
+    words = new("dying")
+    for place, (module, name, calls) in PLACES.items():
+        process = start(module, name, str(calls), *words, program=altered("kill_itself()"))
+        shown = output_of(process)
+        assert process.returncode == -signal.SIGKILL, (place, shown)
+        assert bool(list(session.glob("checkpoint/*.part"))) == (place in UNFINISHED), place
+        words = ["--resume", str(session), "--brief"]
+    finished(*words)
+    assert_alike(session, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("which", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 0)])
+def test_a_signal_saves_and_says_how_to_go_on(which: str, status: int, whole: Path, tmp_path: Path, new: New) -> None:
+    session = tmp_path / "stopped"
+    program = altered("await_signals(1)")
+    process = start("lib.training.trainer", "train_step", "8", *new("stopped"), program=program)
+    read_until(process, "waiting for a signal")
+    workers = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, getattr(signal, which))  # workers get it, too, as from a terminal
+    shown = output_of(process)
+    assert process.returncode == status, shown
+    assert f"stopped by {which} after round 0, epoch 1, step 8;" in shown
+    assert f"--resume {session}" in shown and "Traceback" not in shown
+    assert workers and not psutil.wait_procs(workers, timeout=LIMIT)[1]
+    finished("--resume", str(session), "--brief")
+    assert_alike(session, whole)
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_no_workers(new: New, tmp_path: Path) -> None:
+    process = start("lib.training.trainer", "train_step", "8", *new("orphans"), program=altered("await_signals(1)"))
+    read_until(process, "waiting for a signal")
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    output_of(process)
+    assert workers and not psutil.wait_procs(workers, timeout=LIMIT)[1]  # PyTorch's look for their parent now and then
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_stops_the_program_at_once(new: New, tmp_path: Path) -> None:
+    """The step that the first one waits for never ends."""
+    process = start("lib.training.trainer", "train_step", "8", *new("twice"), program=altered("await_signals(-1)"))
+    read_until(process, "waiting for a signal")
+    os.killpg(process.pid, signal.SIGINT)
+    read_until(process, "waiting for a signal")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1.5 * signals.BOUNCE)  # the step is not done
+    os.killpg(process.pid, signal.SIGINT)
+    shown = output_of(process)
+    assert process.returncode == 130 and "Traceback" not in shown and "interrupted" in shown
+
+
+@pytest.mark.slow
+def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(whole: Path, tmp_path: Path, new: New) -> None:
+    session = tmp_path / "damaged"
+    finished(*new("damaged"), "--max-round", "1")
+    latest = session / "checkpoint" / "latest.ckpt"
+    bytes_ = bytearray(latest.read_bytes())
+    bytes_[len(bytes_) // 2] ^= 1
+    latest.write_bytes(bytes_)
+    words = ["--resume", str(session), "--max-round", "2", "--brief"]
+    process = start(*words, limit=nothing_is_saved)  # the good one must outlive saves that fail
+    shown = output_of(process)
+    assert process.returncode == 3 and "latest.ckpt: is damaged" in shown and "previous.ckpt" in shown
+    finished(*words)
+    assert_alike(session, whole)
+
+
+@pytest.mark.slow
+def test_a_run_that_can_never_save_says_so_and_ends_with_status_3(new: New, tmp_path: Path) -> None:
+    process = start(*new("full"), "--max-round", "1", limit=nothing_is_saved)
+    shown = output_of(process)
+    assert process.returncode == 3, shown
+    assert "latest.ckpt: could not be saved: " in shown and "File too large" in shown and "Traceback" not in shown
+    assert len(metrics(tmp_path / "full")) == 4
+    assert not list((tmp_path / "full" / "checkpoint").iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_that_can_write_nothing_at_all_goes_on_to_its_end(new: New, tmp_path: Path) -> None:
+    """Log, metrics, events, pictures and report do not fit, either."""
+    import resource
+
+    out = tmp_path / "features.npz"
+    words = ["--max-epoch", "10", "--report", "--ckpt-every", "0", "--export-features", str(out)]
+    process = start(*new("full"), *words, limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2500,) * 2))
+    shown = output_of(process)
+    assert process.returncode == 3, shown
+    assert "Traceback" not in shown and "Logging error" not in shown
+    for part in ("log.txt", "metrics.jsonl", "what TensorBoard shows", "the picture of anchors", "the report"):
+        assert part in shown, part
+    assert not out.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("back", [True, False])
+def test_a_folder_that_goes_away_under_the_run_is_said(back: bool, whole: Path, new: New, tmp_path: Path) -> None:
+    """Where it comes back, as one on a network does, the run saves again; where it does not, the status tells."""
+    session, away = tmp_path / "gone", tmp_path / "away"
+    process = start("lib.training.trainer", "train_step", "8", *new("gone"), program=altered("await_line()"))
+    until(lambda: written(session) > 0, process)  # after five steps; in the eighth it waits
+    session.rename(away)
+    assert process.stdin
+    process.stdin.write(20 * "\n")  # steps, with a checkpoint after every fifth
+    process.stdin.flush()
+    read_until(process, "could not be saved")
+    if back:
+        away.rename(session)
+    rest = output_of(process)  # closes its standard input, so that it waits no longer
+    assert process.returncode == (0 if back else 3) and "Traceback" not in rest, rest
+    assert session.exists() == back
+    if not back:
+        away.rename(session)  # its last good checkpoint is in it
+        finished("--resume", str(session), "--brief")
+    assert equal({**content(session), "session": ""}, {**content(whole), "session": ""})
+
+
+def test_within_a_shield_things_are_finished_first() -> None:
+    done: list[int] = []
+    with pytest.raises(Stopped) as stopped, Interrupts() as interrupts:
+        with interrupts.shield():
+            with interrupts.shield():
+                signal.raise_signal(signal.SIGTERM)
+                done.append(1)
+            assert interrupts.asked()
+            done.append(2)
+        done.append(3)
+    assert done == [1, 2] and stopped.value.signal == signal.SIGTERM
+
+
+def test_outside_a_shield_it_stops_at_once_and_the_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped), Interrupts():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_ctrl_c_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts, interrupts.shield():
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.asked()
+        now += signals.BOUNCE
+        signal.raise_signal(signal.SIGINT)  # its echo
+        now += 0.1
+        signal.raise_signal(signal.SIGINT)

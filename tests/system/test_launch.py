@@ -1,0 +1,233 @@
+"""Runs of several processes: started by torchrun and by the program itself, gone on with, broken and stopped."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from test_parallel import assert_alike as assert_near
+
+from runs import (
+    ROOT,
+    assert_alike,
+    content,
+    finished,
+    kill_group,
+    metrics,
+    output_of,
+    read_until,
+    start,
+    until,
+    words_of,
+    written,
+)
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there"),
+]
+LAUNCH = "import sys; from lib import launch; sys.exit(launch.run(sys.argv[1], sys.argv[2:], 2))"
+"""What ``--gpus 0,1`` does, on CPUs; the first word is the program."""
+
+
+def torchrun(processes: int, *flags: str) -> tuple[str, ...]:
+    return "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *flags
+
+
+@pytest.fixture(scope="module")
+def two(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The session of two processes that nobody stopped."""
+    folder = tmp_path_factory.mktemp("two")
+    process = start("main.py", *words_of(photos, folder, "two"), program=torchrun(2))
+    shown = output_of(process)
+    assert process.returncode == 0, shown
+    assert shown.count("round 1 done") == 1 and "Traceback" not in shown and "Warning" not in shown
+    return folder / "two"
+
+
+def launched(words: list[str], *flags: str, processes: int = 2) -> tuple[int, str]:
+    process = start("main.py", *words, program=torchrun(processes, *flags))
+    shown = output_of(process)
+    return process.returncode, shown
+
+
+def test_a_session_is_written_once_and_whole(two: Path) -> None:
+    assert [(row["round"], row["epoch"]) for row in metrics(two)] == [(r, e) for r in range(2) for e in range(4)]
+    assert {path.name for path in two.parent.iterdir()} == {"two"} and not list(two.rglob("*.part"))
+    saved = content(two)
+    assert saved["npc"]["memory"].shape == (100, 16) and saved["npc"]["memory"].norm(dim=1).sub(1).abs().max() < 1e-5
+    assert (two / "log.txt").read_text().count("processes: 2") == 1
+
+
+def test_its_checkpoint_is_judged_the_same_by_any_number_of_processes(two: Path) -> None:
+    alone = finished("--resume", str(two), "--test-only", "--protocol", "knn", "linear", "cluster", "--brief")
+    for processes in (2, 3):
+        status, shown = launched(
+            ["--resume", str(two), "--test-only", "--protocol", "knn", "linear", "cluster", "--brief"],
+            processes=processes,
+        )
+        assert status == 0
+        table = [line.split() for line in alone.splitlines() if "%" in line]
+        assert len(table) >= 4 and [line.split() for line in shown.splitlines() if "%" in line] == table
+
+
+def test_another_number_of_processes_goes_on_with_it(two: Path, photos: Path, tmp_path: Path) -> None:
+    words = ["--resume", str(two), "--restart", "--sess-dir", str(tmp_path), "--max-round", "3", "--max-epoch", "4"]
+    finished(*words, "--session", "one", "--brief")
+    status, shown = launched([*words, "--session", "three", "--brief"], processes=3)
+    assert status == 0, shown
+    for name in ("one", "three"):
+        assert [row["round"] for row in metrics(tmp_path / name)] == [2] * 4
+    one, three = content(tmp_path / "one"), content(tmp_path / "three")
+    for part in ("anchor_indexes", "neighbours", "entropy"):  # of the discovery that both began with
+        assert_near(three["ANs_discovery"][part], one["ANs_discovery"][part], part)
+
+
+def test_one_that_is_killed_goes_on_to_the_same_end(two: Path, photos: Path, tmp_path: Path) -> None:
+    session = tmp_path / "killed"
+    process = start("main.py", *words_of(photos, tmp_path, "killed"), program=torchrun(2))
+    until(lambda: written(session) > 0, process)
+    kill_group(process)
+    output_of(process)
+    status, shown = launched(["--resume", str(session), "--brief"])
+    assert status == 0, shown
+    assert_alike(session, two)
+
+
+def main_with(folder: Path, setup: str) -> str:
+    """A program that does something and then what main.py does; where it lies."""
+    program = folder / "program.py"
+    program.write_text(f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport main\n{setup}\n")
+    return str(program)
+
+
+IN_STEP_20 = """
+from lib import curriculum, launch
+calls, step = iter(range(1, 20)), curriculum.train_step
+
+def altered(*arguments):
+    if next(calls, None) is None:
+        action()
+    return step(*arguments)
+
+curriculum.train_step = altered
+launch.end(main.main())
+"""
+"""``action()`` is called before the twentieth step and those that follow."""
+RANK_1_IS_KILLED = """
+def action():
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+A_SIGNAL_IS_AWAITED = """
+def action():
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    print("rank", os.environ["RANK"], "waits", flush=True)
+    os.read(reader, 1)
+    signal.set_wakeup_fd(-1)
+"""
+
+
+def running(text: str) -> list[psutil.Process]:
+    """The processes with a text on their command line."""
+    return [process for process in psutil.process_iter(["cmdline"]) if text in " ".join(process.info["cmdline"] or [])]
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_one_that_dies_takes_the_others_along_and_the_launcher_may_start_anew(
+    restarts: int, two: Path, photos: Path, tmp_path: Path
+) -> None:
+    session, sessions = tmp_path / "sessions" / "broken", tmp_path / "sessions"
+    program = main_with(tmp_path, RANK_1_IS_KILLED + IN_STEP_20)
+    words = [program, *words_of(photos, sessions, "broken")]
+    process = start(*words, program=torchrun(2, "--max-restarts", str(restarts)))
+    shown = output_of(process)
+    assert not running(program)
+    if restarts == 0:
+        assert process.returncode != 0 and written(session)
+        assert "another process of the run has ended" in shown and "exitcode  : -9" in shown
+        status, shown = launched(["--resume", str(session), "--brief"])
+        assert status == 0, shown
+    else:
+        assert process.returncode == 0, shown
+        assert len((session / "starts.jsonl").read_text().splitlines()) == 2
+        assert {path.name for path in sessions.iterdir()} == {"broken"}
+    assert_alike(session, two)
+
+
+@pytest.mark.parametrize(("which", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 0)])
+@pytest.mark.parametrize("group", [True, False])
+def test_a_signal_stops_all_at_one_step_and_they_go_on_from_there(
+    which: str, status: int, group: bool, two: Path, photos: Path, tmp_path: Path
+) -> None:
+    """From a terminal everyone gets it, and from a scheduler the launcher alone."""
+    session = tmp_path / "stopped"
+    program = main_with(tmp_path, A_SIGNAL_IS_AWAITED + IN_STEP_20)
+    process = start(program, *words_of(photos, tmp_path, "stopped"), program=("-c", LAUNCH))
+    for _ in range(2):
+        read_until(process, "waits")
+    (os.killpg if group else os.kill)(process.pid, getattr(signal, which))
+    shown = output_of(process)
+    assert process.returncode == status, shown
+    assert f"stopped by {which}" in shown and f"--resume {session}" in shown and "Traceback" not in shown
+    again = start("main.py", "--resume", str(session), "--brief", program=("-c", LAUNCH))
+    shown = output_of(again)
+    assert again.returncode == 0, shown
+    assert_alike(session, two)
+
+
+def test_bad_input_is_told_once_and_by_its_status(photos: Path, tmp_path: Path) -> None:
+    words = words_of(photos, tmp_path, "bad")
+    for wrong, said in {
+        ("--data-root", "nowhere"): "error: nowhere: no such folder",
+        ("--batch-size", "3"): "error: --batch-size 3: is of all 2 processes together",
+        ("--ANs-size", "100"): "error: --ANs-size 100",
+        ("--resume", "nowhere.ckpt", "--restart"): "error: nowhere.ckpt: no such checkpoint",
+    }.items():
+        process = start("main.py", *words, *wrong, program=("-c", LAUNCH))
+        shown = output_of(process)
+        assert process.returncode == 2, shown
+        (line,) = [line for line in shown.splitlines() if line.startswith("error")]
+        assert line.startswith(said) and "Traceback" not in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_for_one_process_is_refused_once_by_several(two: Path, tmp_path: Path) -> None:
+    for words in (["--compare", str(two)], ["--report", str(two)], ["--query", str(two / "a.png")]):
+        before = sorted(tmp_path.rglob("*")), sorted(two.rglob("*"))
+        status, shown = launched([*words, "--sess-dir", str(tmp_path)])
+        assert status != 0 and 'main.py", line' not in shown
+        assert shown.count("error: --report, --query and --compare are for one process") == 1
+        assert (sorted(tmp_path.rglob("*")), sorted(two.rglob("*"))) == before
+
+
+def test_a_process_with_other_options_is_refused_at_the_start(photos: Path, tmp_path: Path) -> None:
+    more = "['--npc-momentum', '0.7'] if os.environ['RANK'] == '1' else []"
+    program = main_with(tmp_path, f"sys.exit(main.main([*sys.argv[1:], *({more})]))")
+    process = start(program, *words_of(photos, tmp_path / "sessions", "odd"), program=torchrun(2))
+    shown = output_of(process)
+    assert process.returncode != 0
+    assert "error: --npc-momentum: process 1 has 0.7, and process 0 has 0.5; give all processes the same" in shown
+    assert not (tmp_path / "sessions").exists()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_process_alone_that_goes_on_is_refused_at_the_start(
+    rank: str, two: Path, photos: Path, tmp_path: Path
+) -> None:
+    """Otherwise it would wait for the others to read a checkpoint, and they for it."""
+    more = f"['--resume', {str(two)!r}, '--restart'] if os.environ['RANK'] == {rank!r} else []"
+    program = main_with(tmp_path, f"sys.exit(main.main([*sys.argv[1:], *({more})]))")
+    cfgs = ["--cfgs", str(two / "config.yaml")]
+    process = start(program, *cfgs, *words_of(photos, tmp_path / "sessions", "odd"), program=torchrun(2))
+    shown = output_of(process)
+    assert process.returncode != 0
+    assert re.search("error: --re(sume|start): process 1 has .*, and process 0 has ", shown)
+    assert not (tmp_path / "sessions").exists()

@@ -1,0 +1,873 @@
+"""The program as its users run it: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import datasets
+import main
+import models
+import runs
+from datasets import files
+from lib import commands
+from lib.config.options import Options
+from lib.errors import UsageError
+from lib.reporting import test_run
+from lib.training import setup, trainer
+from runs import content, equal, metrics
+
+ROOT = Path(__file__).parents[2]
+TINY = "--resize 8 --size 8 --scale 0.5 1 --network tiny --low-dim 8 --batch-size 8 --workers-num 0".split()
+SHORT = [*TINY, *"--max-round 3 --max-epoch 2 --ANs-select-rate 0.5 --base-lr 0.01 --seed 3".split()]
+
+
+class Tiny(torch.nn.Module):
+    """A network whose checkpoints take no time to write."""
+
+    def __init__(self, *, low_dim: int) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3)
+        self.bn = torch.nn.BatchNorm2d(4)
+        self.linear = torch.nn.Linear(4, low_dim)
+
+    def stages(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        maps = torch.relu(self.bn(self.conv(x)))
+        embeddings = torch.nn.functional.normalize(self.linear(maps.mean(dim=(2, 3))).float(), dim=1)
+        return {"conv1": maps, "fc": embeddings}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.stages(x)["fc"]
+
+
+@pytest.fixture(autouse=True)
+def tiny_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.NETWORKS, "tiny", Tiny)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes of 12 training and 4 test images, 8 x 8."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for shade, name in ((40, "dark"), (200, "light")):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                noise = draw.integers(-30, 30, (8, 8, 3))
+                Image.fromarray((shade + noise).astype(np.uint8)).save(folder / f"{number}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def start(photos: Path, tmp_path: Path) -> list[str]:
+    return ["--dataset", "folder", "--data-root", str(photos), "--sess-dir", str(tmp_path / "sessions"), *SHORT]
+
+
+def session_in(folder: Path) -> Path:
+    (found,) = (folder / "sessions").iterdir()
+    return found
+
+
+def test_a_run_leaves_what_the_readme_says(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(start) == 0
+    session = session_in(tmp_path)
+    names = {str(path.relative_to(session)) for path in session.rglob("*") if path.is_file()}
+    events = {name for name in names if name.startswith("tfboard/")}
+    assert {name.split("/")[1] for name in events} == {"global", "0000-00000", "0001-00012", "0002-00024"}
+    assert names - events == {
+        "config.yaml",
+        "log.txt",
+        "metrics.jsonl",
+        "starts.jsonl",
+        ".lock",
+        "checkpoint/latest.ckpt",
+        "checkpoint/previous.ckpt",
+        "checkpoint/0000-00000.ckpt",
+        "checkpoint/0001-00012.ckpt",
+        "checkpoint/0002-00024.ckpt",
+        "neighbours/0001-00012.png",
+        "neighbours/0002-00024.png",
+    }
+    assert [(row["round"], row["epoch"], row["anchors"]) for row in metrics(session)] == [
+        (0, 0, 0), (0, 1, 0), (1, 0, 12), (1, 1, 12), (2, 0, 24), (2, 1, 24),
+    ]  # fmt: skip
+    screen = capsys.readouterr().out
+    assert sum(" epoch " in line for line in screen.splitlines()) == 6
+    assert screen.count("done:") == 3
+    assert "seed: 3" in screen and f"torch {torch.__version__.split('+')[0]}" in screen and "commit: " in screen
+    assert "\r" not in screen
+    log = (session / "log.txt").read_text(encoding="utf-8")
+    for line in screen.splitlines():
+        assert line in log
+
+
+def test_the_best_checkpoint_of_a_round_is_its_best_epoch(start: list[str], tmp_path: Path) -> None:
+    main.main(start)
+    session = session_in(tmp_path)
+    for file in (session / "checkpoint").glob("0*.ckpt"):
+        kept = torch.load(file, weights_only=True)
+        epochs = [row for row in metrics(session) if row["round"] == kept["round"]]
+        best = max(range(len(epochs)), key=lambda i: (epochs[i]["top1"], i))  # of equal ones the last
+        assert (kept["epoch"], kept["acc"]) == (best + 1, epochs[best]["top1"])
+
+
+def test_the_session_s_config_repeats_the_run(start: list[str], tmp_path: Path) -> None:
+    main.main(start)
+    session = session_in(tmp_path)
+    again = tmp_path / "again"
+    assert main.main(["--cfgs", str(session / "config.yaml"), "--sess-dir", str(again)]) == 0
+    assert equal(content(session), content(next(again.iterdir())))
+
+
+def test_a_deterministic_run_gives_the_same_numbers_twice_and_leaves_the_next_run_free(
+    start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the run sets it, and the next test is another
+    during: list[bool] = []
+    real = trainer.run
+    monkeypatch.setattr(
+        trainer,
+        "run",
+        lambda *parts: [during.append(torch.are_deterministic_algorithms_enabled()), real(*parts)],
+    )
+    for name in ("one", "two"):
+        assert main.main([*start, "--session", name, "--deterministic", "--workers-num", "2"]) == 0
+    one, two = (tmp_path / "sessions" / name for name in ("one", "two"))
+    assert metrics(one) == metrics(two)
+    assert equal(content(one), content(two))
+    assert main.main([*start, "--session", "three"]) == 0
+    assert during == [True, True, False]
+
+
+def test_another_seed_gives_another_run(start: list[str], tmp_path: Path) -> None:
+    main.main([*start, "--session", "one"])
+    main.main([*start, "--session", "two", "--seed", "4"])
+    one, two = (content(tmp_path / "sessions" / name) for name in ("one", "two"))
+    assert not torch.equal(one["npc"]["memory"], two["npc"]["memory"])
+
+
+def test_the_first_weights_and_the_bank_s_noise_are_drawn_apart(start: list[str]) -> None:
+    built = commands.prepare(main.resolve(start))
+    bank = commands.build_state(built).bank.memory.flatten()
+    weights = next(built.network.parameters()).detach().flatten()
+    count = min(len(bank), len(weights))
+    assert abs(torch.corrcoef(torch.stack([bank[:count], weights[:count]]))[0, 1]) < 0.5
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+def test_an_interrupted_run_goes_on_in_its_session_to_the_same_end(
+    stop: int, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main.main([*start, "--session", "whole"])
+    save, saved = trainer.save, 0
+
+    def save_and_stop(*arguments: Any) -> None:
+        nonlocal saved
+        save(*arguments)
+        saved += 1
+        if saved == stop:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "save", save_and_stop)
+        assert main.main([*start, "--session", "cut"]) == 130
+    assert "--resume" in capsys.readouterr().err
+    cut, whole = tmp_path / "sessions" / "cut", tmp_path / "sessions" / "whole"
+    assert main.main(["--resume", str(cut)]) == 0
+    assert equal(content(whole), content(cut))
+    assert equal(metrics(whole), metrics(cut))
+    assert [p.name for p in cut.glob("config*")] == ["config.yaml"]
+
+
+def test_the_command_that_resumes_a_stopped_run_is_quoted_for_the_shell(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish_epoch = trainer.finish_epoch
+
+    def stop(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)  # the epoch is finished first
+        return finish_epoch(*arguments)
+
+    words = [*start, "--sess-dir", str(tmp_path / "runs of mine"), "--session", "first try"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "finish_epoch", stop)
+        assert main.main(words) == 143
+    (command,) = re.findall(r"resume with: python main\.py (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert shlex.split(command) == ["--resume", str(tmp_path / "runs of mine" / "first try")]
+    said = refused(words, capsys)
+    assert shlex.split(said.partition("resume it by ")[2]) == shlex.split(command)
+    assert main.main(shlex.split(command)) == 0
+
+
+def test_going_on_from_an_older_checkpoint_leaves_no_epoch_twice(start: list[str], tmp_path: Path) -> None:
+    main.main(start)
+    session = session_in(tmp_path)
+    before = metrics(session)
+    older = torch.load(session / "checkpoint" / "0001-00012.ckpt", weights_only=True)
+    assert main.main(["--resume", str(session / "checkpoint" / "0001-00012.ckpt")]) == 0
+    assert older["round"] == 1
+    assert equal(metrics(session), before)
+
+
+def test_restart_goes_on_in_a_new_session(start: list[str], tmp_path: Path) -> None:
+    main.main([*start, "--session", "old"])
+    old = tmp_path / "sessions" / "old"
+    before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    first_round = str(old / "checkpoint" / "0000-00000.ckpt")
+    assert main.main(["--resume", first_round, "--restart", "--session", "new"]) == 0
+    assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
+    assert equal(content(old)["npc"], content(tmp_path / "sessions" / "new")["npc"])
+
+
+def test_options_changed_on_resuming_are_kept_beside_the_former_ones(start: list[str], tmp_path: Path) -> None:
+    main.main(start)
+    session = session_in(tmp_path)
+    assert main.main(["--resume", str(session), "--max-round", "4"]) == 0
+    former, now = (yaml.safe_load((session / name).read_text()) for name in ("config.1.yaml", "config.yaml"))
+    assert (former["max_round"], now["max_round"]) == (3, 4)
+    assert metrics(session)[-1]["round"] == 3
+
+
+def test_a_test_run_shows_the_accuracy_of_the_training_run_and_the_recomputed_one(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main.main(start)
+    session = session_in(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main.main(["--resume", str(session), "--test-only"]) == 0
+    screen = capsys.readouterr().out
+    (bank,) = (line for line in screen.splitlines() if line.startswith("memory bank"))
+    assert bank.split()[-2:] == [f"{metrics(session)[-1][name]:.2%}" for name in ("top1", "top5")]
+    assert "recomputed with the test transform" in screen
+    kept = json.loads((session / "evaluation.json").read_text(encoding="utf-8"))
+    assert kept["results"][1]["top1"] == metrics(session)[-1]["top1"] and kept["round"] == 2
+    (session / "evaluation.json").unlink()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_test_run_without_a_checkpoint_says_the_weights_are_random(
+    start: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main([*start, "--test-only", "--protocol", "nn"]) == 0
+    assert "random weights" in capsys.readouterr().out
+
+
+def test_several_protocols_make_one_table(start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--protocol nn knn linear cluster --linear-layers conv1 fc --knn-k 7 --knn-sigma 0.2"
+    assert main.main([*start, *words.split(), "--test-only"]) == 0
+    screen = capsys.readouterr().out
+    for word in ("weighted kNN (K=7, sigma=0.2)", ": NN", "conv1, recomputed", "fc, recomputed", "k-means (2 clusters"):
+        assert word in screen
+    assert not (tmp_path / "sessions").exists()
+    assert "conv1, fc" in refused([*start, *words.split(), "--linear-layers", "conv9", "--test-only"], capsys)
+
+
+def test_held_out_images_are_not_trained_on(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main([*start, "--val-fraction", "0.25", "--max-round", "2"]) == 0
+    rows = metrics(session_in(tmp_path))
+    assert all(0 <= row["val_top1"] <= 1 for row in rows)
+    assert len(content(session_in(tmp_path))["npc"]["memory"]) == 18
+    assert "best: chosen by held-out training images" in capsys.readouterr().out
+
+
+def test_sessions_are_compared(start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in ("1", "2"):
+        assert main.main([*start, "--seed", seed, "--session", seed, "--max-round", "1"]) == 0
+    folder = tmp_path / "sessions"
+    capsys.readouterr()
+    words = ["--compare", str(folder / "1"), str(folder / "2"), "--sess-dir", str(tmp_path / "out")]
+    assert main.main(words) == 0
+    assert "±" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"comparison.csv", "comparison.png"}
+    assert str(tmp_path / "none") in refused(["--compare", str(tmp_path / "none")], capsys)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_report_is_made_at_the_end_and_of_any_session(
+    labelled: bool, photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not labelled:
+        (photos / "train").rename(tmp_path / "flat")
+        start = [*start, "--data-root", str(tmp_path / "flat")]
+    assert main.main([*start, "--report", "--max-round", "2", "--published", "86.3 % <b>somewhere</b>"]) == 0
+    session = session_in(tmp_path)
+    page = (session / "report.html").read_text(encoding="utf-8")
+    assert "86.3 % &lt;b&gt;somewhere" in page and "torch 2." in page
+    assert (session / "report" / "loss.png").is_file()
+    assert (session / "report" / "confusion.png").is_file() is labelled
+    (session / "report.html").unlink()
+    capsys.readouterr()
+    assert main.main(["--report", str(session)]) == 0
+    assert str(session / "report.html") in capsys.readouterr().out
+    assert (session / "report.html").read_text(encoding="utf-8") == page
+    assert "no session" in refused(["--report", str(tmp_path)], capsys)
+    (session / "metrics.jsonl").write_text("")
+    assert "metrics.jsonl" in refused(["--report", str(session)], capsys)
+    assert (session / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_exports_of_a_run_with_held_out_images_count_in_the_whole_data_set(
+    start: list[str], photos: Path, tmp_path: Path
+) -> None:
+    features, table = tmp_path / "features.npz", tmp_path / "neighbours.csv"
+    words = ["--val-fraction", "0.25", "--export-features", str(features), "--export-neighbourhoods", str(table)]
+    assert main.main([*start, *words]) == 0
+    names = sorted(str(path.relative_to(photos)) for path in photos.glob("train/*/*"))
+    with np.load(features) as saved:
+        train, val = saved["train_indices"].tolist(), saved["val_indices"].tolist()
+        assert sorted(train + val) == list(range(len(names))) and val
+        assert saved["train_names"].tolist() == [names[i] for i in train]
+        assert saved["val_names"].tolist() == [names[i] for i in val]
+        assert len(saved["val_embeddings"]) == len(saved["val_labels"]) == len(val)
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == train
+    assert all(row["file"] == names[int(row["index"])] for row in rows)
+    assert {int(row["neighbour_1"]) for row in rows} <= set(train)
+
+
+class DeviceTensor(torch.Tensor):
+    """A tensor that has to be copied to the host before NumPy sees it, as one on a GPU."""
+
+    def numpy(self, *, force: bool = False) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
+
+    def cpu(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_a_run_on_a_gpu_ends_with_its_report_and_exports(
+    start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = commands.finish
+
+    def on_device(content: Any) -> Any:
+        if isinstance(content, dict):
+            return {name: on_device(value) for name, value in content.items()}
+        return content.as_subclass(DeviceTensor) if isinstance(content, torch.Tensor) else content
+
+    monkeypatch.setattr(
+        commands, "finish", lambda setting, session, final, *more: finish(setting, session, on_device(final), *more)
+    )
+    out = [tmp_path / name for name in ("features.npz", "net.safetensors", "neighbours.csv")]
+    exports = ["--export-features", "--export-model", "--export-neighbourhoods"]
+    words = [word for pair in zip(exports, map(str, out), strict=True) for word in pair]
+    assert main.main([*start, "--report", *words]) == 0
+    assert (session_in(tmp_path) / "report.html").is_file() and all(path.is_file() for path in out)
+
+
+def test_a_test_run_without_labels_shows_what_can_be_told(
+    photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "train").rename(tmp_path / "flat")
+    assert main.main([*start, "--data-root", str(tmp_path / "flat")]) == 0
+    capsys.readouterr()
+    assert main.main(["--resume", str(session_in(tmp_path)), "--test-only"]) == 0
+    screen = capsys.readouterr().out
+    assert "median entropy" in screen and "k-means (10 clusters" in screen
+    found = json.loads((session_in(tmp_path) / "evaluation.json").read_text(encoding="utf-8"))["results"]
+    assert "silhouette" in found[1] and 0 <= found[0]["reciprocal"] <= 1
+
+
+def test_identical_images_are_found_by_queries_and_in_the_table(
+    photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The memory bank cannot tell: the rows of identical images are means over different augmented views."""
+    pairs = {}
+    for folder in (photos / "train").iterdir():
+        for path in sorted(folder.iterdir())[:3]:
+            twin = path.with_name(f"twin-of-{path.name}")
+            shutil.copy(path, twin)
+            pairs |= {path: twin, twin: path}
+    out = tmp_path / "neighbours.csv"
+    assert main.main([*start, "--export-neighbourhoods", str(out)]) == 0
+    with out.open(newline="", encoding="utf-8") as file:
+        rows = {row["index"]: row for row in csv.DictReader(file)}
+    nearest = {row["file"]: (rows[row["neighbour_1"]]["file"], float(row["similarity_1"])) for row in rows.values()}
+    for path, twin in pairs.items():
+        assert nearest[str(path.relative_to(photos))] == (str(twin.relative_to(photos)), pytest.approx(1, abs=1e-5))
+    capsys.readouterr()
+    assert main.main(["--resume", str(session_in(tmp_path)), "--query", *map(str, pairs)]) == 0
+    tables = capsys.readouterr().out.split("\n\n")
+    for table, pair in zip(tables, pairs.items(), strict=False):
+        found = [line.split()[1] for line in table.splitlines() if line.endswith("1.0000")]
+        assert {str(path.relative_to(photos)) for path in pair} <= set(found), table
+
+
+def test_a_report_that_fails_costs_no_export(
+    start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise UsageError("the report cannot be written")
+
+    monkeypatch.setattr(test_run, "write_report", fail)
+    out = tmp_path / "features.npz"
+    assert "the report cannot be written" in refused([*start, "--report", "--export-features", str(out)], capsys)
+    assert out.is_file()
+
+
+def test_an_export_that_fails_does_not_prevent_the_report(
+    start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise UsageError("the features cannot be written")
+
+    monkeypatch.setattr(test_run, "export_results", fail)
+    assert "the features cannot be written" in refused([*start, "--report"], capsys)
+    assert (session_in(tmp_path) / "report.html").is_file()
+
+
+def test_neighbourhoods_leave_as_a_table_and_pictures_are_looked_up(
+    photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "neighbours.csv"
+    assert main.main([*start, "--export-neighbourhoods", str(out)]) == 0
+    session = session_in(tmp_path)
+    with out.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == sorted(str(p.relative_to(photos)) for p in photos.glob("train/*/*"))
+    found = {
+        kept["round"]: set(kept["ANs_discovery"]["anchor_indexes"].tolist())
+        for path in (session / "checkpoint").glob("0*.ckpt")
+        for kept in [torch.load(path, weights_only=True)]
+    }
+    for row in rows:
+        rounds = [number for number, anchors in sorted(found.items()) if int(row["index"]) in anchors]
+        assert row["round"] == (str(rounds[0]) if rounds else "")
+    assert len({row["round"] for row in rows}) > 1
+    again = tmp_path / "again.csv"
+    assert main.main(["--resume", str(session), "--test-only", "--export-neighbourhoods", str(again)]) == 0
+    assert again.read_bytes() == out.read_bytes()
+    picture = photos / "test" / "dark" / "0.png"
+    capsys.readouterr()
+    assert main.main(["--resume", str(session), "--query", str(picture), str(picture)]) == 0
+    screen = capsys.readouterr().out
+    assert screen.count("rank") == 2 and screen.count("train") >= 20
+    (drawn,) = (session / "queries").glob("*/query.png")
+    with Image.open(drawn) as image:
+        assert image.width > 1000
+    for bad in (photos / "none.png", photos):
+        assert str(bad) in refused(["--resume", str(session), "--query", str(bad)], capsys)
+
+
+def test_debug_stores_nothing(start: list[str], tmp_path: Path) -> None:
+    assert main.main([*start, "--debug"]) == 0
+    assert not (tmp_path / "sessions").exists()
+
+
+def test_brief_shows_only_rounds_and_the_table(start: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main([*start, "--brief"]) == 0
+    screen = capsys.readouterr().out
+    assert " epoch " not in screen.replace("at the last epoch", "") and screen.count("done:") == 3
+
+
+def test_print_args_prints_options_that_cfgs_reads_back(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main([*start, "--print-args"]) == 0
+    text = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(text, encoding="utf-8")
+    main.main(["--cfgs", str(tmp_path / "printed.yaml"), "--print-args"])
+    assert capsys.readouterr().out == text
+    assert yaml.safe_load(text)["low_dim"] == 8
+    assert not (tmp_path / "sessions").exists()
+
+
+def test_images_without_class_folders_train_without_anything_that_needs_labels(
+    photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, file in enumerate(sorted(photos.rglob("train/*/*.png"))):
+        file.rename(flat / f"{number}.png")
+    assert main.main([*start, "--data-root", str(flat)]) == 0
+    session = session_in(tmp_path)
+    assert all(row["top1"] is None and row["consistency"] is None for row in metrics(session))
+    screen = capsys.readouterr().out
+    assert screen.count("no labels") == 1 and "top-1" not in screen
+    assert len(list((session / "checkpoint").iterdir())) == 5
+
+
+def test_unreadable_images_are_named_counted_and_left_out_or_refused(
+    photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "train" / "dark" / "broken.jpg").write_bytes(b"no image")
+    assert main.main(start) == 0
+    screen = capsys.readouterr().out
+    assert str(Path("train", "dark", "broken.jpg")) in screen and "1 unreadable" in screen
+    assert main.main([*start, "--strict-data"]) == 2
+    assert "broken.jpg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "sgd"])
+def test_every_optimiser_schedule_and_protocol_trains(optimizer: str, start: list[str], tmp_path: Path) -> None:
+    rates = tmp_path / "rates.yaml"
+    rates.write_text("0: 1e-3\n1: 0.0001\n", encoding="utf-8")
+    words = f"--optimizer {optimizer} --lr-policy multistep --lr-schedule {rates} --protocol nn --iter-size 2"
+    assert main.main([*start, *words.split(), "--max-round", "2"]) == 0
+    assert [row["learning_rate"] for row in metrics(session_in(tmp_path))] == [1e-3, 1e-4] * 2
+
+
+def test_a_run_ends_with_what_is_to_be_exported_and_that_is_the_network_again(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    features, model = tmp_path / "features.npz", tmp_path / "model.safetensors"
+    assert main.main([*start, "--export-features", str(features), "--export-model", str(model)]) == 0
+    session = session_in(tmp_path)
+    with np.load(features, allow_pickle=False) as arrays:
+        assert arrays["train_embeddings"].shape == (24, 8) and arrays["test_embeddings"].shape == (8, 8)
+        assert arrays["train_names"][0] == str(Path("train", "dark", "0.png"))
+        assert arrays["test_labels"].tolist() == [0] * 4 + [1] * 4 and arrays["classes"].tolist() == ["dark", "light"]
+    capsys.readouterr()
+    shown = []
+    for words in (
+        ["--resume", str(session)],
+        [*start, "--cfgs", str(model.with_suffix(".yaml")), "--resume", str(model)],
+    ):
+        assert main.main([*words, "--test-only"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        shown += [line for line in lines if line.startswith("recomputed")]
+    assert len(shown) == 2 and shown[0] == shown[1]
+    kept = [session / "evaluation.json", tmp_path / "model.evaluation.json"]
+    figures = [json.loads(path.read_text(encoding="utf-8"))["results"][0] for path in kept]
+    assert figures[0] == figures[1]
+
+
+def test_exporting_needs_no_labels(photos: Path, start: list[str], tmp_path: Path) -> None:
+    shutil.rmtree(photos / "test")
+    out = tmp_path / "features.npz"
+    assert main.main([*start, "--test-only", "--export-features", str(out)]) == 0
+    with np.load(out, allow_pickle=False) as arrays:
+        assert {name.split("_")[0] for name in arrays.files} == {"train", "classes"}
+    assert not (tmp_path / "sessions").exists()
+
+
+@pytest.mark.parametrize("flag", ["--export-features", "--export-model"])
+def test_a_place_that_is_taken_is_refused_before_anything_is_trained(
+    flag: str, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = tmp_path / ("taken.npz" if flag == "--export-features" else "taken.safetensors")
+    taken.write_text("mine")
+    assert str(taken) in refused([*start, flag, str(taken)], capsys)
+    assert taken.read_text() == "mine" and not (tmp_path / "sessions").exists()
+
+
+def test_training_starts_from_pretrained_weights_unless_it_goes_on(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = Tiny(low_dim=8).state_dict()
+    torch.save({"state_dict": {f"module.{name}": value for name, value in weights.items()}}, tmp_path / "weights.pth")
+    seen: list[dict[str, torch.Tensor]] = []
+    run = trainer.run
+
+    def watch(state: Any, *others: Any) -> None:
+        seen.append({name: value.clone() for name, value in state.network.state_dict().items()})
+        run(state, *others)
+
+    monkeypatch.setattr(trainer, "run", watch)
+    assert main.main([*start, "--pretrained", str(tmp_path / "weights.pth")]) == 0
+    assert equal(seen[0], weights)
+    session = session_in(tmp_path)
+    assert yaml.safe_load((session / "config.yaml").read_text())["pretrained"] == str(tmp_path / "weights.pth")
+    (tmp_path / "weights.pth").unlink()
+    trained = content(session)["net"]
+    assert main.main(["--resume", str(session), "--max-round", "4"]) == 0
+    assert equal(seen[1], trained)
+    assert str(tmp_path / "weights.pth") in refused([*start, "--pretrained", str(tmp_path / "weights.pth")], capsys)
+
+
+def test_a_checkpoint_of_weights_alone_is_gone_on_with(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bank is filled with the embeddings of the network, so it tells what the network tells."""
+    torch.save({"net": Tiny(low_dim=8).state_dict()}, tmp_path / "net.ckpt")
+    assert main.main([*start, "--resume", str(tmp_path / "net.ckpt"), "--base-lr", "1e-9"]) == 0
+    session = session_in(tmp_path)
+    capsys.readouterr()
+    assert main.main(["--resume", str(session), "--test-only"]) == 0
+    rows = [line.split()[-2:] for line in capsys.readouterr().out.splitlines() if line.startswith(("reco", "memory"))]
+    assert len(rows) == 2 and metrics(session)[0]["round"] == 0
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence of a refusal, without its 'error: '."""
+    capsys.readouterr()
+    assert main.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: ") and "Traceback" not in error
+    return error.removeprefix("error: ").strip()
+
+
+BAD_OPTIONS = {
+    "--szie 8": "--size",
+    "--max-epoch ten": "max_epoch",
+    "--batch-size 1": "batch_size",
+    "--npc-temperature 0": "npc_temperature",
+    "--npc-momentum 2": "npc_momentum",
+    "--network resnet19": "resnet18",
+    "--dataset cifar11": "cifar10",
+    "--gpus 99": "--gpus 99",
+    "--cfgs missing.yaml": "missing.yaml",
+    "--data-root nowhere": "nowhere",
+    "--dataset cifar10 --data-root nowhere": "cifar-10-batches-py",
+    "--batch-size 25": "--batch-size to 24",
+    "--ANs-size 24": "--ANs-size",
+    "--resume nothing.ckpt": "nothing.ckpt",
+    "--session ../outside": "../outside",
+    "--restart": "resume",
+    "--resume nothing.ckpt --session new": "--restart",
+    "--lr-policy multistep": "lr_schedule",
+    "--lr-policy multistep --lr-schedule none.yaml": "none.yaml",
+    "stray": "stray",
+    "--protocol svm": "protocol",
+    "--val-fraction 0.01": "val_fraction",
+    "--test-only --protocol linear --linear-layers conv6": "stage",
+    "--download": "nothing to fetch",
+    "--bounding-boxes": "cub200",
+    "--dataset imagenet --download": "image-net.org",
+    "--pretrained none.pth": "none.pth",
+    "--export-features out.txt": ".npz",
+    "--export-model none/out.onnx": "none",
+    "--size 2 --resize 2": "--size 2: images of that size are too small for --network tiny",
+    "--max-epoch 9 --lr-decay-offset 0 --lr-decay-step 1 --lr-decay-rate 1e30": "--lr-decay-rate 1e+30",
+    f"--resume {'x' * 300}": "File name too long",
+    f"--query {'x' * 300}": "File name too long",
+    f"--report {'x' * 300}": "File name too long",
+}
+
+
+@pytest.mark.parametrize("words", BAD_OPTIONS)
+def test_bad_input_gets_one_sentence_and_writes_nothing(
+    words: str, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert BAD_OPTIONS[words] in refused([*start, *words.split()], capsys)
+    assert not (tmp_path / "sessions").exists()
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "two\u2028lines", "two\x85lines"])
+def test_a_name_of_several_lines_is_told_whole_on_one(
+    name: str, start: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    spelled = name.encode("unicode_escape").decode("ascii")
+    for option in ("--dataset", "--data-root", "--resume"):
+        assert spelled in refused([*start, option, name], capsys)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_is_gone_is_told_without_the_traceback_of_a_worker(
+    workers: int, start: list[str], photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone, load = photos / "train" / "dark" / "3.png", setup.load_data
+
+    def load_and_lose(options: Options) -> Any:
+        splits = load(options)
+        gone.unlink()
+        return splits
+
+    monkeypatch.setattr(files, "IN_MEMORY", 0)
+    monkeypatch.setattr(setup, "load_data", load_and_lose)
+    assert refused([*start, "--workers-num", str(workers)], capsys).startswith(f"{gone}: could be read at the start")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_ran_out_is_told(
+    error: Exception, start: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(setting: object) -> None:
+        raise error
+
+    monkeypatch.setattr(test_run, "test", fail)
+    assert "--batch-size" in refused([*start, "--test-only"], capsys)
+
+
+def test_an_error_of_the_program_keeps_its_traceback(start: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(setting: object) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(test_run, "test", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        main.main([*start, "--test-only"])
+
+
+def test_a_place_where_no_session_can_be_written_is_refused(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert "--sess-dir" in refused([*start, "--sess-dir", str(tmp_path / "file" / "sessions")], capsys)
+
+
+def test_a_session_that_exists_is_never_written_over(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main.main([*start, "--session", "mine"])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert "mine" in refused([*start, "--session", "mine"], capsys)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_checkpoints_that_do_not_fit_say_how(
+    start: list[str], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main.main(start)
+    session = session_in(tmp_path)
+    before = {path: path.read_bytes() for path in session.rglob("*") if path.is_file()}
+    resume = ["--resume", str(session)]
+    assert "is of network tiny" in refused([*resume, "--network", "resnet10"], capsys)
+    assert "embedding size 8, not 16" in refused([*resume, "--low-dim", "16"], capsys)
+    (photos / "train" / "dark" / "0.png").unlink()
+    assert "24 samples, not 23" in refused(resume, capsys)
+    assert main.main([*resume, "--test-only", "--debug"]) == 0  # the network alone does not mind
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes((session / "checkpoint" / "latest.ckpt").read_bytes()[:5000])
+    assert "cut.ckpt" in refused([*start, "--resume", str(cut)], capsys)
+    assert {path: path.read_bytes() for path in session.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("place", ["net", "npc"])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_checkpoint_that_has_diverged_is_refused_whatever_it_is_for(
+    place: str, number: float, start: list[str], tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main.main([*start, "--max-round", "1"])
+    content_ = content(session_in(tmp_path))
+    tensor = content_["npc"]["memory"] if place == "npc" else next(iter(content_["net"].values()))
+    tensor.view(-1)[0] = number
+    path = tmp_path / "diverged.ckpt"
+    torch.save(content_, path)
+    out, picture = tmp_path / "features.npz", photos / "test" / "dark" / "0.png"
+    resume = [*start, "--resume", str(path)]
+    for words in ([], ["--test-only"], ["--test-only", "--export-features", str(out)], ["--query", str(picture)]):
+        said = refused([*resume, *words], capsys)
+        assert "diverged.ckpt" in said and "not finite" in said and "an earlier checkpoint" in said
+    assert not out.exists()
+    if place == "net":
+        assert "not finite" in refused([*start, "--pretrained", str(path)], capsys)
+
+
+def test_the_program_itself_exits_with_2_and_one_line(tmp_path: Path) -> None:
+    words = [sys.executable, str(ROOT / "main.py"), "--cfgs", str(tmp_path / "none.yaml")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("gpus", ["[0]", "[0, 1]"])
+def test_a_session_of_a_gpu_is_shown_and_judged_without_one_and_not_trained(
+    gpus: str, start: list[str], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main.main([*start, "--max-round", "1"])
+    session = session_in(tmp_path)
+    config = session / "config.yaml"
+    config.write_text(config.read_text().replace("gpus: []", f"gpus: {gpus}"))
+    resume = ["--resume", str(session)]
+    for words in (
+        [*resume, "--test-only"],
+        [*resume, "--test-only", "--export-features", str(tmp_path / "features.npz")],
+        [*resume, "--query", str(photos / "test" / "dark" / "0.png")],
+        ["--report", str(session)],
+    ):
+        capsys.readouterr()
+        assert main.main(words) == 0
+        assert "not on this machine; the CPU takes their place" in capsys.readouterr().out
+    assert "--gpus '' runs on the CPU" in refused([*resume, "--max-round", "2"], capsys)
+    assert main.main([*resume, "--max-round", "2", "--gpus", ""]) == 0
+
+
+def test_a_gpu_that_is_not_used_is_told_of(
+    start: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    assert main.main([*start, "--max-round", "1"]) == 0
+    assert capsys.readouterr().out.count("NVIDIA H100 is not used; --gpus 0 uses it") == 1
+
+
+def test_a_single_process_computes_no_fingerprint_of_the_data(
+    start: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "fingerprint", lambda images: pytest.fail("the images are hashed"))
+    assert main.main([*start, "--max-round", "1"]) == 0
+
+
+HEAVY = "torch", "torchvision", "matplotlib", "sklearn", "scipy"
+"""What takes a second or more to import."""
+UNTIL_THE_OPTIONS_ARE_READ = f"""
+import sys
+import main
+try:
+    status = main.main(sys.argv[1:])
+except SystemExit as stop:
+    status = stop.code
+print([name for name in {HEAVY} if name in sys.modules], status)
+"""
+UNTIL_THE_FIRST_STEP = f"""
+import os, sys
+import main
+from lib import curriculum
+
+def first_loss(*arguments, **options):
+    print([name for name in {HEAVY} if name in sys.modules], flush=True)
+    os._exit(0)
+
+curriculum.neighbourhood_loss = first_loss
+main.main(sys.argv[1:])
+"""
+
+
+def last_line(program: str, *words: str) -> str:
+    command = [sys.executable, "-c", program, *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [("--help", 0), ("--print-args", 0), ("--network resnet81", 2), ("--dataset cifar12", 2), ("--no-option", 2)],
+)
+def test_options_are_read_without_pytorch(words: str, status: int) -> None:
+    assert last_line(UNTIL_THE_OPTIONS_ARE_READ, *words.split()) == f"[] {status}"
+
+
+def test_the_first_step_on_the_digits_takes_pytorch_alone(tmp_path: Path) -> None:
+    words = ["--cfgs", "configs/base.yaml", "configs/digits.yaml", "--sess-dir", str(tmp_path), "--brief"]
+    assert last_line(UNTIL_THE_FIRST_STEP, *words) == "['torch']"
+
+
+def test_a_run_whose_output_is_closed_goes_on_to_its_end(tmp_path: Path) -> None:
+    """As behind ``| head -1``."""
+    words = "--cfgs configs/base.yaml configs/digits.yaml --max-round 1 --max-epoch 2 --seed 0 --session run"
+    process = runs.start(*words.split(), "--sess-dir", str(tmp_path))
+    assert process.stdout and process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 0
+    assert len(metrics(tmp_path / "run")) == 2
+    log = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
+    assert "round 0 done" in log and "Broken pipe" not in log
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--print-args"], ["--cfgs", "configs/base.yaml", "--print-args"]])
+def test_a_closed_pipe_ends_what_only_prints_quietly(words: list[str]) -> None:
+    shell = f"{shlex.quote(sys.executable)} main.py {shlex.join(words)} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")

@@ -1,0 +1,206 @@
+"""Learning rates by epoch, the file of a multistep schedule, and the optimisers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import oracles
+from lib.config.options import Options
+from lib.errors import UsageError
+from lib.training.optim import build_optimizer, build_schedule, fixed, multistep, read_rates, set_learning_rate, step
+
+many = settings(max_examples=50, deadline=None)
+rates = st.floats(1e-6, 10)
+
+
+# Schedules.
+
+
+@given(rates, st.integers(0, 1000))
+@many
+def test_a_fixed_rate_never_changes(base: float, epoch: int) -> None:
+    assert fixed(base)(epoch) == base
+
+
+@given(rates, st.integers(0, 300), st.integers(0, 200), st.integers(1, 80), st.sampled_from([0.1, 0.5, 1.0, 0.94]))
+@many
+def test_step_rates_are_the_oracles(base: float, epoch: int, offset: int, every: int, rate: float) -> None:
+    expected = oracles.step_rate(base, epoch, offset=offset, every=every, rate=rate)
+    assert step(base, offset=offset, every=every, rate=rate)(epoch) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_papers_rate_first_drops_at_epoch_120() -> None:
+    rate = step(0.03, offset=80, every=40, rate=0.1)
+    rates = [rate(epoch) for epoch in (0, 79, 80, 119, 120, 159, 160, 199, 200)]
+    assert rates == pytest.approx([0.03, 0.03, 0.03, 0.03, 3e-3, 3e-3, 3e-4, 3e-4, 3e-5])
+
+
+@given(st.dictionaries(st.integers(1, 60), rates, max_size=5), rates, st.integers(0, 80))
+@many
+def test_multistep_rates_are_the_oracles(changes: dict[int, float], first: float, epoch: int) -> None:
+    changes = {**changes, 0: first}  # not in the order of the epochs
+    assert multistep(changes)(epoch) == oracles.multistep_rate(list(changes.items()), epoch)
+
+
+# The file of a multistep schedule.
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "rates.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_rates_are_read_with_comments_and_every_spelling_of_a_number(tmp_path: Path) -> None:
+    path = written(tmp_path, "# rates\n0: 0.03\n120: 0.003   # lower\n160: 3e-4\n180: 3.0e-5\n190: 1\n")
+    assert read_rates(path) == {0: 0.03, 120: 0.003, 160: 3e-4, 180: 3e-5, 190: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "empty"),
+        ("- 0.1\n- 0.01\n", "mapping"),
+        ("0.1\n", "mapping"),
+        ("0: [0.1\n", "YAML"),
+        ("10: 0.1\n", "epoch 0"),
+        ("0: 0.1\n-5: 0.01\n", "-5"),
+        ("0: 0.1\n1.5: 0.01\n", "1.5"),
+        ("0: 0.1\nlater: 0.01\n", "later"),
+        ("0: 0.1\n5: slow\n", "slow"),
+        ("0: 0\n", "greater than 0"),
+        ("0: -0.1\n", "-0.1"),
+        ("0: .inf\n", "finite"),
+        ("0: 1e39\n", "less than"),
+        ("0: .nan\n", "nan"),
+        ("0:\n", "None"),
+        ("0: [0.1, 0.2]\n", "0.1, 0.2"),
+    ],
+)
+def test_a_file_that_holds_no_rates_is_refused_by_name(tmp_path: Path, text: str, says: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(UsageError) as refusal:
+        read_rates(path)
+    assert str(path) in str(refusal.value)
+    assert says in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_missing_file_of_rates_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere\.yaml: no such file"):
+        read_rates(tmp_path / "nowhere.yaml")
+
+
+def test_what_is_wrong_with_a_file_of_rates_is_not_blamed_on_option_files(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere.yaml", written(tmp_path, ""), written(tmp_path, "- 1\n")):
+        with pytest.raises(UsageError) as refusal:
+            read_rates(path)
+        assert "--cfgs" not in str(refusal.value)
+        assert "'option: value'" not in str(refusal.value)
+
+
+# From options.
+
+
+def test_the_policy_chooses_the_schedule(tmp_path: Path) -> None:
+    epochs = range(12)
+    options: dict[str, Any] = {"base_lr": 0.2, "lr_decay_offset": 3, "lr_decay_step": 4, "lr_decay_rate": 0.5}
+
+    rate = build_schedule(Options(**options))
+    expected = [oracles.step_rate(0.2, epoch, offset=3, every=4, rate=0.5) for epoch in epochs]
+    assert [rate(epoch) for epoch in epochs] == pytest.approx(expected)
+    assert len(set(expected)) == 3
+
+    rate = build_schedule(Options(**options, lr_policy="fixed"))
+    assert {rate(epoch) for epoch in epochs} == {0.2}
+
+    path = written(tmp_path, "7: 0.01\n0: 0.4\n")
+    rate = build_schedule(Options(**options, lr_policy="multistep", lr_schedule=path))
+    assert [rate(epoch) for epoch in epochs] == [0.4] * 7 + [0.01] * 5
+
+
+@pytest.mark.parametrize("epochs", [3, 20])  # beyond float32, and beyond Python's own numbers
+def test_a_rate_that_grows_beyond_all_numbers_is_refused_at_the_start(epochs: int) -> None:
+    growing: dict[str, Any] = {"lr_decay_rate": 1e30, "lr_decay_offset": 0, "lr_decay_step": 1}
+    build_schedule(Options(**growing, max_epoch=2))
+    with pytest.raises(UsageError, match="lr-decay-rate"):
+        build_schedule(Options(**growing, max_epoch=epochs))
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.tensor([1.0, -2.0])), torch.nn.Parameter(torch.tensor([[3.0]]))]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "values"),
+    [
+        ("sgd", torch.optim.SGD, {"momentum": 0.8, "dampening": 0.0, "nesterov": True, "weight_decay": 0.01}),
+        ("sgd", torch.optim.SGD, {"momentum": 0.7, "dampening": 0.25, "nesterov": False, "weight_decay": 0.02}),
+        ("adam", torch.optim.Adam, {"weight_decay": 0.03}),
+        ("rmsprop", torch.optim.RMSprop, {"momentum": 0.6, "weight_decay": 0.04}),
+        ("rmsprop", torch.optim.RMSprop, {"alpha": 0.9, "eps": 1e-6, "centered": True}),
+        ("adam", torch.optim.Adam, {"eps": 1e-6, "amsgrad": True}),
+    ],
+)
+def test_an_optimiser_gets_the_options_values(
+    name: str, kind: type[torch.optim.Optimizer], values: dict[str, Any]
+) -> None:
+    own = parameters()
+    optimizer = build_optimizer(Options(optimizer=name, base_lr=0.05, **values), own)
+    assert type(optimizer) is kind
+    (group,) = optimizer.param_groups
+    assert {key: group[key] for key in values} == values
+    assert group["lr"] == 0.05
+    assert [id(p) for p in group["params"]] == [id(p) for p in own]
+
+
+def test_the_betas_of_adam_are_the_options() -> None:
+    (group,) = build_optimizer(Options(optimizer="adam", beta1=0.7, beta2=0.8), parameters()).param_groups
+    assert group["betas"] == (0.7, 0.8)
+
+
+@pytest.mark.parametrize("name", ["adam", "rmsprop"])
+def test_without_options_an_optimiser_is_pytorchs(name: str) -> None:
+    kind = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[name]
+    (ours,) = build_optimizer(Options(optimizer=name, momentum=0.0, weight_decay=0.0), parameters()).param_groups
+    (plain,) = kind(parameters(), lr=0.1).param_groups
+    assert {k: v for k, v in ours.items() if k != "params"} == {k: v for k, v in plain.items() if k != "params"}
+
+
+def test_two_steps_of_sgd_follow_the_formula() -> None:
+    momentum, decay, lr = 0.9, 0.1, 0.5
+    own = parameters()
+    optimizer = build_optimizer(
+        Options(base_lr=lr, momentum=momentum, nesterov=True, weight_decay=decay, optimizer="sgd"), own
+    )
+    value, velocity = 3.0, 0.0
+    for gradient in (2.0, -1.0):
+        own[1].grad = torch.tensor([[gradient]])
+        optimizer.step()
+        slope = gradient + decay * value
+        velocity = momentum * velocity + slope
+        value -= lr * (slope + momentum * velocity)
+    assert own[1].item() == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop"])
+def test_the_rate_that_is_set_is_the_rate_of_every_group(name: str) -> None:
+    optimizer = build_optimizer(Options(optimizer=name), parameters())
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 3.0})
+    set_learning_rate(optimizer, 0.125)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+
+
+def test_a_step_goes_as_far_as_the_rate_that_is_set() -> None:
+    own = parameters()
+    optimizer = build_optimizer(Options(momentum=0, weight_decay=0, base_lr=1.0), own)
+    set_learning_rate(optimizer, 0.25)
+    own[1].grad = torch.tensor([[4.0]])
+    optimizer.step()
+    assert own[1].item() == 2.0

@@ -1,0 +1,437 @@
+"""The algorithm, against the same steps written out plainly."""
+
+from __future__ import annotations
+
+import copy
+import errno
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lib.config.options import Options
+from lib.errors import UsageError
+from lib.evaluation.classifier import Accuracy
+from lib.method.discovery import discover
+from lib.method.memory_bank import MemoryBank
+from lib.method.neighbourhoods import Neighbourhoods
+from lib.session.run_folder import Session
+from lib.training import checkpoint, optim, recorder, trainer
+from lib.training.checkpoint import TrainingState
+from lib.training.plan import Helpers, Plan, build_plan
+
+SAMPLES, PIXELS, LOW_DIM = 22, 12, 5
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(PIXELS, LOW_DIM)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.linear(x).float(), dim=1)
+
+
+class Batches:
+    """Five batches of four and one of two, the same ones in every epoch."""
+
+    def __init__(self, size: int = 4) -> None:
+        draw = torch.Generator().manual_seed(5)
+        self.images = torch.randn(SAMPLES, PIXELS, generator=draw)
+        self.parts = torch.randperm(SAMPLES, generator=draw).split(size)
+        self.asked: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def epoch(self, round: int = 0, epoch: int = 0, first: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self.asked.append((round, epoch))
+        return iter([(self.images[part], part) for part in self.parts[first:]])
+
+    def indices(self, round: int, epoch: int, batch: int) -> list[int]:
+        return self.parts[batch].tolist()
+
+
+def state_of(seed: int = 1, lr: float = 0.1) -> TrainingState:
+    torch.manual_seed(seed)
+    network = Net()
+    bank = MemoryBank(SAMPLES, LOW_DIM, temperature=0.1, momentum=0.5, seed=seed, device="cpu")
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9)
+    return TrainingState(network, optimizer, bank, Neighbourhoods.none(SAMPLES), seed)
+
+
+def plan_of(**changes: Any) -> Plan:
+    plan = Plan(
+        rounds=3,
+        epochs=2,
+        select_rate=0.25,
+        size=2,
+        iter_size=1,
+        learning_rate=optim.fixed(0.1),
+        display_freq=1,
+    )
+    return replace(plan, **changes)
+
+
+def helpers_of(batches: Any = None, **changes: Any) -> Helpers:
+    helpers = Helpers(
+        batches=batches or Batches(),
+        evaluate=None,
+        validate=None,
+        labels=None,
+        session=Session(None),
+        on_discovery=lambda round, found: None,
+        network_name="net",
+    )
+    return replace(helpers, **changes)
+
+
+def train(state: TrainingState, plan: Plan, batches: Batches) -> float:
+    """One epoch; the mean loss."""
+    loss = trainer.train_epoch(state, plan, helpers_of(batches))
+    state.step = 0  # as at the end of an epoch
+    return loss
+
+
+def plain_epoch(state: TrainingState, batches: Batches, rate: float) -> float:
+    """An epoch as METHOD tells it: softmax over all rows, sum over the neighbourhood, then the update."""
+    found = state.neighbourhoods
+    losses = []
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    for part in batches.parts:
+        state.optimizer.zero_grad()
+        x = state.network(batches.images[part])
+        p = torch.softmax(x @ state.bank.memory.clone().t() / 0.1, dim=1)
+        each = []
+        for row, sample in enumerate(part.tolist()):
+            inside = [sample]
+            if sample in found.anchors.tolist():
+                inside += found.neighbours[found.anchors.tolist().index(sample)].tolist()
+            each.append(-sum(p[row, j] for j in inside).log())
+        (sum(each) / len(each)).backward()
+        state.optimizer.step()
+        for row, sample in enumerate(part.tolist()):
+            mixed = 0.5 * state.bank.memory[sample] + 0.5 * x[row].detach()
+            state.bank.memory[sample] = mixed / mixed.norm()
+        losses += [loss.item() for loss in each]
+    return sum(losses) / len(losses)
+
+
+def test_an_epoch_is_the_plain_loop_with_and_without_anchors() -> None:
+    ours, plain = state_of(), state_of()
+    plan, batches = plan_of(), Batches()
+    for epoch in range(3):
+        if epoch == 1:
+            found = discover(ours.bank.memory, temperature=0.1, anchors=11, size=2)
+            ours.neighbourhoods = plain.neighbourhoods = found
+        loss = train(ours, plan, batches)
+        assert loss == pytest.approx(plain_epoch(plain, batches, 0.1), rel=1e-5)
+    torch.testing.assert_close(ours.network.linear.weight, plain.network.linear.weight, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours.bank.memory, plain.bank.memory, rtol=1e-4, atol=1e-6)
+
+
+def test_anchors_grow_by_the_select_rate_and_every_round_restarts_schedule_and_best() -> None:
+    told: list[tuple[int, int]] = []
+    rates: list[int] = []
+    given = iter([0.5, 0.4, 0.3, 0.2, 0.1, 0.15])
+
+    def rate(epoch: int) -> float:
+        rates.append(epoch)
+        return 0.1
+
+    batches = Batches()
+    helpers = helpers_of(
+        batches,
+        on_discovery=lambda round, found: told.append((round, found.num_anchors)),
+        evaluate=Judge(lambda: next(given)),
+    )
+    state = state_of()
+    trainer.run(state, plan_of(learning_rate=rate), helpers)
+    assert told == [(1, int(22 * 0.25)), (2, int(22 * 0.5))]
+    assert rates == [0, 1, 0, 1, 0, 1]
+    assert batches.asked == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [(row["top1"], row["best_top1"]) for row in state.history] == [(0.4, 0.5), (0.2, 0.3), (0.15, 0.15)]
+
+
+def test_held_out_images_choose_the_best_epoch_where_there_are_some() -> None:
+    tests, held_out = iter([0.5, 0.4, 0.3, 0.2, 0.1, 0.15]), iter([0.6, 0.7, 0.7, 0.6, 0.3, 0.2])
+    saved: list[bool] = []
+    helpers = helpers_of(evaluate=Judge(lambda: next(tests)), validate=Judge(lambda: next(held_out)))
+    state = state_of()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "save", lambda state, helpers, is_best: saved.append(is_best))
+        trainer.run(state, plan_of(), helpers)
+    names = ("top1", "val_top1", "best_top1")
+    assert [tuple(row[name] for name in names) for row in state.history] == [
+        (0.4, 0.7, 0.4),
+        (0.2, 0.6, 0.3),
+        (0.15, 0.2, 0.1),
+    ]
+    assert saved == [True, True, True, False, True, False]
+    assert (state.acc, state.best_acc) == (0.2, 0.3)
+    text = recorder.summary(state.history, helpers)
+    assert "best: chosen by held-out training images" in text and "held-out last" in text
+    assert "best: chosen by the test labels" in recorder.summary(state.history, replace(helpers, validate=None))
+
+
+def test_of_epochs_equally_good_the_last_is_the_best_as_in_the_reference() -> None:
+    tests, saved = iter([0.5, 0.5, 0.3, 0.3, 0.2, 0.1]), list[bool]()
+    helpers = helpers_of(evaluate=Judge(lambda: next(tests)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "save", lambda state, helpers, is_best: saved.append(is_best))
+        trainer.run(state_of(), plan_of(), helpers)
+    assert saved == [True, True, True, True, True, False]
+
+
+def test_held_out_images_choose_where_there_are_no_test_images() -> None:
+    held_out = iter([0.6, 0.7] * 3)
+    state, helpers = state_of(), helpers_of(validate=Judge(lambda: next(held_out)))
+    trainer.run(state, plan_of(), helpers)
+    assert all(row["top1"] is None and row["best_top1"] is None for row in state.history)
+    assert [row["val_top1"] for row in state.history] == [0.7] * 3 and state.best_acc == 0.7
+    assert "top-1" not in recorder.summary(state.history, helpers).splitlines()[0]
+
+
+class Judge:
+    name = "judge"
+
+    def __init__(self, value: Callable[[], float]) -> None:
+        self.value = value
+
+    def __call__(self, network: torch.nn.Module, features: torch.Tensor) -> Accuracy:
+        return Accuracy(self.value(), 1.0)
+
+
+def test_discovery_reads_the_bank_as_the_round_before_left_it() -> None:
+    seen: list[tuple[torch.Tensor, Neighbourhoods]] = []
+    state = state_of()
+    helpers = helpers_of(on_discovery=lambda round, found: seen.append((state.bank.memory.clone(), found)))
+    trainer.run(state, plan_of(), helpers)
+    for memory, found in seen:
+        similarity = (memory.double() @ memory.double().t()).fill_diagonal_(-9)
+        for anchor, neighbours in zip(found.anchors.tolist(), found.neighbours.tolist(), strict=True):
+            assert set(neighbours) == set(similarity[anchor].topk(2).indices.tolist())
+
+
+def test_the_consistency_is_the_share_of_equal_labels() -> None:
+    labels = torch.arange(SAMPLES) % 2
+    seen: list[Neighbourhoods] = []
+    helpers = helpers_of(labels=labels, on_discovery=lambda round, found: seen.append(found))
+    trainer.run(state_of(), plan_of(), helpers)
+    for found in seen:
+        pairs = [(a, n) for a, row in zip(found.anchors, found.neighbours, strict=True) for n in row]
+        assert found.consistency == pytest.approx(sum(int(labels[a] == labels[n]) for a, n in pairs) / len(pairs))
+
+
+def test_two_batches_a_step_are_one_step_on_the_mean_of_both() -> None:
+    """Without momentum in the bank (eta 1) the rows stay, so a step over 2 x 4 images equals one over 8."""
+    ours, plain = state_of(), state_of()
+    ours.bank.momentum = plain.bank.momentum = 1.0
+    for state in (ours, plain):
+        state.bank.memory = F.normalize(state.bank.memory, dim=1)
+    small, large = Batches(4), Batches(8)
+    train(ours, plan_of(iter_size=2), small)
+    # the last group is (4, 2): the mean of two batch means, not of six images, so it is left to the next test
+    for images, part in list(large.epoch())[:2]:
+        plain.optimizer.zero_grad()
+        logits = plain.network(images) @ plain.bank.memory.t() / 0.1
+        F.cross_entropy(logits, part).backward()
+        plain.optimizer.step()
+    plain.optimizer.zero_grad()
+    last = [F.cross_entropy(plain.network(x) @ plain.bank.memory.t() / 0.1, i) for x, i in list(small.epoch())[4:]]
+    (sum(last) / 2).backward()
+    plain.optimizer.step()
+    torch.testing.assert_close(ours.network.linear.weight, plain.network.linear.weight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_group_left_over_at_the_end_still_steps() -> None:
+    steps = 0
+    state = state_of()
+    original = state.optimizer.step
+
+    def counted(*args: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return original(*args)
+
+    state.optimizer.step = counted  # type: ignore[method-assign]
+    train(state, plan_of(iter_size=4), Batches())
+    assert steps == 2  # six batches: four and two
+
+
+def test_training_lowers_the_loss() -> None:
+    state = state_of(lr=0.5)
+    losses = [train(state, plan_of(), Batches()) for _ in range(20)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_trains_nearly_as_float32_does(dtype: torch.dtype) -> None:
+    seen: list[torch.dtype] = []
+    exact, mixed = state_of(), state_of()
+    mixed.network.linear.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+    mixed.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=dtype == torch.float16)
+    losses = [
+        train(exact, plan_of(), Batches()),
+        train(mixed, plan_of(autocast=dtype), Batches()),
+    ]
+    assert set(seen) == {dtype}
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert mixed.network.linear.weight.dtype == mixed.bank.memory.dtype == torch.float32
+    torch.testing.assert_close(mixed.network.linear.weight, exact.network.linear.weight, atol=0.02, rtol=0.1)
+
+
+def test_a_step_whose_scaled_gradient_overflows_is_left_out_and_the_scale_falls() -> None:
+    state = state_of()
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    before = state.network.linear.weight.detach().clone()
+    train(state, plan_of(autocast=torch.float16), Batches(SAMPLES))
+    assert torch.equal(state.network.linear.weight, before)
+    assert state.scaler.get_scale() == pytest.approx(5e37)
+
+
+def spoilt(batches: Batches, step: int) -> Batches:
+    """With one image of a batch that is no numbers."""
+    batches.images[batches.parts[step][1]] = torch.nan
+    return batches
+
+
+def test_a_loss_that_is_no_number_stops_with_step_rate_and_images() -> None:
+    state, batches = state_of(), spoilt(Batches(), 2)
+    state.round, state.epoch = 1, 4
+    with pytest.raises(trainer.NonFiniteLossError) as error:
+        train(state, plan_of(epochs=9), batches)
+    images = ", ".join(map(str, batches.parts[2].tolist()))
+    told = f"round 1, epoch 5, step 3, at a learning rate of 0.1, for the training images {images};"
+    assert told in str(error.value) and state.step == 3
+
+
+def test_a_run_that_stops_so_leaves_the_checkpoint_of_before(tmp_path: Path) -> None:
+    session = Session(tmp_path, log_tfb=False)
+    batches = Batches()
+    helpers = helpers_of(batches, session=session)
+    trainer.run(state_of(), plan_of(rounds=1, epochs=1), helpers)
+    before = (tmp_path / "checkpoint" / "latest.ckpt").read_bytes()
+    with pytest.raises(trainer.NonFiniteLossError):
+        trainer.run(state_of(), plan_of(rounds=1, epochs=1), replace(helpers, batches=spoilt(batches, 5)))
+    assert (tmp_path / "checkpoint" / "latest.ckpt").read_bytes() == before
+    session.close()
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_weights_that_a_gradient_has_spoilt_are_never_saved(skip: bool, tmp_path: Path) -> None:
+    """The loss of the last step was finite, so nothing else would tell before the next epoch."""
+    state = state_of()
+    real = state.optimizer.step
+    steps = iter(range(len(Batches()) * 2 - 1))
+
+    def overflow(*arguments: Any, **named: Any) -> None:
+        real(*arguments, **named)
+        if next(steps, None) is None:
+            next(state.network.parameters()).data.view(-1)[0] = torch.inf
+
+    state.optimizer.step = overflow  # type: ignore[method-assign]
+    session = Session(tmp_path, log_tfb=False)
+    with pytest.raises(trainer.NonFiniteLossError, match="weights are not finite numbers after round 0, epoch 2"):
+        trainer.run(state, plan_of(rounds=1, epochs=2, skip_nonfinite=skip), helpers_of(session=session))
+    session.close()
+    saved = torch.load(tmp_path / "checkpoint" / "latest.ckpt", weights_only=True)
+    assert saved["epoch"] == 1 and all(value.isfinite().all() for value in saved["net"].values())
+
+
+@pytest.mark.parametrize("iter_size", [1, 2, 6])
+def test_such_batches_are_left_out_on_request_and_counted(iter_size: int) -> None:
+    class Normed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(PIXELS)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(self.norm(x))
+
+    state = state_of()
+    state.network = Normed()
+    state.optimizer = torch.optim.SGD(state.network.parameters(), lr=0.1, momentum=0.9)
+    loss = train(state, plan_of(skip_nonfinite=True, iter_size=iter_size), spoilt(Batches(), 2))
+    assert state.skipped == 1 and state.seen == SAMPLES - 4
+    assert torch.tensor(loss).isfinite() and state.bank.memory.isfinite().all()
+    assert all(value.isfinite().all() for value in state.network.state_dict().values())
+
+
+def test_a_checkpoint_that_cannot_be_saved_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, saved, state = Session(tmp_path, log_tfb=False), checkpoint.save, state_of()
+    calls: list[int] = []
+
+    def now_and_then(content: Any, path: Path) -> None:
+        calls.append(len(calls))
+        if len(calls) in (3, 4, 12):  # both of the second epoch, and the last of all
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved(content, path)
+
+    monkeypatch.setattr(checkpoint, "save", now_and_then)
+    trainer.run(state, plan_of(), helpers_of(session=session))
+    assert len(calls) == 12 and state.unsaved and "No space left on device" in state.unsaved
+    assert checkpoint.load(tmp_path / "checkpoint" / "latest.ckpt")["epoch"] == 2
+    session.close()
+
+
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_a_run_that_stopped_after_any_epoch_goes_on_as_if_it_had_not(stop: int, tmp_path: Path) -> None:
+    whole = state_of()
+    trainer.run(whole, plan_of(), helpers_of())
+
+    class Stop(Exception):
+        pass
+
+    count = 0
+
+    def stop_after(state: TrainingState, helpers: Helpers, is_best: bool) -> None:
+        nonlocal count, kept
+        count += 1
+        if count == stop:
+            kept = copy.deepcopy(state.checkpoint("net", ""))
+            raise Stop
+
+    kept: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "save", stop_after)
+        with pytest.raises(Stop):
+            trainer.run(state_of(), plan_of(), helpers_of())
+    again = state_of(seed=1)
+    with torch.no_grad():
+        again.network.linear.weight.zero_()
+        again.bank.memory.zero_()
+    again.restore(kept, tmp_path, embed=lambda: again.bank.memory)
+    trainer.run(again, plan_of(), helpers_of())
+    assert torch.equal(whole.network.linear.weight, again.network.linear.weight)
+    assert torch.equal(whole.bank.memory, again.bank.memory)
+    assert torch.equal(whole.neighbourhoods.anchors, again.neighbourhoods.anchors)
+    times = {"images_per_s", "train_s", "evaluate_s"}
+    for ours, theirs in zip(whole.history, again.history, strict=True):
+        assert {k: v for k, v in ours.items() if k not in times} == {k: v for k, v in theirs.items() if k not in times}
+
+
+def test_the_summary_leaves_out_what_needs_labels() -> None:
+    state = state_of()
+    trainer.run(state, plan_of(), helpers_of())
+    text = recorder.summary(state.history, helpers_of())
+    assert text.splitlines()[0].split() == ["round", "anchors", "loss"]
+    assert [line.split()[:2] for line in text.splitlines()[2:]] == [["0", "0"], ["1", "5"], ["2", "11"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 23}, ["22 training images", "--batch-size to 22"]),
+        ({"ANs_size": 22, "batch_size": 4}, ["--ANs-size 22", "21 or less"]),
+    ],
+)
+def test_too_few_samples_are_refused_with_the_option_that_mends_it(changes: dict[str, int], words: list[str]) -> None:
+    with pytest.raises(UsageError) as refused:
+        build_plan(Options(**changes), optim.fixed(0.1), SAMPLES)
+    assert all(word in str(refused.value) for word in words)

@@ -1,30 +1,28 @@
 """Anchor Neighbourhood Discovery from the command line; ``python main.py --help`` lists the options.
 
-Reads the options, has them carried out by ``lib/commands.py``, and turns errors into a sentence and an exit status.
-
 PyTorch takes seconds to import. What needs it is imported once the options are known to be valid, so that ``--help``
 and a wrong option answer at once.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import datasets
-import models
 from lib.config import parser
 from lib.config.options import Options
+from lib.config.resolve import resolve
 from lib.distributed import launch
-from lib.errors import ToldElsewhereError, UsageError
-from lib.session.atomic_files import printable, reason
-from lib.session.console import FIRST, closed_pipe_allowed
-from lib.session.locate import folder_of, latest, locate
+from lib.errors import UsageError
+from lib.reporting import failures
+from lib.session.console import SUMMARY, closed_pipe_allowed, logger, start_logging
 
 if TYPE_CHECKING:
     from lib.distributed.processes import World
+    from lib.training.setup import Setting
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,16 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        options, world = read_together(words) if launch.is_launched() else (resolve(words), None)
-        if options.print_args:
-            with closed_pipe_allowed():
-                print(parser.to_yaml(options), end="")
-            return 0
-        from lib import commands
-
-        return commands.run(options, words, world)
+        return run(words)
     except Exception as error:
-        status, sentence = explain(error)
+        status, sentence = failures.explain(error)
         if sentence:
             print(f"error: {sentence}", file=sys.stderr)
         return status
@@ -51,69 +42,74 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def resolve(argv: Sequence[str]) -> Options:
-    """The options. A run that is resumed without ``--cfgs``, and a report, have the session's options as defaults.
+def run(words: Sequence[str]) -> int:
+    """Does what the command line asks for; the exit status."""
+    options, world = read_on_all_ranks(words) if launch.is_launched() else (resolve(words), None)
+    if options.print_args:
+        with closed_pipe_allowed():
+            print(parser.to_yaml(options), end="")
+        return 0
 
-    Raises:
-        UsageError: an option that is not known, or a value that it cannot have.
-    """
-    options = parser.read_options(argv)
-    if options.is_for_one and launch.is_launched():
-        raise UsageError("--report, --query and --compare are for one process; start them without a launcher")
-    if isinstance(options.report, Path):
-        folder = options.report
-        if not (folder / "config.yaml").is_file():
-            raise UsageError(f"{folder}: is no session's folder; pass --report one that holds config.yaml")
-        if not latest(folder).is_file():
-            raise UsageError(f"{folder}: has no checkpoint; a report can be made when the run's first epoch is done")
-        options = parser.read_options([*argv, "--resume", str(folder)], base=folder / "config.yaml")
-    elif options.resume and not options.cfgs and (session := folder_of(locate(options.resume))):
-        options = parser.read_options(argv, base=session / "config.yaml")
-    if not options.compare:
-        parser.choose(datasets.DATASETS, options.dataset, "--dataset")
-        parser.choose(models.NETWORKS, options.network, "--network")
-    return options
+    from lib.distributed import device
+    from lib.reporting import compare, outputs
+    from lib.training import setup
+
+    start_logging(options.brief)
+    if options.compare:
+        compare.show(options.compare, options.sess_dir)
+        return 0
+    options = device.choose_gpus(options)
+    if len(options.gpus) > 1 and not launch.is_launched() and not options.is_for_one:
+        device.select(options.gpus)  # a wrong number is refused here, once
+        return launch.run(Path(__file__), words, len(options.gpus))
+    outputs.check(options)
+    setting = setup.prepare(options, world)
+    if not (options.test_only or options.is_for_one):
+        return train(setting)
+    setup.load_network(setting)
+    outputs.show(setting)
+    return 0
 
 
-def read_together(words: Sequence[str]) -> tuple[Options, World]:
-    """The options in one of several processes that a launcher started, and these; what one refuses all refuse."""
+def read_on_all_ranks(words: Sequence[str]) -> tuple[Options, World]:
+    """The options on one of several ranks that a launcher started, and these; what one refuses all refuse."""
     from lib.distributed.consensus import together
     from lib.distributed.processes import World
 
+    def read() -> Options:
+        options = resolve(words)
+        if options.is_for_one:
+            raise UsageError("--report, --query and --compare are for one process; start them without a launcher")
+        return options
+
     world = World.join()
-    return together(world, lambda: resolve(words)), world
+    return together(world, read), world
 
 
-def explain(error: Exception) -> tuple[int, str]:
-    """Exit status of an error that has a sentence, and the sentence, empty in processes other than the one that tells.
+def train(setting: Setting) -> int:
+    """Trains in a new session, or resumes the checkpoint's; the exit status."""
+    from lib.distributed.signals import STATUS, Stopped
+    from lib.reporting import outputs
+    from lib.training import build
 
-    Raises:
-        Exception: ``error`` itself, if it is of no known kind.
-    """
-    if isinstance(error, ToldElsewhereError):
-        return 2, ""
-    if isinstance(error, UsageError | datasets.DataError):
-        return 2, printable(str(error).rpartition("DataError: ")[2].strip())  # a worker's comes behind its traceback
-    if isinstance(error, OSError):
-        place = printable(str(error.filename or "the file system"))
-        return 2, f"{place}: cannot be used: {reason(error)}; mend that, or choose another place"
-
-    import torch._dynamo.exc
-
-    from lib.distributed.processes import is_loss
-    from lib.errors import NonFiniteLossError
-
-    if isinstance(error, NonFiniteLossError):
-        return 1, str(error) if FIRST else ""  # the same in every process
-    if isinstance(error, torch._dynamo.exc.TorchDynamoException):
-        return 2, f"--compile: PyTorch cannot compile the network here ({reason(error)}); leave it out"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    ):
-        return 2, "memory ran out; set --batch-size or --size lower, or choose a smaller --network"
-    if isinstance(error, RuntimeError) and launch.is_launched() and is_loss(error):
-        return 1, "another process of the run has ended; --resume with the session's folder goes on"
-    raise error
+    trainer = build.build_trainer(setting)
+    session, state, recorder = trainer.recorder.session, trainer.state, trainer.recorder
+    try:
+        with trainer.signals:
+            build.log_start(setting, session)
+            trainer.fit()
+        final = state.checkpoint(setting.options.network, session.name)  # of all ranks together
+        if (own := setting.alone()) and not outputs.finish(own, recorder, final, state.history):
+            return 3
+    except Stopped as stop:
+        resume = f"resume with: python main.py --resume {shlex.quote(str(session.folder))}"
+        again = resume if session.folder else "nothing is stored (--debug)"
+        step = f"round {state.round}, epoch {state.epoch + 1}, step {state.step}"
+        logger().info("stopped by %s after %s; %s", stop.signal.name, step, again, extra=SUMMARY)
+        return STATUS[stop.signal]
+    finally:
+        session.close()
+    return 0
 
 
 if __name__ == "__main__":

@@ -195,6 +195,7 @@ class Options(BaseModel):
     )
     ANs_size: Integer = _option(1, "discovery", "neighbours k of an anchor, itself not counted", ge=1)
 
+    loss: Name = _option("neighbourhood", "training", "loss by name")
     max_round: Integer = _option(5, "training", "rounds of the curriculum, counting round 0 (instance loss only)", ge=1)
     max_epoch: Integer = _option(200, "training", "epochs a round", ge=1)
     iter_size: Integer = _option(1, "training", "batches whose mean gradient makes one optimiser step", ge=1)

@@ -6,9 +6,11 @@ import os
 
 import torch
 
+from lib.config.options import Options
 from lib.distributed import sync_batchnorm
 from lib.distributed.processes import World
 from lib.errors import UsageError
+from lib.session.console import logger
 
 
 def select(gpus: tuple[int, ...]) -> torch.device:
@@ -36,6 +38,19 @@ def available(gpus: tuple[int, ...]) -> tuple[int, ...]:
     """
     seen = torch.cuda.device_count()
     return tuple(gpu for gpu in gpus if gpu < seen) or ((0,) if gpus and seen else ())
+
+
+def choose_gpus(options: Options) -> Options:
+    """The options with GPUs that are here; where nothing is trained, others or the CPU replace those that are not."""
+    if not options.gpus and torch.cuda.is_available():
+        logger().info("%s is not used; --gpus 0 uses it", torch.cuda.get_device_name(0))
+    if not (options.test_only or options.is_for_one):
+        return options
+    gpus = available(options.gpus)
+    if gpus != options.gpus:
+        missing, place = ",".join(map(str, options.gpus)), f"GPU {gpus[0]}" if gpus else "the CPU"
+        logger().warning("--gpus %s: not on this machine; %s takes their place", missing, place)
+    return options.model_copy(update={"gpus": gpus})
 
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}

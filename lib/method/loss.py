@@ -5,6 +5,7 @@ Letters: B batch, N samples, n rows of this process, D embedding, K neighbours.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,3 +103,9 @@ def _over_members(scaled: torch.Tensor, bank: Rows, neighbourhoods: torch.Tensor
     weights = (logits - torch.where(greatest.isfinite(), greatest, 0)[:, None]).exp_()
     sums = (weights[:, None] @ members).squeeze(1) if with_rows else torch.zeros_like(scaled)
     return greatest, weights.sum(dim=1), sums
+
+
+Loss = Callable[..., torch.Tensor]
+"""As ``neighbourhood_loss``: (embeddings, memory, neighbourhoods, *, temperature) -> scalar."""
+LOSSES: dict[str, Loss] = {"neighbourhood": neighbourhood_loss}
+"""``--loss``: name -> function."""

@@ -23,7 +23,7 @@ from lib.config.parser import extra, read_options
 from lib.errors import UsageError
 from lib.session import metrics
 from lib.session.atomic_files import csv_text, printable, write_whole
-from lib.session.console import table
+from lib.session.console import SUMMARY, logger, table
 
 LOCAL = {"seed", "sess_dir", "log_file", "log_tfb"}
 """Options that differ between repetitions of a run."""
@@ -123,6 +123,14 @@ def compare(sessions: Sequence[Path]) -> Comparison:
         members.setdefault(tuple(values[name] for name in options), []).append(run)
     groups = (Group(n, values, tuple(found)) for n, (values, found) in enumerate(members.items(), start=1))
     return Comparison(options, len(spelled[0]) - len(options), tuple(groups))
+
+
+def show(sessions: Sequence[Path], folder: Path) -> None:
+    """Prints sessions side by side, and writes the same to ``folder`` as CSV and as a picture."""
+    found = compare(sessions)
+    logger().info("%s", text(found), extra=SUMMARY)
+    for path in write(found, folder):
+        logger().info("written: %s", path, extra=SUMMARY)
 
 
 def _read(session: Path) -> Run:

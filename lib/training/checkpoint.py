@@ -47,7 +47,6 @@ class TrainingState:
         step: next to run in the epoch; the number of steps: the epoch is trained, and not yet judged.
         total, seen: sum of the losses of the epoch so far, a scalar on the device, and of how many images.
         skipped: batches of the epoch that were left out, as their loss was not finite.
-        unsaved: why the last checkpoint could not be written; None: it could.
         acc: accuracy after the last epoch, None without labels.
         best_acc: best of the round so far.
         history: the figures of each round's last epoch so far.
@@ -69,8 +68,7 @@ class TrainingState:
     acc: float | None = None
     best_acc: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
-    diagnostics: diagnostics.State | None = None
-    unsaved: str | None = None
+    health: diagnostics.State | None = None
 
     def checkpoint(self, network_name: str, session: str) -> Checkpoint:
         """Everything, as tensors and plain containers.

@@ -29,7 +29,6 @@ from lib.distributed.processes import World
 from lib.errors import UsageError
 from lib.evaluation import features
 from lib.evaluation.classifier import Evaluator
-from lib.reporting import export, retrieval
 from lib.seeding import Stream
 from lib.session.console import logger, progress
 from lib.session.locate import latest
@@ -107,11 +106,6 @@ class Setting:
             self.embedded.append(features.extract(self.network, train, "training features"))
         return self.embedded[0]
 
-    def gallery(self) -> retrieval.Gallery:
-        """The training images by name and class."""
-        train = self.splits.train
-        return retrieval.Gallery(train.images, train.names, train.labels, train.classes, train.indices)
-
 
 def prepare(options: Options, world: World | None = None) -> Setting:
     """Checks everything that can be checked before anything is written, in all processes that train together."""
@@ -119,7 +113,6 @@ def prepare(options: Options, world: World | None = None) -> Setting:
     consensus.agree(world, asked(options))  # first of all: what is done together hangs on them
     device.allow_nondeterminism(not options.deterministic)
     place = consensus.together(world, lambda: device.select(options.gpus))
-    consensus.together(world, lambda: check(options))
     if options.download and world.size > 1:  # one process of each machine fetches
         here = int(os.environ.get("LOCAL_RANK", 0))
         consensus.together(world, lambda: load_data(options) if here == 0 else None, (datasets.DataError,))
@@ -136,13 +129,6 @@ def prepare(options: Options, world: World | None = None) -> Setting:
     if world.size > 1:  # it decodes images and hashes every name
         consensus.agree(world, seen(setting))
     return replace(setting, begun=begun)
-
-
-def check(options: Options) -> None:
-    """Refuses what can be refused before anything is read."""
-    export.check(options)
-    if options.export_neighbourhoods:
-        retrieval.check(options.export_neighbourhoods)
 
 
 def assemble(
@@ -209,3 +195,11 @@ def load_data(options: Options) -> datasets.Splits:
     elif splits.test is None or splits.test.labels is None:
         logger().info("there are no labelled test images: accuracy is not computed")
     return splits
+
+
+def load_network(setting: Setting) -> None:
+    """The network of the checkpoint, where nothing is trained."""
+    if setting.source:
+        checkpoint.load_network(setting.network, setting.loaded, setting.source)
+    elif not setting.options.pretrained:
+        logger().warning("no --resume: the network has random weights")

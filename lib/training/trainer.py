@@ -1,223 +1,304 @@
-"""The algorithm of the paper: rounds of discovery and training, from sure anchors to all.
+"""The algorithm of the paper: rounds of discovery and training, from the most certain anchors to all samples.
 
-    round 0                every sample is its own neighbourhood
-    round r >= 1           entropies from the memory bank -> the int(N * select_rate * r) samples of lowest
-                           entropy become anchors, each with its k nearest neighbours -> train on those
-    in every round         epochs of steps; the learning rate and the best accuracy start again
+    round 0         every sample is its own neighbourhood
+    round r >= 1    entropies from the memory bank -> the int(N * select_rate * r) samples of lowest entropy become
+                    anchors, each with its k nearest neighbours -> train on these neighbourhoods
+    in every round  epochs of steps; the learning rate and the best accuracy start again
 
-Letters: B batch, b images of it of this process, N samples, D embedding, K neighbours.
+Letters: B batch, b images of it on this rank, N samples, D embedding, K neighbours.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
 
 import torch
 
+from lib.config.options import Options
+from lib.data.loader import Batch, Loader
+from lib.distributed.device import PRECISIONS
 from lib.distributed.processes import World
-from lib.distributed.signals import Stopped
+from lib.distributed.signals import Interrupts, Stopped
 from lib.errors import NonFiniteLossError
+from lib.evaluation.classifier import Accuracy, Evaluator
 from lib.method import diagnostics
 from lib.method.discovery import discover
-from lib.method.loss import neighbourhood_loss
+from lib.method.loss import Loss, neighbourhood_loss
 from lib.method.neighbourhoods import consistency, num_anchors
 from lib.seeding import Stream, seed_for
 from lib.session.console import logger, progress
 from lib.training import optim
 from lib.training.checkpoint import TrainingState
-from lib.training.plan import Helpers, Plan
-from lib.training.recorder import finish_epoch, finish_round, report_epoch, save
-
-CHECKED = 100
-"""Steps on a GPU after which it is asked whether all losses were finite."""
+from lib.training.recorder import Recorder
 
 
-def run(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
-    """Trains from where ``state`` is to the end of the last round.
+@dataclass
+class Trainer:
+    """Trains ``state`` to the end of the last round.
 
-    Raises:
-        Stopped: from outside; the state is saved, as it is between two steps.
-        NonFiniteLossError: the last checkpoint is from before that.
+    Attributes:
+        options: max_round, max_epoch, ANs_select_rate, ANs_size, iter_size and so on.
+        state: everything that training changes; a checkpoint holds it.
+        loader: the training images.
+        learning_rate: epoch within the round -> learning rate.
+        recorder: writes what was reached.
+        loss: of a batch, from its embeddings, the memory bank and the neighbourhoods.
+        labels: (N,) on the bank's device, for the consistency alone; None without labels.
+        evaluate: accuracy on the test images; None without labels.
+        validate: accuracy on held-out training images, which then choose the best epoch; None: the test images do, as
+            in the reference.
+        signals: whether the run was asked to stop.
+        world: the ranks that train together.
     """
-    try:
-        run_rounds(state, plan, helpers)
-    except Stopped:
-        helpers.interrupts.settle()
-        save(state, helpers, is_best=False)
-        raise
 
+    options: Options
+    state: TrainingState
+    loader: Loader
+    learning_rate: optim.Schedule
+    recorder: Recorder
+    loss: Loss = neighbourhood_loss
+    labels: torch.Tensor | None = None
+    evaluate: Evaluator | None = None
+    validate: Evaluator | None = None
+    signals: Interrupts = field(default_factory=Interrupts)
+    world: World = field(default_factory=World)
 
-def run_rounds(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
-    """The rounds that are left."""
-    if state.round == plan.rounds - 1 and state.epoch >= plan.epochs:
-        logger().info("all rounds are done; raise --max-round or --max-epoch to go on")
-    while state.round < plan.rounds:
+    def fit(self) -> None:
+        """Trains the rounds that are left.
+
+        Raises:
+            Stopped: by a signal; the state between two optimiser steps is saved.
+            NonFiniteLossError: the last checkpoint is from before that step.
+        """
+        state, options = self.state, self.options
+        if state.round == options.max_round - 1 and state.epoch >= options.max_epoch:
+            logger().info("all rounds are done; raise --max-round or --max-epoch to go on")
+        try:
+            while state.round < options.max_round:
+                self.train_round()
+        except Stopped:
+            self.signals.settle()
+            self.recorder.save(state, is_best=False)
+            raise
+
+    def train_round(self) -> None:
+        """Discovery, then the epochs that are left in the round."""
+        state = self.state
         if state.epoch == state.step == 0:
-            start_round(state, plan, helpers)
-        found = state.neighbourhoods
-        if state.round:
-            helpers.on_discovery(state.round, found)  # also where it goes on: TensorBoard hides what it said before
-        scalars = {"ANs/Number": found.num_anchors, "ANs/Consistency": found.consistency}
-        helpers.session.write_scalars(scalars, state.round)
-        while state.epoch < plan.epochs:
-            helpers.interrupts.check()
-            run_epoch(state, plan, helpers)
-        with helpers.interrupts.shield():
-            finish_round(state, helpers)
+            self.discover()
+        self.recorder.round_started(state)
+        while state.epoch < self.options.max_epoch:
+            self.signals.check()
+            self.train_epoch()
+        with self.signals.shield():
+            self.recorder.round_finished(state)
             state.round, state.epoch = state.round + 1, 0
 
+    def discover(self) -> None:
+        """Finds the anchors of the round and their neighbours; the best accuracy starts again."""
+        state, options, started = self.state, self.options, time.perf_counter()
+        state.acc = state.best_acc = None
+        if state.round == 0:
+            return
+        anchors = num_anchors(state.bank.samples, options.ANs_select_rate, state.round)
+        found = discover(state.bank.rows, temperature=state.bank.temperature, anchors=anchors, size=options.ANs_size)
+        if self.labels is not None:
+            found = replace(found, consistency=consistency(found.anchors, found.neighbours, self.labels))
+        state.neighbourhoods = found
+        logger().info(
+            "round %d: %d anchors of %d samples%s (discovery took %.1f s)",
+            state.round,
+            found.num_anchors,
+            state.bank.samples,
+            "" if found.consistency is None else f", consistency {found.consistency:.1%}",
+            time.perf_counter() - started,
+        )
 
-def start_round(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
-    """Finds the anchors of the round and their neighbours; the best accuracy starts again."""
-    bank, started = state.bank.rows, time.perf_counter()
-    state.acc = state.best_acc = None
-    if state.round == 0:
-        return
-    anchors = num_anchors(bank.samples, plan.select_rate, state.round)
-    found = discover(bank, temperature=state.bank.temperature, anchors=anchors, size=plan.size)
-    if helpers.labels is not None:
-        found = replace(found, consistency=consistency(found.anchors, found.neighbours, helpers.labels))
-    state.neighbourhoods = found
-    logger().info(
-        "round %d: %d anchors of %d samples%s (discovery took %.1f s)",
-        state.round,
-        found.num_anchors,
-        bank.samples,
-        "" if found.consistency is None else f", consistency {found.consistency:.1%}",
-        time.perf_counter() - started,
-    )
+    def train_epoch(self) -> None:
+        """One pass over the training images, its evaluation, and a checkpoint."""
+        state, started = self.state, time.perf_counter()
+        learning_rate, seen = self.learning_rate(state.epoch), state.seen if state.step else 0
+        optim.set_learning_rate(state.optimizer, learning_rate)
+        with self.signals.shield():
+            self.train_steps()
+        self.signals.check()
+        trained, bank = time.perf_counter(), state.bank.rows
+        self.world.follow(state.network.buffers())  # batch normalisation: each rank has statistics of its own images
+        health, measured = diagnostics.measure(
+            bank,
+            state.health,
+            round=state.round,
+            temperature=state.bank.temperature,
+            size=self.options.ANs_size,
+        )
+        accuracy = self.evaluate(state.network, bank) if self.evaluate else None
+        held_out = self.validate(state.network, bank) if self.validate else None
+        record = {
+            "loss": state.total.item() / max(1, state.seen),
+            "learning_rate": learning_rate,
+            **health,
+            "images_per_s": (state.seen - seen) / (trained - started),
+            "train_s": trained - started,
+            "evaluate_s": time.perf_counter() - trained,
+        }
+        self.signals.check()
+        with self.signals.shield():  # from here to the checkpoint, since these belong together
+            state.health = measured
+            is_best = self.finish_epoch(accuracy, held_out, record)
+            self.recorder.epoch_finished(state.history[-1], accuracy)
+            self.recorder.save(state, is_best)
 
+    def finish_epoch(self, accuracy: Accuracy | None, held_out: Accuracy | None, figures: dict[str, Any]) -> bool:
+        """Adds the record of the epoch to the history and moves on to the next; whether it is the round's best."""
+        state, chooser = self.state, held_out or accuracy
+        state.acc = chooser.top1 if chooser else None
+        is_best = state.acc is None or state.best_acc is None or state.acc >= state.best_acc  # as in the reference
+        top1 = accuracy.top1 if accuracy else None
+        before = state.history[-1] if state.history else {}
+        best_top1 = top1 if is_best else before["best_top1"] if before.get("round") == state.round else state.best_acc
+        state.best_acc = state.acc if is_best else state.best_acc
+        record = {
+            "round": state.round,
+            "epoch": state.epoch,
+            "anchors": state.neighbourhoods.num_anchors,
+            "consistency": state.neighbourhoods.consistency,
+            "top1": top1,
+            "top5": accuracy.top5 if accuracy else None,
+            "best_top1": best_top1,
+            "val_top1": held_out.top1 if held_out else None,
+            "skipped": state.skipped,
+            **figures,
+        }
+        state.epoch, state.step = state.epoch + 1, 0
+        state.history = [row for row in state.history if row["round"] < state.round] + [record]
+        return is_best
 
-def run_epoch(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
-    """One pass over the training images, then the accuracy, the records and the checkpoint."""
-    rate, started, seen = plan.learning_rate(state.epoch), time.perf_counter(), state.seen if state.step else 0
-    optim.set_learning_rate(state.optimizer, rate)
-    loss = train_epoch(state, plan, helpers)
-    helpers.interrupts.check()
-    trained, bank = time.perf_counter(), state.bank.rows
-    helpers.world.follow(state.network.buffers())  # of batch normalisation: each process has its own statistics
-    figures, measured = diagnostics.measure(
-        bank, state.health, round=state.round, temperature=state.bank.temperature, size=plan.size
-    )
-    accuracy = helpers.evaluate(state.network, bank) if helpers.evaluate else None
-    held_out = helpers.validate(state.network, bank) if helpers.validate else None
-    times = {
-        "images_per_s": (state.seen - seen) / (trained - started),
-        "train_s": trained - started,
-        "evaluate_s": time.perf_counter() - trained,
-    }
-    helpers.interrupts.check()
-    with helpers.interrupts.shield():  # from here to the checkpoint, for all of it belongs together
-        state.health = measured
-        trained_by = {"loss": loss, "learning_rate": rate}
-        record, is_best = finish_epoch(state, accuracy, held_out, trained_by, {**figures, **times})
-        report_epoch(record, accuracy, plan, helpers)
-        save(state, helpers, is_best)
-
-
-def train_epoch(state: TrainingState, plan: Plan, helpers: Helpers) -> float:
-    """Mean loss over the training images while the network learns from them, from the state's step on.
-
-    ``iter_size`` batches make one optimiser step on the mean of their losses; so does what is left over at
-    the end. The memory bank is updated after each batch's backward pass, which needs it as it was.
-
-    Raises:
-        Stopped: from outside; the state is as it is after a step of the optimiser.
-        NonFiniteLossError: unless such batches are left out.
-    """
-    batches, device, shown = helpers.batches, state.bank.memory.device, 0.0
-    first, steps = state.step, len(batches)
-    if first == 0:
-        state.total, state.seen, state.skipped = torch.zeros((), device=device), 0, 0
-    state.network.train()
-    state.optimizer.zero_grad(set_to_none=True)
-    spoilt = torch.full((), -1, device=device)  # the first step whose loss was not finite
-    where = f"round {state.round}/{plan.rounds - 1} epoch {state.epoch + 1}/{plan.epochs}"
-    with helpers.interrupts.shield():
-        bar = progress(batches.epoch(state.round, state.epoch, first), where, "batch", steps - first)
-        for number, (images, index) in enumerate(bar, start=first):
-            loss = train_step(state, plan, helpers.world, images, index, number, steps)
-            done, saves, asked = number + 1, False, helpers.interrupts.asked()
-            if done % plan.iter_size == 0 or done == steps:
-                state.step = done
-                saves = plan.ckpt_every > 0 and done < steps and done // plan.iter_size % plan.ckpt_every == 0
-            if not plan.skip_nonfinite:
-                spoilt = torch.where((spoilt < 0) & ~loss.isfinite(), number, spoilt)
-                if device.type == "cpu" or done % CHECKED == 0 or done == steps or saves or asked:
-                    refuse_nonfinite(state, helpers, int(spoilt))  # waits for the device
-            if done == steps or saves or asked:
-                refuse_nonfinite_weights(state, number)
+    def train_steps(self) -> None:
+        """The steps that are left in the epoch: each learns from ``iter_size`` batches, the last from what is left."""
+        state, batches = self.state, len(self.loader)
+        if state.step == 0:
+            state.total, state.seen, state.skipped = torch.zeros((), device=state.bank.memory.device), 0, 0
+        state.network.train()
+        state.optimizer.zero_grad(set_to_none=True)
+        nonfinite = NonFiniteCheck(self)
+        where = f"round {state.round}/{self.options.max_round - 1} epoch {state.epoch + 1}/{self.options.max_epoch}"
+        loaded = self.loader.epoch(state.round, state.epoch, state.step)
+        bar = progress(loaded, where, "batch", batches - state.step)
+        iterator = iter(bar)
+        while state.step < batches:
+            group = min(self.options.iter_size, batches - state.step)
+            for number, batch in enumerate(islice(iterator, group), start=state.step):
+                loss = self.backward(batch, number, group)
+                nonfinite.add(loss, number)
+                self.recorder.step_finished(bar, number, loss)
+            self.optimizer_step()
+            state.step += group
+            every = self.options.ckpt_every * self.options.iter_size
+            saves, stops = every > 0 and state.step < batches and state.step % every == 0, self.signals.asked()
+            if saves or stops or state.step == batches:
+                nonfinite.check()
+                nonfinite.check_weights()
             if saves:
-                save(state, helpers, is_best=False)
-            if asked and state.step == done:
+                self.recorder.save(state, is_best=False)
+            if stops:
                 break
-            if not bar.disable and number % plan.display_freq == 0 and time.monotonic() - shown > bar.mininterval:
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)  # waits for the device
-                shown = time.monotonic()
-    return state.total.item() / max(1, state.seen)
 
+    def backward(self, batch: Batch, number: int, group: int) -> torch.Tensor:
+        """Adds the gradient of one batch, then updates the memory bank; the loss of the batch.
 
-def train_step(
-    state: TrainingState,
-    plan: Plan,
-    world: World,
-    images: torch.Tensor,
-    index: torch.Tensor,
-    number: int,
-    steps: int,
-) -> torch.Tensor:
-    """One batch, and where it is the last of its group a step of the optimiser; the loss.
+        Each rank embeds its share of the images. From there on all ranks have the whole batch, and the same loss.
 
-    Each process embeds its share of the images. From there on all know the whole batch, and their loss is the same.
-    """
-    device = images.device
-    other = [world.rank] if world.rank else []
-    torch.manual_seed(seed_for(state.seed, Stream.STEPS, state.round, state.epoch, number, *other))  # for dropout
-    statistics = [buffer.clone() for buffer in state.network.buffers()] if plan.skip_nonfinite else []
-    with torch.autocast(device.type, plan.autocast, enabled=plan.autocast is not None):
-        own = state.network(images)  # (b, D), float32
-    embeddings = world.gather(own, world.shares(len(index)))  # (B, D)
-    loss = neighbourhood_loss(
-        embeddings, state.bank.rows, state.neighbourhoods.of(index), temperature=state.bank.temperature
-    )
-    if plan.skip_nonfinite and not loss.isfinite():  # waits for the device
-        state.skipped += 1
-        for buffer, before in zip(state.network.buffers(), statistics, strict=True):
-            buffer.copy_(before)  # batch normalisation has taken note of the batch already
-    else:
-        group_start = number - number % plan.iter_size
-        state.scaler.scale(loss / min(plan.iter_size, steps - group_start)).backward()
-        state.bank.update(embeddings.detach(), index)
+        Args:
+            batch: images (b, 3, h, w) of this rank and the sample indices (B,) of the whole batch.
+            number: of the batch in the epoch.
+            group: batches in the optimiser step, whose mean loss it descends.
+        """
+        state, (images, index) = self.state, batch
+        other = [self.world.rank] if self.world.rank else []
+        torch.manual_seed(seed_for(state.seed, Stream.STEPS, state.round, state.epoch, number, *other))  # for dropout
+        skips = self.options.on_nonfinite == "skip"
+        buffers = [buffer.clone() for buffer in state.network.buffers()] if skips else []
+        precision = PRECISIONS[self.options.amp] if self.options.amp else None
+        with torch.autocast(images.device.type, precision, enabled=precision is not None):
+            local = state.network(images)  # (b, D), float32
+        embeddings = self.world.gather(local, self.world.shares(len(index)))  # (B, D)
+        loss = self.loss(
+            embeddings, state.bank.rows, state.neighbourhoods.of(index), temperature=state.bank.temperature
+        )
+        if skips and not loss.isfinite():  # waits for the device
+            state.skipped += 1
+            _restore(state.network.buffers(), buffers)  # batch normalisation has seen the batch already
+            return loss.detach()
+        state.scaler.scale(loss / group).backward()
+        state.bank.update(embeddings.detach(), index)  # after the backward pass, which needs the rows as they were
         state.total += loss.detach() * len(index)
         state.seen += len(index)
-    if (number + 1) % plan.iter_size == 0 or number + 1 == steps:
-        if any(parameter.grad is not None for parameter in state.network.parameters()):  # all of it may be left out
-            world.sum_gradients(state.network.parameters())
+        return loss.detach()
+
+    def optimizer_step(self) -> None:
+        """One step on the gradients gathered by ``backward``, summed over the ranks."""
+        state = self.state
+        if any(parameter.grad is not None for parameter in state.network.parameters()):  # all may be skipped
+            self.world.sum_gradients(state.network.parameters())
             state.scaler.step(state.optimizer)
             state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
-    return loss.detach()
 
 
-def refuse_nonfinite(state: TrainingState, helpers: Helpers, step: int) -> None:
-    """NonFiniteLossError where ``step`` is one, and not -1."""
-    if step < 0:
-        return
-    samples = ", ".join(map(str, helpers.batches.indices(state.round, state.epoch, step)))
-    rate = state.optimizer.param_groups[0]["lr"]
-    raise NonFiniteLossError(
-        f"the loss is not a finite number in round {state.round}, epoch {state.epoch + 1}, step {step + 1}, at a "
-        f"learning rate of {rate:g}, for the training images {samples}; lower --base-lr, look at these images, or "
-        "leave such batches out with --on-nonfinite skip; the last checkpoint is from before"
-    )
+class NonFiniteCheck:
+    """Stops training at the first batch whose loss is NaN or infinite.
 
+    On a GPU reading a loss makes the host wait, so the first such batch is remembered on the device, and read now and
+    then.
 
-def refuse_nonfinite_weights(state: TrainingState, step: int) -> None:
-    """NonFiniteLossError where a gradient has spoilt the network though all losses were finite; before it is saved."""
-    if not torch.stack([parameter.isfinite().all() for parameter in state.network.parameters()]).all():
+    Args:
+        trainer: whose state is checked.
+    """
+
+    EVERY = 100
+    """Batches on a GPU between two readings."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.device = trainer.state.bank.memory.device
+        self.first = torch.full((), -1, device=self.device)  # the first batch of the epoch with such a loss, or -1
+
+    def add(self, loss: torch.Tensor, number: int) -> None:
+        """Takes note of the loss of a batch of the epoch; may read, and raise as ``check``."""
+        if self.trainer.options.on_nonfinite == "skip":
+            return
+        self.first = torch.where((self.first < 0) & ~loss.isfinite(), number, self.first)
+        if self.device.type == "cpu" or (number + 1) % self.EVERY == 0:
+            self.check()
+
+    def check(self) -> None:
+        """NonFiniteLossError if any loss of the epoch so far was not finite."""
+        first, state = int(self.first), self.trainer.state
+        if first < 0:
+            return
+        samples = ", ".join(map(str, self.trainer.loader.indices(state.round, state.epoch, first)))
         raise NonFiniteLossError(
-            f"the network's weights are not finite numbers after round {state.round}, epoch {state.epoch + 1}, step "
-            f"{step + 1}, at a learning rate of {state.optimizer.param_groups[0]['lr']:g}; lower --base-lr; the last "
-            "checkpoint is from before"
+            f"the loss is not a finite number in round {state.round}, epoch {state.epoch + 1}, step {first + 1}, at a "
+            f"learning rate of {state.optimizer.param_groups[0]['lr']:g}, for the training images {samples}; lower "
+            "--base-lr, look at these images, or leave such batches out with --on-nonfinite skip; the last checkpoint "
+            "is from before"
         )
+
+    def check_weights(self) -> None:
+        """NonFiniteLossError if a weight is not finite, as a gradient can make it though all losses were finite."""
+        state = self.trainer.state
+        if not torch.stack([parameter.isfinite().all() for parameter in state.network.parameters()]).all():
+            raise NonFiniteLossError(
+                f"the network's weights are not finite numbers after round {state.round}, epoch {state.epoch + 1}, "
+                f"step {state.step}, at a learning rate of {state.optimizer.param_groups[0]['lr']:g}; lower --base-lr; "
+                "the last checkpoint is from before"
+            )
+
+
+def _restore(buffers: Iterable[torch.Tensor], before: Iterable[torch.Tensor]) -> None:
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)

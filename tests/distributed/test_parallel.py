@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lib.training.plan import Helpers, Plan
 from numpy.testing import assert_allclose
 
 import models
@@ -32,7 +33,6 @@ from lib.method.neighbourhoods import Neighbourhoods
 from lib.session.run_folder import Session
 from lib.training import checkpoint, optim, trainer
 from lib.training.checkpoint import TrainingState
-from lib.training.plan import Helpers, Plan
 from patches import blocks_of, parcels_of
 from team import Team
 

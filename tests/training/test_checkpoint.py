@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_weights import old, python2
+from test_pretrained import old, python2
 
 import models
 from lib.errors import UsageError
@@ -848,7 +848,7 @@ def test_without_mixed_precision_a_saved_scale_is_of_no_use(tmp_path: Path) -> N
     assert not restored.scaler.is_enabled()
 
 
-def test_weights_are_saved_contiguous_whatever_their_layout() -> None:
+def test_pretrained_are_saved_contiguous_whatever_their_layout() -> None:
     state = state_of()
     state.network.to(memory_format=torch.channels_last)
     assert all(value.is_contiguous() for value in state.checkpoint("small", "")["net"].values())

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lib.training.plan import Helpers, Plan, build_plan
 
 from lib.config.options import Options
 from lib.errors import UsageError
@@ -22,7 +23,6 @@ from lib.method.neighbourhoods import Neighbourhoods
 from lib.session.run_folder import Session
 from lib.training import checkpoint, optim, recorder, trainer
 from lib.training.checkpoint import TrainingState
-from lib.training.plan import Helpers, Plan, build_plan
 
 SAMPLES, PIXELS, LOW_DIM = 22, 12, 5
 

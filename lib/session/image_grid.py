@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
-from lib.method.neighbourhoods import Neighbourhoods
 from lib.session.atomic_files import write_whole
 
 TILE = 48
@@ -18,7 +18,13 @@ EQUAL, OTHER, UNKNOWN = "#2a9d4e", "#d1342f", "#9a9a9a"
 
 
 def draw(
-    images: Sequence[np.ndarray], labels: np.ndarray | None, found: Neighbourhoods, *, rows: int = 8, columns: int = 6
+    images: Sequence[np.ndarray],
+    labels: np.ndarray | None,
+    anchors: torch.Tensor,
+    neighbours: torch.Tensor,
+    *,
+    rows: int = 8,
+    columns: int = 6,
 ) -> Image.Image:
     """Anchors in order of entropy, evenly spaced from the surest to the least sure, read row by row.
 
@@ -28,24 +34,25 @@ def draw(
     Args:
         images: N arrays (H, W, 3) of uint8.
         labels: (N,) or None.
-        found: a discovery with at least one anchor.
+        anchors: (A,) sample indices, at least one.
+        neighbours: (A, K) sample indices.
         rows, columns: entries in the picture at most.
     """
-    shown = min(found.neighbours.shape[1], 5)
+    shown = min(neighbours.shape[1], 5)
     columns = max(1, columns // shown)
-    count = min(rows * columns, found.num_anchors)
-    picks = np.linspace(0, found.num_anchors - 1, count).round().astype(int)
+    count = min(rows * columns, len(anchors))
+    picks = np.linspace(0, len(anchors) - 1, count).round().astype(int)
     columns = min(columns, count)
     gap, cell = 12, TILE + 6
     width = columns * (cell * (1 + shown) + gap) + gap
     height = -(-count // columns) * (cell + gap // 2) + gap
     picture = Image.new("RGB", (width, height), "white")
     for place, pick in enumerate(picks):
-        anchor = int(found.anchors[pick])
+        anchor = int(anchors[pick])
         left = gap + (place % columns) * (cell * (1 + shown) + gap)
         top = gap + (place // columns) * (cell + gap // 2)
         picture.paste(_tile(images[anchor], "white"), (left, top))
-        for number, neighbour in enumerate(found.neighbours[pick, :shown].tolist()):
+        for number, neighbour in enumerate(neighbours[pick, :shown].tolist()):
             frame = UNKNOWN if labels is None else EQUAL if labels[anchor] == labels[neighbour] else OTHER
             picture.paste(_tile(images[neighbour], frame), (left + (1 + number) * cell, top))
     return picture
@@ -56,17 +63,17 @@ def _tile(image: np.ndarray, frame: str) -> Image.Image:
     return ImageOps.expand(fitted, 2, frame)
 
 
-def save(
-    path: Path, images: Sequence[np.ndarray], labels: np.ndarray | None, found: Neighbourhoods
+def save_anchors(
+    path: Path, images: Sequence[np.ndarray], labels: np.ndarray | None, anchors: torch.Tensor, neighbours: torch.Tensor
 ) -> Image.Image | None:
     """Writes the picture as PNG and returns it; None and nothing written where there is no anchor or no neighbour.
 
     Raises:
         OSError: it cannot be written.
     """
-    if not found.neighbours.numel():
+    if not neighbours.numel():
         return None
-    picture = draw(images, labels, found)
+    picture = draw(images, labels, anchors, neighbours)
     with write_whole(path) as file:
         picture.save(file, "PNG")
     return picture

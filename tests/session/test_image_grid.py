@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lib.method.neighbourhoods import Neighbourhoods
-from lib.reporting import image_grid
+from lib.session import image_grid
 
 GREEN, RED, GREY, WHITE = (0x2A, 0x9D, 0x4E), (0xD1, 0x34, 0x2F), (0x9A, 0x9A, 0x9A), (255, 255, 255)
 
@@ -24,13 +23,8 @@ def flat(sample: int, height: int = 8, width: int = 8) -> np.ndarray:
     return np.full((height, width, 3), colour(sample), np.uint8)
 
 
-def found(anchors: list[int], neighbours: list[list[int]], samples: int = 100) -> Neighbourhoods:
-    others = [sample for sample in range(samples) if sample not in anchors]
-    position = torch.empty(samples, dtype=torch.long)
-    position[anchors] = torch.arange(len(anchors))
-    position[others] = -torch.arange(len(others)) - 1
-    table = torch.tensor(neighbours, dtype=torch.long).reshape(len(anchors), -1)
-    return Neighbourhoods(torch.tensor(anchors), torch.tensor(others), position, table, torch.zeros(samples))
+def found(anchors: list[int], neighbours: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor(anchors), torch.tensor(neighbours, dtype=torch.long).reshape(len(anchors), -1)
 
 
 def read(picture: Image.Image, size: int = 48) -> list[list[tuple[int, tuple[int, ...]]]]:
@@ -71,7 +65,7 @@ def in_order(picture: Image.Image) -> list[int]:
 
 def test_an_anchor_stands_before_its_neighbours_most_similar_first() -> None:
     images = [flat(sample) for sample in range(100)]
-    picture = image_grid.draw(images, None, found([7, 3], [[5, 9, 1], [2, 7, 8]]))
+    picture = image_grid.draw(images, None, *found([7, 3], [[5, 9, 1], [2, 7, 8]]))
     assert in_order(picture) == [7, 5, 9, 1, 3, 2, 7, 8]
 
 
@@ -80,9 +74,9 @@ def test_frames_tell_an_equal_label_another_one_and_an_unknown_one() -> None:
     labels = np.zeros(100, np.int64)
     labels[[5, 7]] = 1
     neighbourhoods = found([7, 3], [[5, 9], [2, 7]])
-    (row,) = read(image_grid.draw(images, labels, neighbourhoods))
+    (row,) = read(image_grid.draw(images, labels, *neighbourhoods))
     assert row == [(7, WHITE), (5, GREEN), (9, RED), (3, WHITE), (2, GREEN), (7, RED)]
-    (row,) = read(image_grid.draw(images, None, neighbourhoods))
+    (row,) = read(image_grid.draw(images, None, *neighbourhoods))
     assert row == [(7, WHITE), (5, GREY), (9, GREY), (3, WHITE), (2, GREY), (7, GREY)]
 
 
@@ -90,7 +84,7 @@ def test_frames_tell_an_equal_label_another_one_and_an_unknown_one() -> None:
 def test_of_many_neighbours_the_first_five_are_shown(k: int) -> None:
     images = [flat(sample) for sample in range(100)]
     neighbours = [list(range(10, 10 + k)), list(range(50, 50 + k))]
-    assert read(image_grid.draw(images, None, found([1, 2], neighbours))) == [
+    assert read(image_grid.draw(images, None, *found([1, 2], neighbours))) == [
         [(1, WHITE), *((sample, GREY) for sample in range(10, 15))],
         [(2, WHITE), *((sample, GREY) for sample in range(50, 55))],
     ]
@@ -100,14 +94,14 @@ def test_of_many_neighbours_the_first_five_are_shown(k: int) -> None:
 def test_few_anchors_are_all_shown_in_order_of_entropy(count: int) -> None:
     images = [flat(sample) for sample in range(100)]
     anchors = [(37 * number) % 100 for number in range(count)]
-    picture = image_grid.draw(images, None, found(anchors, [[99 - anchor] for anchor in anchors]))
+    picture = image_grid.draw(images, None, *found(anchors, [[99 - anchor] for anchor in anchors]))
     assert in_order(picture) == [sample for anchor in anchors for sample in (anchor, 99 - anchor)]
 
 
 def test_many_anchors_are_shown_from_the_surest_to_the_least_sure() -> None:
     images = [flat(sample) for sample in range(1000)]
     anchors = list(range(999, 499, -1))
-    shown = in_order(image_grid.draw(images, None, found(anchors, [[0]] * 500, samples=1000), rows=4, columns=5))[::2]
+    shown = in_order(image_grid.draw(images, None, *found(anchors, [[0]] * 500), rows=4, columns=5))[::2]
     places = [anchors.index(sample) for sample in shown]
     assert len(places) == 20 and places[0] == 0 and places[-1] == 499
     steps = np.diff(places)
@@ -117,14 +111,14 @@ def test_many_anchors_are_shown_from_the_surest_to_the_least_sure() -> None:
 def test_an_image_fills_its_tile_whatever_its_size() -> None:
     sizes = {1: (1, 1), 2: (8, 8), 3: (48, 48), 4: (500, 500), 5: (2000, 2000), 6: (33, 33)}
     images = [flat(sample, *sizes.get(sample, (8, 8))) for sample in range(100)]
-    picture = image_grid.draw(images, None, found([1, 3, 5], [[2], [4], [6]]))
+    picture = image_grid.draw(images, None, *found([1, 3, 5], [[2], [4], [6]]))
     assert in_order(picture) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 8), (8, 16), (300, 100), (10, 400), (400, 10), (96, 4)])
 def test_an_image_that_is_not_square_keeps_its_shape_in_the_middle_of_its_tile(height: int, width: int) -> None:
     images = [flat(0, height, width), flat(1)]
-    picture = image_grid.draw(images, None, found([0], [[1]], samples=2))
+    picture = image_grid.draw(images, None, *found([0], [[1]]))
     pixels = np.asarray(picture)
     first = (pixels == colour(0)).all(axis=2)
     second = (pixels == colour(1)).all(axis=2)
@@ -142,7 +136,7 @@ def test_an_image_that_is_not_square_keeps_its_shape_in_the_middle_of_its_tile(h
 @pytest.mark.parametrize(("height", "width"), [(1000, 1), (1, 97), (1, 5000)])
 def test_an_image_too_thin_to_be_seen_leaves_the_others_be(height: int, width: int) -> None:
     images = [flat(0, height, width), flat(1), flat(2)]
-    picture = image_grid.draw(images, None, found([0, 1], [[1], [2]], samples=3))
+    picture = image_grid.draw(images, None, *found([0, 1], [[1], [2]]))
     assert in_order(picture) == [1, 1, 2]
 
 
@@ -150,7 +144,7 @@ def test_an_image_with_a_pattern_stays_upright() -> None:
     pattern = np.zeros((2, 2, 3), np.uint8)
     pattern[0, 0], pattern[0, 1], pattern[1, 0], pattern[1, 1] = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
     image = np.kron(pattern, np.ones((24, 24, 1), np.uint8))
-    pixels = np.asarray(image_grid.draw([image, flat(1)], None, found([0], [[1]], samples=2)))
+    pixels = np.asarray(image_grid.draw([image, flat(1)], None, *found([0], [[1]])))
     corner = {tuple(c): np.argwhere((pixels == c).all(axis=2)).mean(axis=0) for c in pattern.reshape(-1, 3)}
     assert corner[255, 0, 0][1] < corner[0, 255, 0][1] and corner[255, 0, 0][0] < corner[0, 0, 255][0]
     assert corner[255, 255, 0][1] > corner[0, 0, 255][1]
@@ -159,7 +153,7 @@ def test_an_image_with_a_pattern_stays_upright() -> None:
 def test_the_picture_is_written_as_png(tmp_path: Path) -> None:
     images = [flat(sample) for sample in range(100)]
     neighbourhoods = found([7, 3], [[5], [2]])
-    image_grid.save(tmp_path / "picture.png", images, None, neighbourhoods)
+    image_grid.save_anchors(tmp_path / "picture.png", images, None, *neighbourhoods)
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.format == "PNG"
         assert in_order(picture.convert("RGB")) == [7, 5, 3, 2]
@@ -167,6 +161,6 @@ def test_the_picture_is_written_as_png(tmp_path: Path) -> None:
 
 def test_without_an_anchor_or_a_neighbour_there_is_no_file(tmp_path: Path) -> None:
     images = [flat(0)]
-    image_grid.save(tmp_path / "picture.png", images, None, Neighbourhoods.none(1))
-    image_grid.save(tmp_path / "picture.png", images, None, found([0], [[]], samples=1))
+    image_grid.save_anchors(tmp_path / "picture.png", images, None, *found([], []))
+    image_grid.save_anchors(tmp_path / "picture.png", images, None, *found([0], [[]]))
     assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,20 +15,73 @@ from lib.config.options import Options
 from lib.errors import UsageError
 from lib.evaluation import evaluate, features
 from lib.evaluation.evaluate import Subject
-from lib.reporting import export, image_grid, retrieval, session_data
+from lib.reporting import export, retrieval, session_data
 from lib.reporting.report_data import Tested
+from lib.session import image_grid
 from lib.session.atomic_files import reason
 from lib.session.console import SUMMARY, logger
 from lib.session.locate import folder_of
 from lib.session.run_folder import Session, create_folder
 from lib.training import checkpoint
 from lib.training.checkpoint import Checkpoint
+from lib.training.recorder import Recorder
 from lib.training.setup import Setting
 
 SIMILAR = 10
 """Training images that a query shows."""
 PROJECTED = 1000
 """Samples that TensorBoard's projector shows at most."""
+
+
+def check(options: Options) -> None:
+    """UsageError for what cannot be written, before anything is read or trained."""
+    export.check(options)
+    if options.export_neighbourhoods:
+        retrieval.check(options.export_neighbourhoods)
+
+
+def show(setting: Setting) -> None:
+    """What is asked for of a network that is not trained further: a report, similar images, or a test run."""
+    if isinstance(setting.options.report, Path):
+        write_report(setting, setting.options.report, setting.loaded)
+    elif setting.options.query:
+        show_similar(setting)
+    else:
+        test(setting)
+        if own := setting.alone():
+            export_results(own, own.loaded, folder_of(own.source) if own.source else None)
+
+
+def finish(setting: Setting, recorder: Recorder, final: Checkpoint, history: list[dict[str, Any]]) -> bool:
+    """What a run shows and writes when training is done; whether its last checkpoint was saved.
+
+    Raises:
+        UsageError: an export or the report cannot be written, and the checkpoint was.
+    """
+    session = recorder.session
+    failures: list[UsageError] = []
+
+    def attempt(write: Callable[[], None]) -> None:
+        try:
+            write()
+        except UsageError as error:
+            failures.append(error)
+
+    show_embeddings(setting, final["npc"]["memory"], session)
+    logger().info("\n%s", recorder.summary(history), extra=SUMMARY)
+    logger().info("session: %s", session.folder or "none", extra=SUMMARY)
+    attempt(lambda: export_results(setting, final, session.folder))
+    if setting.options.report and session.folder:  # also where an export fails
+        folder = session.folder
+        attempt(lambda: write_report(setting, folder, final))
+    for error in failures if recorder.unsaved else failures[:-1]:  # the last one is raised, unless the status is 3
+        logger().error("%s", error)
+    if recorder.unsaved:
+        print(f"error: {recorder.unsaved}; make room and go on with --resume", file=sys.stderr)
+        return False
+    if failures:
+        raise failures[-1]
+    return True
 
 
 def show_embeddings(setting: Setting, memory: torch.Tensor, session: Session) -> None:
@@ -121,12 +177,18 @@ def show_similar(setting: Setting) -> None:
     embeddings = features.extract(setting.network, pictures, "pictures")
     logger().info("similarity: cosine between embeddings, computed with the test transform")
     indices, similarities = retrieval.query(embeddings, setting.train_embeddings(), SIMILAR)
-    gallery = setting.gallery()
+    gallery = gallery_of(setting)
     for row, query in enumerate(queries):
         logger().info("%s\n", retrieval.describe(query.name, indices[row], similarities[row], gallery), extra=SUMMARY)
     session = folder_of(setting.source) if setting.source else None
     folder = create_folder((session or options.sess_dir) / "queries", None)
     retrieval.save_picture(folder / "query.png", retrieval.draw(queries, indices, similarities, gallery))
+
+
+def gallery_of(setting: Setting) -> retrieval.Gallery:
+    """The training images by name and class."""
+    train = setting.splits.train
+    return retrieval.Gallery(train.images, train.names, train.labels, train.classes, train.indices)
 
 
 def export_results(setting: Setting, loaded: Checkpoint, folder: Path | None) -> None:
@@ -157,5 +219,5 @@ def export_results(setting: Setting, loaded: Checkpoint, folder: Path | None) ->
             temperature=options.npc_temperature,
             size=options.ANs_size,
             rounds=retrieval.became_anchor(found, len(splits.train)),
-            gallery=setting.gallery(),
+            gallery=gallery_of(setting),
         )

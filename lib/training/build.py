@@ -1,0 +1,151 @@
+"""Puts a training run together: state, session, trainer."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from functools import partial
+
+import torch
+
+from lib import seeding
+from lib.config import parser
+from lib.distributed import launch
+from lib.distributed.consensus import together
+from lib.distributed.signals import Interrupts
+from lib.errors import UsageError
+from lib.evaluation import features
+from lib.method.loss import LOSSES
+from lib.method.memory_bank import MemoryBank
+from lib.method.neighbourhoods import Neighbourhoods
+from lib.seeding import Stream
+from lib.session import provenance
+from lib.session.console import logger
+from lib.session.locate import folder_of
+from lib.session.run_folder import Session, create_folder
+from lib.training import checkpoint, optim
+from lib.training.checkpoint import TrainingState
+from lib.training.recorder import Recorder
+from lib.training.setup import Setting
+from lib.training.trainer import Trainer
+
+
+def build_trainer(setting: Setting) -> Trainer:
+    """A trainer in a new session, or one that resumes the checkpoint's. Call it on every rank.
+
+    Raises:
+        UsageError: the data, the checkpoint or the place to write does not suit the options; nothing is written.
+    """
+    options, splits, world = setting.options, setting.splits, setting.world
+    learning_rate = together(world, lambda: optim.build_schedule(options))
+    loss = together(world, lambda: parser.choose(LOSSES, options.loss, "--loss"))
+    together(world, lambda: check_sizes(setting))
+    state = build_state(setting)
+    if setting.source:
+        batches = setting.loader(splits.train, train=False)
+        embed = partial(features.extract, setting.network, batches, "filling the memory bank")
+        state.restore(setting.loaded, setting.source, embed=embed)
+        setting.loaded.clear()  # the whole bank is in it
+    session = together(world, lambda: open_session(setting, start=(state.round, state.epoch)))
+    signals = Interrupts(world)
+    labels, evaluate = splits.train.labels, setting.evaluator(splits.test)
+    recorder = Recorder(
+        session,
+        options,
+        signals,
+        protocol=evaluate.name if evaluate else "",
+        images=splits.train.images,
+        labels=labels,
+    )
+    return Trainer(
+        options,
+        state,
+        setting.loader(splits.train, train=True),
+        learning_rate,
+        recorder,
+        loss,
+        labels=None if labels is None else torch.from_numpy(labels).to(setting.device),
+        evaluate=evaluate,
+        validate=setting.evaluator(splits.val),
+        signals=signals,
+        world=world,
+    )
+
+
+def check_sizes(setting: Setting) -> None:
+    """UsageError if there are fewer samples than a batch or a neighbourhood takes, or fewer images in a batch than
+    its ranks take.
+    """
+    options, samples, ranks = setting.options, len(setting.splits.train), setting.world.size
+    if options.batch_size < 2 * ranks:
+        raise UsageError(
+            f"--batch-size {options.batch_size}: is of all {ranks} processes together, and each takes two images at "
+            f"least; set it to {2 * ranks} or more"
+        )
+    if samples < options.batch_size:
+        raise UsageError(
+            f"{options.data_root or options.dataset}: {samples} training images are fewer than a batch of "
+            f"{options.batch_size}; set --batch-size to {samples} or less, or bring more images"
+        )
+    if options.ANs_size >= samples:
+        raise UsageError(
+            f"--ANs-size {options.ANs_size}: {samples} training images leave an anchor only {samples - 1} "
+            f"neighbours; set it to {samples - 1} or less"
+        )
+
+
+def build_state(setting: Setting) -> TrainingState:
+    """Everything that training changes, as it is before the first step."""
+    options, samples = setting.options, len(setting.splits.train)
+    assert options.seed is not None
+    bank = MemoryBank(
+        samples,
+        options.low_dim,
+        temperature=options.npc_temperature,
+        momentum=options.npc_momentum,
+        seed=seeding.seed_for(options.seed, Stream.MEMORY),
+        device=setting.device,
+        world=setting.world,
+    )
+    optimizer = optim.build_optimizer(options, setting.network.parameters())
+    scaler = torch.amp.GradScaler(setting.device.type, enabled=options.amp == "fp16")
+    instances = Neighbourhoods.none(samples, setting.device)
+    return TrainingState(setting.network, optimizer, bank, instances, options.seed, scaler)
+
+
+def open_session(setting: Setting, start: tuple[int, int]) -> Session:
+    """The session of the checkpoint that is resumed, or a new one."""
+    options = setting.options
+    if options.debug or not setting.world.is_first:
+        return Session(None)
+    own = folder_of(setting.source) if setting.source and not options.restart else None
+    folder = own or setting.begun or create_folder(options.sess_dir, options.session)
+    session = Session.open(
+        folder, parser.to_yaml(options), start=start, log_file=options.log_file, log_tfb=options.log_tfb
+    )
+    if own and setting.source:
+        checkpoint.make_latest(setting.source)
+    return session
+
+
+def log_start(setting: Setting, session: Session) -> None:
+    """The head of the log and a line in starts.jsonl: what runs, on what, with what."""
+    options, splits = setting.options, setting.splits
+    tests = f", {len(splits.test)} test images" if splits.test else ""
+    classes = f", {len(splits.train.classes)} classes" if splits.train.classes else ""
+    parameters = sum(p.numel() for p in setting.network.parameters())
+    lines = {
+        "session": session.folder or "none (--debug stores nothing)",
+        "versions": ", ".join(f"{name} {number}" for name, number in provenance.versions().items()),
+        "commit": provenance.commit() or "unknown (not a git checkout)",
+        "device": provenance.hardware(setting.device),
+        "processes": setting.world.size,
+        "data": f"{options.dataset}, {len(splits.train)} training images{tests}{classes}",
+        "network": f"{options.network}, {parameters / 1e6:.2f} M parameters, embedding {options.low_dim}",
+        "seed": options.seed,
+        "going on from": setting.source,
+        "job": launch.job() or None,
+    }
+    lines = {name: text for name, text in lines.items() if text is not None}
+    session.write_start({"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), **lines})
+    for name, text in lines.items():
+        logger().info("%s: %s", name, text)

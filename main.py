@@ -27,13 +27,17 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, or stopped by SIGUSR1; 1 the loss is not finite; 2 input that cannot be used; 3 the last
-    checkpoint could not be saved; 130 and 143 stopped by Ctrl-C and SIGTERM.
+    checkpoint could not be saved; 70 an error of the program, or of another process of the run; 130 and 143 stopped by
+    Ctrl-C and SIGTERM.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         return run(words)
     except Exception as error:
-        status, sentence = failures.explain(error)
+        known = failures.explain(error)
+        if known is None:
+            print(failures.traceback_of(error), file=sys.stderr)
+        status, sentence = known or (launch.UNEXPECTED, f"{failures.describe(error)}; its traceback is above")
         if sentence:
             print(f"error: {sentence}", file=sys.stderr)
         return status
@@ -107,6 +111,10 @@ def train(setting: Setting) -> int:
         step = f"round {state.round}, epoch {state.epoch + 1}, step {state.step}"
         logger().info("stopped by %s after %s; %s", stop.signal.name, step, again, extra=SUMMARY)
         return STATUS[stop.signal]
+    except Exception as error:
+        if told := failures.in_session(error, session):
+            raise told from error
+        raise
     finally:
         session.close()
     return 0

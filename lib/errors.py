@@ -11,3 +11,9 @@ class ToldElsewhereError(UsageError):
 
 class NonFiniteLossError(Exception):
     """The loss or the weights are NaN or infinite. The message names the step, the learning rate and the samples."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on a GPU or on the host."""
+    kind = type(error).__name__
+    return isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 RUN = """
 --dataset folder --network resnet10-w16 --resize 8 --size 8 --scale 0.3 1 --low-dim 16 --colorjitter 0.4 0.4 0.4 0.1
 --batch-size 8 --workers-num 2 --max-round 2 --max-epoch 4 --ANs-select-rate 0.5 --base-lr 0.01 --seed 3 --brief
+--momentum 0.9 --nesterov --weight-decay 5e-4
 --ckpt-every 5"""
 TIMES = {"images_per_s", "train_s", "evaluate_s"}
 LIMIT = 600
@@ -96,7 +97,10 @@ def read_until(process: subprocess.Popen[str], text: str) -> None:
 ALTERED = """
 import importlib, os, signal, sys
 
-owner, name, calls = importlib.import_module(sys.argv[1]), sys.argv[2], iter(range(1, int(sys.argv[3])))
+owner, calls = importlib.import_module(sys.argv[1]), iter(range(1, int(sys.argv[3])))
+*classes, name = sys.argv[2].split(".")
+for part in classes:
+    owner = getattr(owner, part)
 real = getattr(owner, name)
 
 
@@ -133,7 +137,7 @@ setattr(owner, name, altered)
 sys.exit(main.main(sys.argv[4:]))
 """
 """main.py, where from the n-th call of a function on each call does something first. Its words are the module, the
-function and n, and then those of main.py.
+function (or Class.method) and n, and then those of main.py.
 """
 
 

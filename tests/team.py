@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from numpy.testing import assert_allclose
 
 from lib.distributed.processes import World
 from runs import LIMIT
@@ -66,3 +67,19 @@ def _serve(environment: dict[str, Any], pipe: Connection) -> None:
             pipe.send((None, work(world, *copy.deepcopy(arguments))))  # tensors come in memory that all share
         except BaseException:
             pipe.send((f"process {world.rank}:\n{traceback.format_exc()}", None))
+
+
+def assert_alike(ours: Any, theirs: Any, where: str = "") -> None:
+    """Tensors and numbers within 1e-5, all else equal."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), where
+        for name in theirs.keys() - {"images_per_s", "train_s", "evaluate_s", "num_batches_tracked"}:
+            assert_alike(ours[name], theirs[name], f"{where}.{name}")
+    elif isinstance(theirs, (list, tuple)):
+        assert len(ours) == len(theirs), where
+        for one, other in zip(ours, theirs, strict=True):
+            assert_alike(one, other, where)
+    elif isinstance(theirs, (torch.Tensor, float)):
+        assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5, err_msg=where)
+    else:
+        assert ours == theirs, where

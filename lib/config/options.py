@@ -136,8 +136,11 @@ def _option(default: Any, group: str, meaning: str, *, this_run: bool = False, *
 
 
 class Options(BaseModel):
-    """All options, typed and frozen. Names and defaults are the reference's (METHOD: "small-image" where it
-    names none); ``None`` means "not set" and the meaning says what happens then."""
+    """All options, typed and frozen.
+
+    Names and defaults are the reference's; the README's table of differences lists the exceptions. ``None`` means
+    "not set" and the meaning says what happens then.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=False, allow_inf_nan=False, coerce_numbers_to_str=True
@@ -235,10 +238,10 @@ class Options(BaseModel):
     optimizer: Annotated[Literal["sgd", "adam", "rmsprop"], BeforeValidator(_lower)] = _option(
         "sgd", "optimiser", "optimiser"
     )
-    momentum: Number = _option(0.9, "optimiser", "momentum of sgd and rmsprop", ge=0)
+    momentum: Number = _option(0.0, "optimiser", "momentum of sgd and rmsprop", ge=0)
     dampening: Number = _option(0.0, "optimiser", "dampening of sgd's momentum", ge=0)
     nesterov: Switch = _option(False, "optimiser", "Nesterov momentum for sgd")
-    weight_decay: Number = _option(5e-4, "optimiser", "L2 penalty on all parameters", ge=0)
+    weight_decay: Number = _option(0.0, "optimiser", "L2 penalty on all parameters", ge=0)
     beta1: Number = _option(0.9, "optimiser", "adam: decay of the mean of the gradients", ge=0, lt=1)
     beta2: Number = _option(0.999, "optimiser", "adam: decay of the mean of their squares", ge=0, lt=1)
     amsgrad: Switch = _option(False, "optimiser", "adam: the AMSGrad variant")
@@ -250,8 +253,8 @@ class Options(BaseModel):
     lr_policy: Annotated[Literal["step", "fixed", "multistep"], BeforeValidator(_lower)] = _option(
         "step", "schedule", "how the learning rate goes within a round"
     )
-    lr_decay_offset: Integer = _option(80, "schedule", "step: epoch from which the drops are counted", ge=0)
-    lr_decay_step: Integer = _option(40, "schedule", "step: epochs between drops", ge=1)
+    lr_decay_offset: Integer = _option(0, "schedule", "step: epoch from which the drops are counted", ge=0)
+    lr_decay_step: Integer = _option(0, "schedule", "step: epochs between drops; 0: no drops", ge=0)
     lr_decay_rate: Number = _option(0.1, "schedule", "step: factor of a drop", gt=0)
     lr_schedule: OptionalPath = _option(
         None, "schedule", "multistep: file with a line 'epoch: learning rate' for each change, epoch 0 first"
@@ -351,7 +354,7 @@ class Options(BaseModel):
         if self.lr_policy == "multistep" and self.lr_schedule is None:
             raise ValueError("lr_policy: multistep needs lr_schedule, a file of lines 'epoch: learning rate'")
         if self.nesterov and self.optimizer == "sgd" and (self.momentum == 0 or self.dampening != 0):
-            raise ValueError("nesterov: needs a momentum above 0 and a dampening of 0")
+            raise ValueError("nesterov: needs a dampening of 0 and a momentum above 0, such as 0.9")
         if self.restart and self.resume is None:
             raise ValueError("restart: goes with resume, which names the checkpoint to go on from")
         if self.resume is not None and self.session is not None and not self.restart:

@@ -16,6 +16,9 @@ from typing import NoReturn
 
 import psutil
 
+UNEXPECTED = 70
+"""Exit status of an error of the program itself, or of another process of the run; EX_SOFTWARE of sysexits.h."""
+
 
 def is_launched() -> bool:
     """Whether a launcher, such as torchrun, started this process."""
@@ -49,7 +52,8 @@ def end(status: int) -> NoReturn:
 def run(program: Path, words: Sequence[str], processes: int) -> int:
     """Runs a program in several processes on this machine, by PyTorch's elastic launcher; the exit status.
 
-    The first of them writes to the screen. The others end within seconds of one that fails, whose status it is.
+    The first of them writes to the screen. The others end within seconds of one that fails, whose status it is; of one
+    that a signal has killed it is 128 and the signal's number, as shells have it.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -73,10 +77,13 @@ def run(program: Path, words: Sequence[str], processes: int) -> int:
     try:
         elastic_launch(config, sys.executable)(str(program), *words)
     except ChildFailedError as error:
-        first = min(error.failures.values(), key=lambda failure: failure.timestamp)
-        return first.exitcode if first.exitcode > 0 else 1
+        failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
+        codes = [failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode for failure in failures]
+        # the others lose the one that failed, or are ended by the launcher
+        consequences = {UNEXPECTED: 1, STATUS[signal.SIGTERM]: 2}
+        return min(codes, key=lambda code: consequences.get(code, 0))
     except SignalException as error:
-        return STATUS.get(error.sigval, 1)
+        return STATUS.get(error.sigval, 128 + error.sigval)
     return 0
 
 

@@ -1,18 +1,21 @@
 """Sessions side by side: a table, a CSV file and a plot.
 
-Runs whose options differ by the seed alone form a group, of which mean and sample standard deviation are
-given. Runs of a group may have got differently far; a figure of the group is one of those that got furthest,
-as a mean over different epochs would compare unlike with unlike.
+Runs that differ by the seed alone form a group, of which mean and sample standard deviation are given: their
+options, the commit with the changes to it, and the versions of Python and the packages are equal. Runs of a group
+may have got differently far; a figure of the group is one of those that got furthest, as a mean over different epochs
+would compare unlike with unlike.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +32,15 @@ LOCAL = {"seed", "sess_dir", "log_file", "log_tfb"}
 """Options that differ between repetitions of a run."""
 TITLE = "Comparison of AND sessions"
 """Marks a plot as one of ours."""
+COMMIT = re.compile(r"([0-9a-f]{40})(\+[0-9a-f]+)?")
+"""A commit, and a digest of the changes to it, as ``environment.commit`` spells them."""
+UNKNOWN = "not recorded"
+THEN = ", then "
+"""Between the commits or versions of a run that was resumed by others."""
 FIRST = ["session", "group", "seed", "finished"]
+OF = ["runs", "scope", "statistic"]
 FIGURES = ["round", "epoch", "anchors", "consistency", "loss", "top1", "best_top1", "seconds", "images_per_s"]
-"""Columns of the CSV file; the options that differ stand between the two."""
+"""Columns of the CSV file; what differs stands between ``OF`` and ``FIGURES``."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +68,19 @@ class Figures:
 
 @dataclass(frozen=True)
 class Run:
-    """A session: its folder as it was named, its options, and figures of each round and of the whole."""
+    """A session.
+
+    Attributes:
+        session: its folder as it was named.
+        options: as in its config.yaml.
+        code: the commit, and Python's and each package's version by name; of a run that was resumed by others: all.
+        rounds: figures of each round.
+        whole: figures of all rounds together.
+    """
 
     session: Path
     options: Options
+    code: dict[str, str]
     rounds: tuple[Figures, ...]
     whole: Figures
 
@@ -72,10 +90,16 @@ class Run:
         last = self.options.max_round - 1, self.options.max_epoch - 1
         return (self.whole.round, self.whole.epoch) >= last
 
+    @property
+    def code_is_known(self) -> bool:
+        """Whether an equal commit and equal versions say that two runs are of the same code."""
+        commits = self.code.get("commit", "").split(THEN)
+        return "torch" in self.code and all(map(COMMIT.fullmatch, commits))
+
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ by the seed alone; ``values`` are those of the comparison's options, spelled."""
+    """Runs that differ by the seed alone; ``values`` are those of what differs, spelled."""
 
     number: int
     values: tuple[str, ...]
@@ -92,9 +116,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups of runs, the options they differ in, and how many options are equal in all."""
+    """Groups of runs, what they differ in, and how many options and versions are equal in all."""
 
-    options: tuple[str, ...]
+    differing: tuple[str, ...]
     equal: int
     groups: tuple[Group, ...]
 
@@ -116,13 +140,15 @@ def compare(sessions: Sequence[Path]) -> Comparison:
         if (place := session.resolve()) in places:
             raise UsageError(f"{session}: named twice; a run that counts twice would make the spread too small")
         places.add(place)
-    spelled = [_spelled(run.options) for run in runs]
-    options = tuple(name for name in spelled[0] if len({values[name] for values in spelled}) > 1)
+    spelled = [_spelled(run.options) | run.code for run in runs]
+    names = dict.fromkeys(name for values in spelled for name in values)
+    rows = [[values.get(name, UNKNOWN) for name in names] for values in spelled]
+    differs = [len(set(column)) > 1 for column in zip(*rows, strict=True)]
     members: dict[tuple[str, ...], list[Run]] = {}
-    for run, values in zip(runs, spelled, strict=True):
-        members.setdefault(tuple(values[name] for name in options), []).append(run)
+    for run, row in zip(runs, rows, strict=True):
+        members.setdefault(tuple(compress(row, differs)), []).append(run)
     groups = (Group(n, values, tuple(found)) for n, (values, found) in enumerate(members.items(), start=1))
-    return Comparison(options, len(spelled[0]) - len(options), tuple(groups))
+    return Comparison(tuple(compress(names, differs)), differs.count(False), tuple(groups))
 
 
 def show(sessions: Sequence[Path], folder: Path) -> None:
@@ -137,7 +163,17 @@ def _read(session: Path) -> Run:
     records = metrics.read(session)
     rounds = {record["round"]: [r for r in records if r["round"] == record["round"]] for record in records}
     options = read_options([], base=session / "config.yaml")
-    return Run(session, options, tuple(map(_figures, rounds.values())), _figures(records))
+    return Run(session, options, _code(session), tuple(map(_figures, rounds.values())), _figures(records))
+
+
+def _code(session: Path) -> dict[str, str]:
+    found: dict[str, dict[str, None]] = {}  # values in order, each once
+    for start in metrics.starts(session):
+        versions = [word.rpartition(" ") for word in str(start.get("versions", "")).split(", ")]
+        facts = {"commit": str(start.get("commit", UNKNOWN))} | {name: number for name, _, number in versions if name}
+        for name, value in facts.items():
+            found.setdefault(name, {})[value] = None
+    return {name: THEN.join(values) for name, values in found.items()}
 
 
 def _figures(records: Sequence[dict[str, Any]]) -> Figures:
@@ -218,12 +254,13 @@ BY_ROUND = ("anchors", "consistency", "loss", "top1", "best_top1", "seconds")
 
 def text(comparison: Comparison) -> str:
     """What a person reads: a row for each group, who is in it, and a row for each round and group."""
-    groups, options = comparison.groups, comparison.options
+    groups, names = comparison.groups, comparison.differing
     runs = [(run, group) for group in groups for run in group.runs]
     rounds = [(group, group.of_round(round)) for round in comparison.rounds for group in groups]
-    columns = options if len(options) <= 4 else ()  # more would not fit; the list of the groups has them
+    columns = names if len(names) <= 4 else ()  # more would not fit; the list of the groups has them
     lines = [
-        f"sessions: {len(runs)}; options that differ: {', '.join(options) or 'none'}; equal: {comparison.equal}",
+        f"sessions: {len(runs)}; what differs: {', '.join(names) or 'nothing'}; "
+        f"equal: {comparison.equal} options and versions",
         "",
         _table([(group, group.whole()) for group in groups], WHOLE, columns),
         "",
@@ -233,6 +270,8 @@ def text(comparison: Comparison) -> str:
         lines.append(f"not finished: {_names(going)}")
     if repeated := [run for run, group in runs if [r.options.seed for r in group.runs].count(run.options.seed) > 1]:
         lines.append(f"not independent, as another run of the group has the same seed: {_names(repeated)}")
+    if unknown := [run for run, group in runs if len(group.runs) > 1 and not run.code_is_known]:
+        lines.append(f"commit, changes to it or versions not recorded, and taken to be equal: {_names(unknown)}")
     lines += ["", _table([(group, figures) for group, figures in rounds if figures], BY_ROUND), ""]
     if len(runs) > len(groups):
         lines.append("±: sample standard deviation over the runs of a group that got furthest (first number of runs)")
@@ -264,7 +303,7 @@ def _cell(name: str, mean: float | None, deviation: float | None, spread: bool) 
 
 
 def _label(comparison: Comparison, group: Group) -> str:
-    values = (f"{name} {_plain(value)}" for name, value in zip(comparison.options, group.values, strict=True))
+    values = (f"{name} {_plain(value)}" for name, value in zip(comparison.differing, group.values, strict=True))
     return f"{group.number} ({', '.join(values)})" if group.values else f"{group.number}"
 
 
@@ -273,8 +312,8 @@ def _names(runs: Iterable[Run]) -> str:
 
 
 def _plain(value: str) -> str:
-    """An option's value in a table or a legend: without the middle of a long one."""
-    shown = printable(value)
+    """A value in a table or a legend: without the end of a commit, and the middle of what is still long."""
+    shown = printable(COMMIT.sub(lambda found: found[1][:10] + (found[2] or "")[:5], value))
     return shown if len(shown) <= 40 else f"{shown[:12]}...{shown[-25:]}"
 
 
@@ -304,15 +343,30 @@ def write(comparison: Comparison, folder: Path) -> tuple[Path, Path]:
 
 
 def to_csv(comparison: Comparison) -> bytes:
-    """A line for each session and round: who, the options that differ, the figures (nothing: not known)."""
+    """A line for each round of a session and for the whole of it, then the same for each group.
+
+    Columns: ``session``, ``group``, ``seed`` and ``finished``, of which a group has its number alone; ``runs`` that the
+    figures are of; their ``scope``, 'round' or 'run'; their ``statistic``, 'value' of a session, 'mean' or 'standard
+    deviation' of a group; what differs; the figures. Nothing stands where a figure is not known.
+    """
     lines = io.StringIO(newline="")
     writer = csv.writer(lines)
-    writer.writerow([*FIRST, *comparison.options, *FIGURES])
+    writer.writerow([*FIRST, *OF, *comparison.differing, *FIGURES])
     for group in comparison.groups:
+        values = [csv_text(value) for value in group.values]
         for run in group.runs:
-            first = [csv_text(str(run.session)), group.number, run.options.seed, "yes" if run.finished else "no"]
-            for figures in run.rounds:
-                writer.writerow([*first, *map(csv_text, group.values), *(getattr(figures, name) for name in FIGURES)])
+            who = [csv_text(str(run.session)), group.number, run.options.seed, "yes" if run.finished else "no", 1]
+            for scope, figures in [*(("round", figures) for figures in run.rounds), ("run", run.whole)]:
+                writer.writerow([*who, scope, "value", *values, *(getattr(figures, name) for name in FIGURES)])
+        for scope, found in [
+            *(("round", group.of_round(round)) for round in comparison.rounds),
+            ("run", group.whole()),
+        ]:
+            if found:
+                who, epoch = ["", group.number, "", "", len(found)], [found[0].round, found[0].epoch]
+                means, deviations = zip(*(mean_and_deviation(found, name) for name in FIGURES[2:]), strict=True)
+                writer.writerow([*who, scope, "mean", *values, *epoch, *means])
+                writer.writerow([*who, scope, "standard deviation", *values, *epoch, *deviations])
     return lines.getvalue().encode("utf-8", "backslashreplace")  # folder names may be any bytes
 
 

@@ -18,7 +18,7 @@ from lib.config.parser import extra
 from lib.errors import UsageError
 from lib.reporting.report_data import Discovered, Material, Tested
 from lib.session import metrics
-from lib.session.run_folder import STARTS
+from lib.session.metrics import STARTS
 from lib.training import checkpoint
 from lib.training.checkpoint import Checkpoint
 

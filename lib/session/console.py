@@ -36,15 +36,20 @@ class _Formatter(logging.Formatter):
         return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), super().format(record))
 
 
-class _LogFile(logging.FileHandler):
-    """A log that lines are missing from where the disk is full; the run goes on."""
+class LogFile(logging.FileHandler):
+    """A log that lines are missing from where the disk is full; the run goes on.
 
-    said = False
+    Attributes:
+        has_failed: whether a line is missing.
+    """
+
+    has_failed = False
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the name of logging
-        if not self.said:
+        """Warns of the first line that cannot be written."""
+        if not self.has_failed:
             print(f"warning: {self.baseFilename}: cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
-        self.said = True
+        self.has_failed = True
 
 
 class _BarAwareHandler(logging.Handler):
@@ -98,9 +103,9 @@ def start_logging(brief: bool = False) -> logging.Logger:
     return log
 
 
-def log_to_file(path: Path) -> logging.Handler:
+def log_to_file(path: Path) -> LogFile:
     """Adds a file to the log, with all that was logged since ``start_logging``; the handler is the caller's."""
-    file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+    file = LogFile(path, encoding="utf-8", errors="backslashreplace")
     formatter = _Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
     file.setFormatter(formatter)

@@ -1,4 +1,4 @@
-"""What a session recorded: its ``metrics.jsonl``, a JSON line for each epoch."""
+"""What a session recorded: a JSON line for each epoch and for each start."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from lib.errors import UsageError
 
 METRICS = "metrics.jsonl"
+STARTS = "starts.jsonl"
 
 
 def read(session: Path) -> list[dict[str, Any]]:
@@ -39,6 +40,15 @@ def read(session: Path) -> list[dict[str, Any]]:
     return [records[key] for key in sorted(records)]
 
 
+def starts(session: Path) -> list[dict[str, Any]]:
+    """With what the session's run started, and each time it was resumed; lines that are damaged are left out."""
+    try:
+        lines = (session / STARTS).read_bytes().split(b"\n")
+    except OSError:
+        return []
+    return [record for record in map(_object, lines) if record is not None]
+
+
 def _content(session: Path) -> bytes:
     try:
         if not session.is_dir():
@@ -53,15 +63,20 @@ def _content(session: Path) -> bytes:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """The record of a line, or None where it is none."""
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict) or not all(v is None or _is_finite(v) for v in record.values()):
+    """The record of an epoch on a line, or None where it is none."""
+    record = _object(line)
+    if record is None or not all(v is None or _is_finite(v) for v in record.values()):
         return None
     whole = all(type(record.get(name)) is int and record[name] >= 0 for name in ("round", "epoch"))
     return record if whole else None
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _is_finite(value: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -30,22 +31,36 @@ PACKAGES = (
 )
 
 
+CODE = ("main.py", "lib/*.py", "models/*.py", "datasets/*.py")
+"""What a run executes, from the root of the repository."""
+
+
 def versions() -> dict[str, str]:
     """Python's and the packages' versions as installed."""
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
 
 
 def commit() -> str:
-    """The git commit of the code, '+' after it where tracked files were changed; '' outside git."""
+    """The git commit of the code; '' outside git.
+
+    Where ``CODE`` differs from it, new files included, there follow '+' and a digest of the files that do: two runs of
+    changed code are of the same code where these are equal, too.
+    """
     here = Path(__file__).resolve().parents[2]
 
-    def git(*words: str) -> str:
+    def git(*words: str) -> bytes:
         # without a lock, which a run that is killed right now would leave in the repository
         command = ["git", "--no-optional-locks", *words]
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
+        return subprocess.run(command, cwd=here, capture_output=True, check=True, timeout=10).stdout
 
     try:
-        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno").strip() else "")
+        head = git("rev-parse", "HEAD").decode("ascii").strip()
+        changed = git("status", "--porcelain", "-z", "--untracked-files=normal", "--no-renames", "--", *CODE)
+        digest = hashlib.sha256()
+        for entry in changed.split(b"\0")[:-1]:  # "XY path"
+            path = here / os.fsdecode(entry[3:])
+            digest.update(entry + (path.read_bytes() if path.is_file() else b""))
+        return f"{head}+{digest.hexdigest()[:12]}" if changed else head
     except (OSError, subprocess.SubprocessError):
         return ""
 

@@ -29,13 +29,12 @@ from tensorboardX import SummaryWriter
 
 from lib.errors import UsageError
 from lib.session.atomic_files import reason, write_whole
-from lib.session.console import log_to_file, logger
+from lib.session.console import LOGGER, LogFile, log_to_file, logger
 from lib.session.locate import LATEST
-from lib.session.metrics import METRICS
+from lib.session.metrics import METRICS, STARTS
 from lib.session.tensorboard import EventFile
 
 LOCK = ".lock"
-STARTS = "starts.jsonl"
 PROJECTOR = "projector_config.pbtxt"
 TENSORBOARD = "what TensorBoard shows"
 
@@ -61,7 +60,7 @@ class Session:
         self._start = start
         self._tensorboard = log_tfb and folder is not None
         self._events: dict[str, EventFile] = {}
-        self._log: logging.Handler | None = None
+        self._log: LogFile | None = None
         if folder is None:
             return
         self._lock = filelock.FileLock(folder / LOCK, timeout=0)  # goes with the process, however it ends
@@ -129,6 +128,14 @@ class Session:
             yield
         except OSError as error:
             logger().warning("%s: %s could not be written: %s", self.folder, what, reason(error))
+
+    def write_traceback(self, error: BaseException) -> bool:
+        """Writes where an error came from to log.txt, and not to the screen; whether it is there."""
+        if self._log is None:
+            return False
+        where = type(error), error, error.__traceback__
+        self._log.handle(logging.LogRecord(LOGGER, logging.ERROR, "", 0, "an error ended the run", None, where))
+        return not self._log.has_failed
 
     def write_start(self, facts: dict[str, Any]) -> None:
         """Adds a line to starts.jsonl: with what a run, or one that went on, started."""

@@ -9,8 +9,10 @@ import torch
 
 from lib import seeding
 from lib.config import parser
+from lib.config.options import height_and_width
 from lib.distributed import launch
 from lib.distributed.consensus import together
+from lib.distributed.device import PRECISIONS
 from lib.distributed.signals import Interrupts
 from lib.errors import UsageError
 from lib.evaluation import features
@@ -25,6 +27,7 @@ from lib.session.run_folder import Session, create_folder
 from lib.training import checkpoint, optim
 from lib.training.checkpoint import TrainingState
 from lib.training.recorder import Recorder
+from lib.training.rehearsal import rehearse
 from lib.training.setup import Setting
 from lib.training.trainer import Trainer
 
@@ -45,6 +48,9 @@ def build_trainer(setting: Setting) -> Trainer:
         embed = partial(features.extract, setting.network, batches, "filling the memory bank")
         state.restore(setting.loaded, setting.source, embed=embed)
         setting.loaded.clear()  # the whole bank is in it
+    size, precision = height_and_width(options.size), PRECISIONS[options.amp] if options.amp else None
+    peak = rehearse(state, loss, world, batch_size=options.batch_size, size=size, precision=precision)
+    logger().info("memory: %s", peak)
     session = together(world, lambda: open_session(setting, start=(state.round, state.epoch)))
     signals = Interrupts(world)
     labels, evaluate = splits.train.labels, setting.evaluator(splits.test)

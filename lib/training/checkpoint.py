@@ -75,9 +75,12 @@ class TrainingState:
 
         To be called in every process; the memory bank is in the first one's alone.
         """
-        prefix = prefix_of(self.bank.memory.device)
+        device = self.bank.memory.device
         return {
-            "net": {prefix + name: value.contiguous() for name, value in self.network.state_dict().items()},
+            "net": {
+                saved_name(name, network_name, device): value.contiguous()
+                for name, value in self.network.state_dict().items()
+            },
             "optimizer": self.optimizer.state_dict(),
             "ANs_discovery": self.neighbourhoods.state_dict(),
             "npc": self.bank.state_dict(),
@@ -151,9 +154,16 @@ class TrainingState:
             self.epoch = self.step = 0
 
 
-def prefix_of(device: torch.device) -> str:
-    """What stands before the names of a network: on a GPU what the reference gives, and expects of, one from there."""
-    return "module." if device.type == "cuda" else ""
+def saved_name(name: str, network_name: str, device: torch.device) -> str:
+    """A parameter's name in a checkpoint: from a GPU with the prefix that the reference writes there, and expects.
+
+    The reference splits the batches of an AlexNet's convolutions alone over GPUs, and of other networks the whole.
+    """
+    if device.type != "cuda":
+        return name
+    if network_name.startswith("alexnet"):
+        return f"features.module.{rest}" if (rest := name.removeprefix("features.")) != name else name
+    return f"module.{name}"
 
 
 def save(content: Checkpoint, path: Path) -> None:

@@ -31,8 +31,11 @@ def fixed(base_lr: float) -> Schedule:
 def step(base_lr: float, *, offset: int, every: int, rate: float) -> Schedule:
     """base_lr * rate ** ((epoch - offset) // every) from ``offset`` on, base_lr before.
 
-    The first drop therefore comes at epoch offset + every, as in the reference.
+    The first drop therefore comes at epoch offset + every, as in the reference. ``every`` 0, by which the reference
+    divides, means no drops.
     """
+    if every == 0:
+        return fixed(base_lr)
     return lambda epoch: base_lr * rate ** (max(epoch - offset, 0) // every)
 
 

@@ -26,14 +26,13 @@ from lib.data.augmentation import Augmentation, Colour
 from lib.data.loader import Loader
 from lib.distributed import consensus, device, launch
 from lib.distributed.processes import World
-from lib.errors import UsageError
 from lib.evaluation import features
 from lib.evaluation.classifier import Evaluator
 from lib.seeding import Stream
 from lib.session.console import logger, progress
 from lib.session.locate import latest
 from lib.session.run_folder import of_job
-from lib.training import activations, checkpoint, pretrained
+from lib.training import checkpoint, pretrained
 from lib.training.checkpoint import Checkpoint
 
 
@@ -125,7 +124,7 @@ def prepare(options: Options, world: World | None = None) -> Setting:
     seed = seeding.choose(options.seed, loaded.get("seed"), world.tell(int(time.time())))
     options = options.model_copy(update={"seed": seed})
     read = partial(assemble, options, place, world, source=source, loaded=loaded)
-    setting = consensus.together(world, read, (datasets.DataError,))
+    setting = consensus.together(world, read, (datasets.DataError, models.NetworkError))
     if world.size > 1:  # it decodes images and hashes every name
         consensus.agree(world, seen(setting))
     return replace(setting, begun=begun)
@@ -138,11 +137,7 @@ def assemble(
     data_source = datasets.DATASETS[options.dataset]
     assert options.seed is not None
     torch.manual_seed(seeding.seed_for(options.seed, Stream.WEIGHTS))  # the network's first weights
-    network = models.build(options.network, low_dim=options.low_dim)
-    if not activations.takes(network, height_and_width(options.size)):
-        raise UsageError(
-            f"--size {options.size}: images of that size are too small for --network {options.network}; set it higher"
-        )
+    network = models.build(options.network, low_dim=options.low_dim, size=height_and_width(options.size))
     if options.pretrained and not source:
         pretrained.load_pretrained(network, options.pretrained)
     splits = load_data(options)

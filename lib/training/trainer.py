@@ -210,8 +210,6 @@ class Trainer:
     def backward(self, batch: Batch, number: int, group: int) -> torch.Tensor:
         """Adds the gradient of one batch, then updates the memory bank; the loss of the batch.
 
-        Each rank embeds its share of the images. From there on all ranks have the whole batch, and the same loss.
-
         Args:
             batch: images (b, 3, h, w) of this rank and the sample indices (B,) of the whole batch.
             number: of the batch in the epoch.
@@ -223,12 +221,7 @@ class Trainer:
         skips = self.options.on_nonfinite == "skip"
         buffers = [buffer.clone() for buffer in state.network.buffers()] if skips else []
         precision = PRECISIONS[self.options.amp] if self.options.amp else None
-        with torch.autocast(images.device.type, precision, enabled=precision is not None):
-            local = state.network(images)  # (b, D), float32
-        embeddings = self.world.gather(local, self.world.shares(len(index)))  # (B, D)
-        loss = self.loss(
-            embeddings, state.bank.rows, state.neighbourhoods.of(index), temperature=state.bank.temperature
-        )
+        loss, embeddings = batch_loss(state, self.loss, self.world, images, index, precision)
         if skips and not loss.isfinite():  # waits for the device
             state.skipped += 1
             _restore(state.network.buffers(), buffers)  # batch normalisation has seen the batch already
@@ -247,6 +240,36 @@ class Trainer:
             state.scaler.step(state.optimizer)
             state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
+
+
+def batch_loss(
+    state: TrainingState,
+    loss: Loss,
+    world: World,
+    images: torch.Tensor,
+    index: torch.Tensor,
+    precision: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of a batch against the memory bank, and its embeddings.
+
+    Each rank embeds its share of the images. From there on all ranks have the whole batch, and the same loss.
+
+    Args:
+        state: network, memory bank and neighbourhoods.
+        loss: as ``lib.method.loss.Loss``.
+        world: the ranks.
+        images: (b, 3, h, w) of this rank.
+        index: (B,) samples of the whole batch.
+        precision: of mixed precision; None: float32.
+
+    Returns:
+        Scalar and (B, D), the same on every rank; the gradient goes to the images of this rank.
+    """
+    with torch.autocast(images.device.type, precision, enabled=precision is not None):
+        local = state.network(images)  # (b, D), float32
+    embeddings = world.gather(local, world.shares(len(index)))  # (B, D)
+    temperature, neighbourhoods = state.bank.temperature, state.neighbourhoods.of(index)
+    return loss(embeddings, state.bank.rows, neighbourhoods, temperature=temperature), embeddings
 
 
 class NonFiniteCheck:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import augmentation, ivf, measure, reference
+from benchmarks import augmentation, measure, reference
 from lib.data.augmentation import DRAWS
 from lib.evaluation.knn import weighted_knn
-from lib.method.discovery import discover, survey
+from lib.method.discovery import discover
 from lib.method.loss import neighbourhood_loss
 from lib.session import provenance
 
@@ -23,7 +23,6 @@ SMALL = {
     "criterion": {"SAMPLES": 3000, "BATCH": 8},
     "discovery": {"SAMPLES": 300},
     "growth": {"SAMPLES": (50, 100, 200), "LARGE": 1000},
-    "ivf": {"SAMPLES": 2000, "LISTS": 8, "NEAR": 64, "DRAWN": 500, "PROBES": (1, 8)},
     "knn": {"QUERIES": 30, "SAMPLES": 400},
     "memory": {"SAMPLES": 5000, "TILES": 5, "CASES": [("resnet10", 8, 4)]},
     "parallel": {"SAMPLES": 600, "BATCH": 8, "QUERIES": 9, "PROCESSES": (1, 2)},
@@ -55,21 +54,6 @@ def test_every_benchmark_runs_and_says_on_what(
     assert shown.startswith(f"# {name}: ") and "| --- |" in shown and f"torch {provenance.versions()['torch']}" in shown
     assert (tmp_path / f"{name}-cpu.md").read_text(encoding="utf-8").startswith(shown.strip()[:200])
     assert (tmp_path / "growth-cpu.png").is_file() == (name == "growth")
-
-
-def test_an_index_that_looks_everywhere_finds_what_discovery_finds(monkeypatch: pytest.MonkeyPatch) -> None:
-    faiss = importlib.import_module("faiss")
-    for name, value in {"SAMPLES": 300, "NEAR": 300, "DRAWN": 20}.items():
-        monkeypatch.setattr(ivf, name, value)
-    memory = measure.unit_rows(300, 16, CPU)
-    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(16), 16, 4, faiss.METRIC_INNER_PRODUCT)
-    index.train(memory.numpy())
-    index.add(memory.numpy())
-    index.nprobe = 4
-    entropy, nearest = ivf._look_up(index, memory)
-    exact, neighbours = survey(memory, temperature=ivf.TAU, size=1)
-    assert torch.equal(nearest, neighbours[:, 0])
-    np.testing.assert_allclose(entropy, exact, rtol=1e-4)
 
 
 def test_without_a_name_they_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

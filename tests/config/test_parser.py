@@ -39,6 +39,7 @@ network: ResNet18
 gpus: '0,1'
 batch_size: 128
 optimizer: SGD
+momentum: 0.9
 nesterov: True
 weight_decay: 5e-4
 base_lr: 3e-2
@@ -106,7 +107,7 @@ def test_a_file_of_the_reference_runs_unchanged(tmp_path: Path) -> None:
 
 def test_flags_take_several_numbers_and_switches_no_value() -> None:
     words = "--size 16 32 --resize 64 --scale 0.2 1 --colorjitter 0.1 0.2 0.3 0.4 --nesterov --gpus 0,1 --means 0 0 0"
-    options = read_options(words.split())
+    options = read_options([*words.split(), "--momentum", "0.9"])
     assert (options.size, options.resize, options.scale) == ((16, 32), 64, (0.2, 1.0))
     assert options.colorjitter == (0.1, 0.2, 0.3, 0.4)
     assert options.nesterov and options.gpus == (0, 1) and options.means == (0, 0, 0)
@@ -405,7 +406,14 @@ SETS: list[dict[str, Any]] = [
     {"dataset": "true", "network": "1e3", "session": "5", "data_root": Path("None such"), "gpus": (0, 3)},
     {"dataset": "null", "network": "2020-01-01", "data_root": Path("ein ordner: #1"), "sess_dir": Path("öäü/日本")},
     {"optimizer": "adam", "lr_policy": "multistep", "lr_schedule": Path("a.yaml"), "protocol": "nn", "seed": 2**63 - 1},
-    {"seed": 0, "nesterov": True, "random_horizontal_flip": True, "strict_data": True, "log_file": False},
+    {
+        "seed": 0,
+        "momentum": 0.9,
+        "nesterov": True,
+        "random_horizontal_flip": True,
+        "strict_data": True,
+        "log_file": False,
+    },
     {"resume": Path("x"), "restart": True, "test_only": True, "debug": True, "brief": True, "print_args": True},
 ]
 
@@ -458,13 +466,13 @@ SHOWN = {
     "--seed": "not set",
     "--test-only": "off",
     "--optimizer": "sgd",
-    "--momentum": "0.9",
+    "--momentum": "0.0",
     "--nesterov": "off",
-    "--weight-decay": "0.0005",
+    "--weight-decay": "0.0",
     "--base-lr": "0.1",
     "--lr-policy": "step",
-    "--lr-decay-offset": "80",
-    "--lr-decay-step": "40",
+    "--lr-decay-offset": "0",
+    "--lr-decay-step": "0",
     "--lr-decay-rate": "0.1",
     "--protocol": "knn",
     "--session": "not set",

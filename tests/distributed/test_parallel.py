@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lib.training.plan import Helpers, Plan
 from numpy.testing import assert_allclose
 
 import models
+from lib.config.options import Options
 from lib.data.augmentation import Augmentation
 from lib.data.loader import Loader
 from lib.distributed import device
@@ -31,10 +30,12 @@ from lib.method.loss import neighbourhood_loss
 from lib.method.memory_bank import MemoryBank
 from lib.method.neighbourhoods import Neighbourhoods
 from lib.session.run_folder import Session
-from lib.training import checkpoint, optim, trainer
+from lib.training import checkpoint, optim
 from lib.training.checkpoint import TrainingState
+from lib.training.recorder import Recorder
+from lib.training.trainer import Trainer
 from patches import blocks_of, parcels_of
-from team import Team
+from team import Team, assert_alike
 
 CPU = torch.device("cpu")
 ALONE = World()
@@ -238,7 +239,9 @@ class Precise(torch.nn.Module):
         return self.network(images.double())
 
 
-def trained(world: World, kind: str, batch: int, iter_size: int, start: Any, folder: str | None) -> Any:
+def trained(
+    world: World, kind: str, batch: int, iter_size: int, start: Any, folder: str | None, rounds: int = 2
+) -> Any:
     """Two rounds; the checkpoint, the figures, and the accuracy of the last epoch."""
     torch.manual_seed(0)
     network = models.build("resnet10-w16", low_dim=6)
@@ -255,37 +258,28 @@ def trained(world: World, kind: str, batch: int, iter_size: int, start: Any, fol
     evaluator = Evaluator(
         "knn", test=test, test_labels=truth, train_labels=labels, classes=3, k=5, sigma=0.1, device=CPU, world=world
     )
-    plan = Plan(2, 2, 0.5, 2, iter_size, optim.fixed(0.01), 1)
-    helpers = Helpers(
-        batches=loader_of(world, batch, train=True),
-        evaluate=evaluator,
-        validate=None,
-        labels=torch.from_numpy(labels),
-        session=Session(Path(folder) if folder and world.is_first else None, log_tfb=False),
-        on_discovery=lambda round, found: None,
-        network_name="resnet10-w16",
-        world=world,
+    options = Options(
+        network="resnet10-w16",
+        max_round=rounds,
+        max_epoch=2,
+        ANs_select_rate=0.5,
+        ANs_size=2,
+        iter_size=iter_size,
     )
-    trainer.run(state, plan, helpers)
-    helpers.session.close()
+    session = Session(Path(folder) if folder and world.is_first else None, log_tfb=False)
+    Trainer(
+        options,
+        state,
+        loader_of(world, batch, train=True),
+        optim.fixed(0.01),
+        Recorder(session, options, protocol=evaluator.name),
+        labels=torch.from_numpy(labels),
+        evaluate=evaluator,
+        world=world,
+    ).fit()
+    session.close()
     features = extract(network, loader_of(world, 4, train=False), "features")
     return state.checkpoint("resnet10-w16", ""), features
-
-
-def assert_alike(ours: Any, theirs: Any, where: str = "") -> None:
-    """Tensors and numbers within 1e-5, all else equal."""
-    if isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys(), where
-        for name in theirs.keys() - {"images_per_s", "train_s", "evaluate_s", "num_batches_tracked"}:
-            assert_alike(ours[name], theirs[name], f"{where}.{name}")
-    elif isinstance(theirs, (list, tuple)):
-        assert len(ours) == len(theirs), where
-        for one, other in zip(ours, theirs, strict=True):
-            assert_alike(one, other, where)
-    elif isinstance(theirs, (torch.Tensor, float)):
-        assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5, err_msg=where)
-    else:
-        assert ours == theirs, where
 
 
 @pytest.mark.parametrize("kind", ["frozen", "joined"])
@@ -314,16 +308,7 @@ def test_a_checkpoint_of_one_number_of_processes_goes_on_with_another(team: Team
 
 
 def stopped_after_a_round(world: World) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "run", lambda state, plan, helpers: run_one(state, plan, helpers))
-        return trained(world, "joined", 8, 1, None, None)[0]
-
-
-real_run = trainer.run
-
-
-def run_one(state: TrainingState, plan: Plan, helpers: Helpers) -> None:
-    real_run(state, replace(plan, rounds=1), helpers)
+    return trained(world, "joined", 8, 1, None, None, rounds=1)[0]
 
 
 def test_processes_that_normalise_for_themselves_train_too(team: Team) -> None:

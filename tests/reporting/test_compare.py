@@ -65,8 +65,9 @@ def refusal(*sessions: Path) -> str:
     return text
 
 
-def csv_rows(comparison: compare.Comparison) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(compare.to_csv(comparison).decode("utf-8"), newline="")))
+def csv_rows(comparison: compare.Comparison, scope: str = "round", statistic: str = "value") -> list[dict[str, str]]:
+    rows = csv.DictReader(io.StringIO(compare.to_csv(comparison).decode("utf-8"), newline=""))
+    return [row for row in rows if (row["scope"], row["statistic"]) == (scope, statistic)]
 
 
 def picture(content: bytes) -> np.ndarray:
@@ -168,13 +169,86 @@ def test_a_session_named_twice_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 # Groups and figures.
 
+HEAD, OTHER = "3a9b45030dc56b72c152a23f30b380427bdf031e", "8c1a4e1c0f6a4d3ab0d2b7a0d9f1e2c3b4a59687"
+VERSIONS = "python 3.11.7, torch 2.14.1, numpy 2.4.6"
+
+
+def started(session: Path, commit: str = HEAD, versions: str = VERSIONS) -> Path:
+    """Adds a start to a session, as the program records it."""
+    with (session / "starts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": "2026-01-01T00:00:00+00:00", "versions": versions, "commit": commit}) + "\n")
+    return session
+
+
+def test_runs_of_one_commit_and_the_same_versions_form_a_group(tmp_path: Path) -> None:
+    sessions = [started(make(tmp_path / str(seed), seed=seed), f"{HEAD}+0123456789ab") for seed in range(2)]
+    comparison = compare.compare(sessions)
+    assert comparison.differing == () and len(comparison.groups) == 1
+    assert comparison.equal == compare.compare([make(tmp_path / "bare")]).equal + 4
+    text = compare.text(comparison)
+    assert f"what differs: nothing; equal: {comparison.equal} options and versions" in text
+    assert "not recorded" not in text
+
+
+@pytest.mark.parametrize(
+    ("commit", "versions", "name", "values"),
+    [
+        (OTHER, VERSIONS, "commit", (HEAD, OTHER)),
+        (f"{HEAD}+0123456789ab", VERSIONS, "commit", (HEAD, f"{HEAD}+0123456789ab")),
+        (HEAD, VERSIONS.replace("2.14.1", "2.6.0"), "torch", ("2.14.1", "2.6.0")),
+        (HEAD, VERSIONS.replace("3.11.7", "3.10.1"), "python", ("3.11.7", "3.10.1")),
+        (HEAD, VERSIONS + ", rust-network 1.0", "rust-network", ("not recorded", "1.0")),
+        ("unknown (not a git checkout)", VERSIONS, "commit", (HEAD, "unknown (not a git checkout)")),
+    ],
+)
+def test_another_commit_changed_code_or_another_version_makes_a_group(
+    commit: str, versions: str, name: str, values: tuple[str, str], tmp_path: Path
+) -> None:
+    one = started(make(tmp_path / "a"))
+    comparison = compare.compare([one, started(make(tmp_path / "b", seed=1), commit, versions)])
+    assert comparison.differing == (name,)
+    assert [group.values for group in comparison.groups] == [values[:1], values[1:]]
+    assert "±" not in (text := compare.text(comparison))
+    assert f"what differs: {name};" in text
+    assert [row[name] for row in csv_rows(comparison, "run")] == list(values)
+
+
+def test_a_commit_is_shown_as_its_first_ten_digits(tmp_path: Path) -> None:
+    sessions = [started(make(tmp_path / "a")), started(make(tmp_path / "b"), f"{HEAD}+0123456789ab")]
+    text = compare.text(compare.compare(sessions))
+    assert row_of(text, "1", HEAD[:10]) and row_of(text, "2", f"{HEAD[:10]}+0123")
+
+
+def test_a_run_that_other_code_resumed_is_of_both(tmp_path: Path) -> None:
+    mixed = started(started(started(make(tmp_path / "a"))), OTHER)
+    comparison = compare.compare([mixed, started(make(tmp_path / "b", seed=1), OTHER)])
+    assert [group.values for group in comparison.groups] == [(f"{HEAD}, then {OTHER}",), (OTHER,)]
+
+
+@pytest.mark.parametrize("commit", [None, f"{HEAD}+", "unknown (not a git checkout)"])
+def test_code_that_is_not_known_is_not_pooled_without_a_word(commit: str | None, tmp_path: Path) -> None:
+    """None: there is no record; '+' alone: from before changes had a digest."""
+    sessions = [make(tmp_path / str(seed), seed=seed) for seed in range(2)]
+    if commit:
+        sessions = [started(session, commit) for session in sessions]
+    (line,) = [x for x in compare.text(compare.compare(sessions)).splitlines() if "taken to be equal" in x]
+    assert line.endswith(f": {sessions[0]}, {sessions[1]}")
+    assert "taken to be equal" not in compare.text(compare.compare(sessions[:1]))
+
+
+def test_a_damaged_line_among_the_starts_is_left_out(tmp_path: Path) -> None:
+    session = started(make(tmp_path / "a"))
+    with (session / "starts.jsonl").open("ab") as file:
+        file.write(b'\xff\n[]\n{"commit": "ha')
+    assert compare.compare([session]).groups[0].runs[0].code["commit"] == HEAD
+
 
 def test_runs_that_differ_by_what_belongs_to_one_run_form_a_group(tmp_path: Path) -> None:
     local = {"seed": 1, "sess_dir": Path("elsewhere"), "log_file": False, "log_tfb": False, "gpus": (3,)}
     changes = [{"gpus": (0,)}, local, {"gpus": (0,), "base_lr": 0.03}, {"gpus": (1,), "base_lr": 0.03, "seed": 2}]
     sessions = [make(tmp_path / str(n), **change) for n, change in enumerate(changes)]
     comparison = compare.compare([sessions[n] for n in (0, 2, 1, 3)])
-    assert comparison.options == ("base_lr",)
+    assert comparison.differing == ("base_lr",)
     groups = [(group.number, group.values, [run.session.name for run in group.runs]) for group in comparison.groups]
     assert groups == [(1, ("0.1",), ["0", "1"]), (2, ("0.03",), ["2", "3"])]
 
@@ -182,16 +256,16 @@ def test_runs_that_differ_by_what_belongs_to_one_run_form_a_group(tmp_path: Path
 def test_the_number_of_gpus_makes_a_group(tmp_path: Path) -> None:
     sessions = [make(tmp_path / str(n), gpus=gpus) for n, gpus in enumerate([(), (0,), (1,), (0, 1)])]
     comparison = compare.compare(sessions)
-    assert comparison.options == ("gpus",)
+    assert comparison.differing == ("gpus",)
     assert [group.values for group in comparison.groups] == [("CPU",), ("1 GPU",), ("2 GPU",)]
 
 
 def test_every_other_option_that_a_session_keeps_makes_a_group(tmp_path: Path) -> None:
     changed: dict[str, Any] = {"size": (32, 48), "scale": (0.2, 1.0), "nesterov": True, "network": "resnet10"}
-    one, other = make(tmp_path / "a"), make(tmp_path / "b", **changed)
+    one, other = make(tmp_path / "a", momentum=0.9), make(tmp_path / "b", momentum=0.9, **changed)
     comparison = compare.compare([one, other])
-    assert set(comparison.options) == set(changed)
-    values = [dict(zip(comparison.options, group.values, strict=True)) for group in comparison.groups]
+    assert set(comparison.differing) == set(changed)
+    values = [dict(zip(comparison.differing, group.values, strict=True)) for group in comparison.groups]
     assert values[0] == {"size": "224", "scale": "not set", "nesterov": "off", "network": "resnet18"}
     assert values[1] == {"size": "32 48", "scale": "0.2 1.0", "nesterov": "on", "network": "resnet10"}
     kept = set(parser.read_yaml(one / "config.yaml"))
@@ -201,7 +275,7 @@ def test_every_other_option_that_a_session_keeps_makes_a_group(tmp_path: Path) -
 def test_options_that_a_file_leaves_out_have_their_defaults(tmp_path: Path) -> None:
     one, other = make(tmp_path / "a"), make(tmp_path / "b")
     (other / "config.yaml").write_text("max_round: 2\nmax_epoch: 3\n")
-    assert compare.compare([one, other]).options == ()
+    assert compare.compare([one, other]).differing == ()
 
 
 def test_the_figures_of_a_round_are_its_last_epoch_s_and_times_are_summed(tmp_path: Path) -> None:
@@ -370,6 +444,29 @@ def test_the_csv_has_a_line_for_each_session_and_round(tmp_path: Path) -> None:
     assert [float(row["top1"]) for row in rows[:4]] == pytest.approx([0.5, 0.51, 0.6, 0.61])
     wanted = {"epoch": "2", "anchors": "100", "consistency": "0.75", "loss": "3.25", "best_top1": "0.7"}
     assert rows[-1].items() >= (wanted | {"seconds": "7.5", "images_per_s": "1000.0"}).items()
+
+
+def test_the_csv_has_the_means_and_deviations_of_the_screen(tmp_path: Path) -> None:
+    sessions = [*seeds(tmp_path / "a", [0.5, 0.6]), *seeds(tmp_path / "b", [0.7], base_lr=0.03)]
+    comparison = compare.compare(sessions)
+    for scope, found in (
+        ("round", lambda group, round: group.of_round(round)),
+        ("run", lambda group, _: group.whole()),
+    ):
+        rows = zip(csv_rows(comparison, scope, "mean"), csv_rows(comparison, scope, "standard deviation"), strict=True)
+        for mean, deviation in rows:
+            group = comparison.groups[int(mean["group"]) - 1]
+            figures = found(group, int(mean["round"]))
+            assert mean["session"] == mean["seed"] == mean["finished"] == ""
+            assert int(mean["runs"]) == int(deviation["runs"]) == len(figures) == 3 - group.number
+            assert (mean["base_lr"], deviation["base_lr"]) == group.values * 2
+            assert mean["epoch"] == deviation["epoch"] == "2"
+            for name in compare.FIGURES[2:]:
+                expected = compare.mean_and_deviation(figures, name)
+                written = [float(row[name]) if row[name] else None for row in (mean, deviation)]
+                assert tuple(written) == expected
+    assert len(csv_rows(comparison, "round", "mean")) == 4 and len(csv_rows(comparison, "run", "mean")) == 2
+    assert [float(row["seconds"]) for row in csv_rows(comparison, "run")] == pytest.approx([33, 39, 45])
 
 
 ODD = [

@@ -52,7 +52,7 @@ def git(folder: Path, *words: str) -> str:
     return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_the_commit_is_that_of_the_code_and_a_plus_tells_that_it_was_changed(repository: Path) -> None:
+def test_the_commit_is_that_of_the_code_and_a_digest_tells_changed_code_apart(repository: Path) -> None:
     git(repository, "init", "-q")
     git(repository, "add", ".")
     git(repository, "commit", "-q", "-m", "one")
@@ -60,9 +60,21 @@ def test_the_commit_is_that_of_the_code_and_a_plus_tells_that_it_was_changed(rep
     assert re.fullmatch(r"[0-9a-f]{40}", head)
     assert provenance.commit() == head
     (repository / "untracked").write_text("new")
+    (repository / "lib" / "__pycache__").mkdir()
+    (repository / "lib" / "__pycache__" / "environment.pyc").write_text("compiled")
     assert provenance.commit() == head
-    (repository / "lib" / "environment.py").write_text("changed")
-    assert provenance.commit() == head + "+"
+    found = [head]
+    for content in ("changed", "changed again", "changed"):
+        (repository / "lib" / "environment.py").write_text(content)
+        found.append(provenance.commit())
+    assert all(re.fullmatch(head + r"\+[0-9a-f]{12}", name) for name in found[1:])
+    assert found[1] == found[3] != found[2]
+    (repository / "lib" / "new.py").write_text("imported by what was changed")
+    found.append(provenance.commit())
+    (repository / "lib" / "new.py").write_text("and changed itself")
+    found.append(provenance.commit())
+    (repository / "lib" / "environment.py").unlink()
+    assert len({*found, provenance.commit()}) == 6
 
 
 def test_asking_for_the_commit_locks_nothing(repository: Path) -> None:

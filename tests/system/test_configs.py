@@ -11,8 +11,10 @@ import pytest
 
 import made
 import main
-from lib import commands
+from lib.config.parser import read_options
 from lib.training import trainer
+from lib.training.optim import build_schedule
+from lib.training.recorder import Recorder
 from lib.training.setup import Setting
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -58,14 +60,12 @@ def test_each_config_trains_a_step_by_its_own_command(
     monkeypatch.chdir(CONFIGS.parent)
     records: list[dict[str, Any]] = []
     losses: list[Any] = []
-    loss_of = trainer.neighbourhood_loss
-    monkeypatch.setattr(trainer, "report_epoch", lambda record, *others: records.append(record))
-    monkeypatch.setattr(
-        trainer, "neighbourhood_loss", lambda *words, **more: losses.append(loss_of(*words, **more)) or losses[-1]
-    )
+    loss_of = trainer.batch_loss
+    monkeypatch.setattr(Recorder, "epoch_finished", lambda self, record, accuracy: records.append(record))
+    monkeypatch.setattr(trainer, "batch_loss", lambda *words: losses.append((found := loss_of(*words))[0]) or found)
     seen: list[Setting] = []
-    train = commands.train
-    monkeypatch.setattr(commands, "train", lambda setting: seen.append(setting) or train(setting))
+    train = main.train
+    monkeypatch.setattr(main, "train", lambda setting: seen.append(setting) or train(setting))
     samples = {"imagenet": 12, "folder": 12, "cub200": 8, "dogs": 8, "digits": 1437}.get(name, 20)
     words = (
         f"--data-root {tmp_path} --batch-size {samples} --max-round 1 --max-epoch 1 --workers-num 0 --debug --seed 1"
@@ -81,6 +81,17 @@ def test_each_config_trains_a_step_by_its_own_command(
     assert pixels == {"cifar10-cpu": 16}.get(config.stem, expected)
     assert record["loss"] == pytest.approx(loss.item()) and math.isfinite(loss.item())
     assert 0 <= record["top1"] <= 1
+
+
+def test_the_base_config_trains_as_the_paper_did() -> None:
+    """Of these the options have other defaults, which are the reference's."""
+    options = read_options(["--cfgs", str(CONFIGS / "base.yaml")])
+    assert (options.optimizer, options.base_lr, options.momentum, options.nesterov) == ("sgd", 0.03, 0.9, True)
+    assert (options.weight_decay, options.batch_size, options.max_round, options.max_epoch) == (5e-4, 128, 5, 200)
+    rate = build_schedule(options)
+    assert [rate(epoch) for epoch in (0, 119, 120, 159, 160, 199)] == pytest.approx(
+        [0.03] * 2 + [0.003] * 2 + [3e-4] * 2
+    )
 
 
 def test_every_data_set_of_the_paper_has_its_configs() -> None:

@@ -34,7 +34,6 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 import datasets
 import main
 import models
-from lib import commands
 from lib.config.options import Options, height_and_width
 from lib.config.parser import flag
 from lib.training import checkpoint
@@ -84,12 +83,11 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.NETWORKS, "tiny", Tiny)
         patch.setattr(main, "resolve", shortened(main.resolve))
-        patch.setattr(commands, "free", lambda device: FREE)
         patch.setattr("urllib.request.urlopen", no_network)
         files.mkdir()
         base = {"dataset": "folder", "data_root": str(photos), "network": "tiny", "size": 8, "resize": 8, "low_dim": 8}
         base |= {"batch_size": 8, "workers_num": 0, "max_round": 2, "max_epoch": 1, "log_tfb": False, "seed": 1}
-        base |= {"ANs_select_rate": 0.5, "base_lr": 0.01}
+        base |= {"ANs_select_rate": 0.5, "base_lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
         (files / "base.yaml").write_text(yaml.safe_dump(base))
         (files / "rates.yaml").write_text("0: 0.01\n1: 0.001\n")
         (files / "random").write_bytes(draw.bytes(1000))

@@ -61,26 +61,27 @@ def test_a_run_killed_again_and_again_ends_as_the_one_that_was_not(whole: Path, 
     output_of(process)
     words = ["--resume", str(session), "--brief"]
     for calls in draw.integers(1, 40, 2):
-        process = start("lib.training.trainer", "train_step", str(calls), *words, program=altered("kill_itself()"))
+        process = start(*STEP, str(calls), *words, program=altered("kill_itself()"))
         shown = output_of(process)
         assert process.returncode == -signal.SIGKILL, shown
     finished(*words)
     assert_alike(session, whole)
 
 
+STEP = "lib.training.trainer", "Trainer.backward"
 PLACES = {
-    "in training": ("lib.training.trainer", "train_step", 8),
+    "in training": (*STEP, 8),
     "with a checkpoint half written": ("lib.training.pretrained", "seal", 1),
     "with a checkpoint written and not renamed": ("os", "replace", 1),
     "between the names of the last checkpoint": ("os", "link", 1),
     "in the evaluation": ("lib.evaluation.knn", "similarities", 1),
     "in the health figures": ("lib.method.diagnostics", "_hubs", 1),
-    "with the metrics written and no checkpoint": ("lib.training.trainer", "save", 1),
+    "with the metrics written and no checkpoint": ("lib.training.recorder", "Recorder.save", 1),
     "with the latest checkpoint written and not the best": ("lib.training.pretrained", "seal", 4),
-    "at the end of a round": ("lib.training.trainer", "finish_round", 1),
+    "at the end of a round": ("lib.training.recorder", "Recorder.round_finished", 1),
     "in the discovery": ("lib.method.neighbourhoods", "_positions", 1),
-    "with the anchors found and not drawn": ("lib.reporting.image_grid", "draw", 1),
-    "with the run done": ("lib.reporting.test_run", "show_embeddings", 1),
+    "with the anchors found and not drawn": ("lib.session.image_grid", "draw", 1),
+    "with the run done": ("lib.reporting.outputs", "show_embeddings", 1),
 }
 """Where a run dies, in the order of a run: module, function, and which call of it since the start."""
 UNFINISHED = [place for place in PLACES if place.startswith("with a checkpoint") or place.endswith("not the best")]
@@ -106,7 +107,7 @@ def test_a_run_that_dies_in_every_part_ends_as_the_one_that_did_not(whole: Path,
 def test_a_signal_saves_and_says_how_to_go_on(which: str, status: int, whole: Path, tmp_path: Path, new: New) -> None:
     session = tmp_path / "stopped"
     program = altered("await_signals(1)")
-    process = start("lib.training.trainer", "train_step", "8", *new("stopped"), program=program)
+    process = start(*STEP, "8", *new("stopped"), program=program)
     read_until(process, "waiting for a signal")
     workers = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, getattr(signal, which))  # workers get it, too, as from a terminal
@@ -121,7 +122,7 @@ def test_a_signal_saves_and_says_how_to_go_on(which: str, status: int, whole: Pa
 
 @pytest.mark.slow
 def test_a_killed_run_leaves_no_workers(new: New, tmp_path: Path) -> None:
-    process = start("lib.training.trainer", "train_step", "8", *new("orphans"), program=altered("await_signals(1)"))
+    process = start(*STEP, "8", *new("orphans"), program=altered("await_signals(1)"))
     read_until(process, "waiting for a signal")
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
@@ -132,7 +133,7 @@ def test_a_killed_run_leaves_no_workers(new: New, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_second_ctrl_c_stops_the_program_at_once(new: New, tmp_path: Path) -> None:
     """The step that the first one waits for never ends."""
-    process = start("lib.training.trainer", "train_step", "8", *new("twice"), program=altered("await_signals(-1)"))
+    process = start(*STEP, "8", *new("twice"), program=altered("await_signals(-1)"))
     read_until(process, "waiting for a signal")
     os.killpg(process.pid, signal.SIGINT)
     read_until(process, "waiting for a signal")
@@ -190,7 +191,7 @@ def test_a_run_that_can_write_nothing_at_all_goes_on_to_its_end(new: New, tmp_pa
 def test_a_folder_that_goes_away_under_the_run_is_said(back: bool, whole: Path, new: New, tmp_path: Path) -> None:
     """Where it comes back, as one on a network does, the run saves again; where it does not, the status tells."""
     session, away = tmp_path / "gone", tmp_path / "away"
-    process = start("lib.training.trainer", "train_step", "8", *new("gone"), program=altered("await_line()"))
+    process = start(*STEP, "8", *new("gone"), program=altered("await_line()"))
     until(lambda: written(session) > 0, process)  # after five steps; in the eighth it waits
     session.rename(away)
     assert process.stdin

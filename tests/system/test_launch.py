@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_parallel import assert_alike as assert_near
 
 from runs import (
     ROOT,
@@ -26,6 +25,7 @@ from runs import (
     words_of,
     written,
 )
+from team import assert_alike as assert_near
 
 pytestmark = [
     pytest.mark.distributed,
@@ -107,15 +107,16 @@ def main_with(folder: Path, setup: str) -> str:
 
 
 IN_STEP_20 = """
-from lib import curriculum, launch
-calls, step = iter(range(1, 20)), curriculum.train_step
+from lib.distributed import launch
+from lib.training.trainer import Trainer
+calls, step = iter(range(1, 20)), Trainer.backward
 
 def altered(*arguments):
     if next(calls, None) is None:
         action()
     return step(*arguments)
 
-curriculum.train_step = altered
+Trainer.backward = altered
 launch.end(main.main())
 """
 """``action()`` is called before the twentieth step and those that follow."""
@@ -123,6 +124,15 @@ RANK_1_IS_KILLED = """
 def action():
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
+"""
+RANK_1_FAILS = """
+def action():
+    if os.environ["RANK"] == "1":
+        raise KeyError("stages")
+"""
+BOTH_LOSE_THEIR_NUMBERS = """
+def action():
+    raise curriculum.NonFiniteLossError("the loss is not a finite number")
 """
 A_SIGNAL_IS_AWAITED = """
 def action():
@@ -160,6 +170,25 @@ def test_one_that_dies_takes_the_others_along_and_the_launcher_may_start_anew(
         assert len((session / "starts.jsonl").read_text().splitlines()) == 2
         assert {path.name for path in sessions.iterdir()} == {"broken"}
     assert_alike(session, two)
+
+
+@pytest.mark.parametrize(
+    ("setup", "status", "said"),
+    [
+        (RANK_1_FAILS, 70, "error: unexpected KeyError: 'stages'"),
+        (RANK_1_IS_KILLED, 128 + signal.SIGKILL, "error: another process of the run has ended"),
+        (BOTH_LOSE_THEIR_NUMBERS, 1, "error: the loss is not a finite number"),
+    ],
+    ids=["fails", "killed", "not finite"],
+)
+def test_the_status_is_that_of_the_process_that_failed(
+    setup: str, status: int, said: str, photos: Path, tmp_path: Path
+) -> None:
+    program = main_with(tmp_path, setup + IN_STEP_20)
+    process = start(program, *words_of(photos, tmp_path, "broken"), program=("-c", LAUNCH))
+    shown = output_of(process)
+    assert process.returncode == status, shown
+    assert said in shown
 
 
 @pytest.mark.parametrize(("which", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 0)])

@@ -25,16 +25,22 @@ import main
 import models
 import runs
 from datasets import files
-from lib import commands
 from lib.config.options import Options
 from lib.errors import UsageError
-from lib.reporting import test_run
-from lib.training import setup, trainer
+from lib.reporting import outputs
+from lib.session.console import LogFile
+from lib.training import build, setup
+from lib.training.recorder import Recorder
+from lib.training.trainer import Trainer
 from runs import content, equal, metrics
 
 ROOT = Path(__file__).parents[2]
 TINY = "--resize 8 --size 8 --scale 0.5 1 --network tiny --low-dim 8 --batch-size 8 --workers-num 0".split()
-SHORT = [*TINY, *"--max-round 3 --max-epoch 2 --ANs-select-rate 0.5 --base-lr 0.01 --seed 3".split()]
+SHORT = [
+    *TINY,
+    *"--max-round 3 --max-epoch 2 --ANs-select-rate 0.5 --base-lr 0.01 --momentum 0.9 --weight-decay 5e-4".split(),
+    *"--seed 3".split(),
+]
 
 
 class Tiny(torch.nn.Module):
@@ -142,11 +148,9 @@ def test_a_deterministic_run_gives_the_same_numbers_twice_and_leaves_the_next_ru
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the run sets it, and the next test is another
     during: list[bool] = []
-    real = trainer.run
+    real = Trainer.fit
     monkeypatch.setattr(
-        trainer,
-        "run",
-        lambda *parts: [during.append(torch.are_deterministic_algorithms_enabled()), real(*parts)],
+        Trainer, "fit", lambda self: [during.append(torch.are_deterministic_algorithms_enabled()), real(self)]
     )
     for name in ("one", "two"):
         assert main.main([*start, "--session", name, "--deterministic", "--workers-num", "2"]) == 0
@@ -165,8 +169,8 @@ def test_another_seed_gives_another_run(start: list[str], tmp_path: Path) -> Non
 
 
 def test_the_first_weights_and_the_bank_s_noise_are_drawn_apart(start: list[str]) -> None:
-    built = commands.prepare(main.resolve(start))
-    bank = commands.build_state(built).bank.memory.flatten()
+    built = setup.prepare(main.resolve(start))
+    bank = build.build_state(built).bank.memory.flatten()
     weights = next(built.network.parameters()).detach().flatten()
     count = min(len(bank), len(weights))
     assert abs(torch.corrcoef(torch.stack([bank[:count], weights[:count]]))[0, 1]) < 0.5
@@ -177,7 +181,7 @@ def test_an_interrupted_run_goes_on_in_its_session_to_the_same_end(
     stop: int, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main.main([*start, "--session", "whole"])
-    save, saved = trainer.save, 0
+    save, saved = Recorder.save, 0
 
     def save_and_stop(*arguments: Any) -> None:
         nonlocal saved
@@ -187,7 +191,7 @@ def test_an_interrupted_run_goes_on_in_its_session_to_the_same_end(
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "save", save_and_stop)
+        patch.setattr(Recorder, "save", save_and_stop)
         assert main.main([*start, "--session", "cut"]) == 130
     assert "--resume" in capsys.readouterr().err
     cut, whole = tmp_path / "sessions" / "cut", tmp_path / "sessions" / "whole"
@@ -200,7 +204,7 @@ def test_an_interrupted_run_goes_on_in_its_session_to_the_same_end(
 def test_the_command_that_resumes_a_stopped_run_is_quoted_for_the_shell(
     start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finish_epoch = trainer.finish_epoch
+    finish_epoch = Trainer.finish_epoch
 
     def stop(*arguments: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)  # the epoch is finished first
@@ -208,7 +212,7 @@ def test_the_command_that_resumes_a_stopped_run_is_quoted_for_the_shell(
 
     words = [*start, "--sess-dir", str(tmp_path / "runs of mine"), "--session", "first try"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "finish_epoch", stop)
+        patch.setattr(Trainer, "finish_epoch", stop)
         assert main.main(words) == 143
     (command,) = re.findall(r"resume with: python main\.py (.*)$", capsys.readouterr().out, re.MULTILINE)
     assert shlex.split(command) == ["--resume", str(tmp_path / "runs of mine" / "first try")]
@@ -360,7 +364,7 @@ class DeviceTensor(torch.Tensor):
 def test_a_run_on_a_gpu_ends_with_its_report_and_exports(
     start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish = commands.finish
+    finish = outputs.finish
 
     def on_device(content: Any) -> Any:
         if isinstance(content, dict):
@@ -368,7 +372,7 @@ def test_a_run_on_a_gpu_ends_with_its_report_and_exports(
         return content.as_subclass(DeviceTensor) if isinstance(content, torch.Tensor) else content
 
     monkeypatch.setattr(
-        commands, "finish", lambda setting, session, final, *more: finish(setting, session, on_device(final), *more)
+        outputs, "finish", lambda setting, recorder, final, *more: finish(setting, recorder, on_device(final), *more)
     )
     out = [tmp_path / name for name in ("features.npz", "net.safetensors", "neighbours.csv")]
     exports = ["--export-features", "--export-model", "--export-neighbourhoods"]
@@ -421,7 +425,7 @@ def test_a_report_that_fails_costs_no_export(
     def fail(*arguments: Any) -> None:
         raise UsageError("the report cannot be written")
 
-    monkeypatch.setattr(test_run, "write_report", fail)
+    monkeypatch.setattr(outputs, "write_report", fail)
     out = tmp_path / "features.npz"
     assert "the report cannot be written" in refused([*start, "--report", "--export-features", str(out)], capsys)
     assert out.is_file()
@@ -433,7 +437,7 @@ def test_an_export_that_fails_does_not_prevent_the_report(
     def fail(*arguments: Any) -> None:
         raise UsageError("the features cannot be written")
 
-    monkeypatch.setattr(test_run, "export_results", fail)
+    monkeypatch.setattr(outputs, "export_results", fail)
     assert "the features cannot be written" in refused([*start, "--report"], capsys)
     assert (session_in(tmp_path) / "report.html").is_file()
 
@@ -579,13 +583,13 @@ def test_training_starts_from_pretrained_weights_unless_it_goes_on(
     weights = Tiny(low_dim=8).state_dict()
     torch.save({"state_dict": {f"module.{name}": value for name, value in weights.items()}}, tmp_path / "weights.pth")
     seen: list[dict[str, torch.Tensor]] = []
-    run = trainer.run
+    fit = Trainer.fit
 
-    def watch(state: Any, *others: Any) -> None:
-        seen.append({name: value.clone() for name, value in state.network.state_dict().items()})
-        run(state, *others)
+    def watch(self: Trainer) -> None:
+        seen.append({name: value.clone() for name, value in self.state.network.state_dict().items()})
+        fit(self)
 
-    monkeypatch.setattr(trainer, "run", watch)
+    monkeypatch.setattr(Trainer, "fit", watch)
     assert main.main([*start, "--pretrained", str(tmp_path / "weights.pth")]) == 0
     assert equal(seen[0], weights)
     session = session_in(tmp_path)
@@ -649,7 +653,7 @@ BAD_OPTIONS = {
     "--pretrained none.pth": "none.pth",
     "--export-features out.txt": ".npz",
     "--export-model none/out.onnx": "none",
-    "--size 2 --resize 2": "--size 2: images of that size are too small for --network tiny",
+    "--size 2 --resize 2": "--network tiny: takes no images of 2 x 2 pixels",
     "--max-epoch 9 --lr-decay-offset 0 --lr-decay-step 1 --lr-decay-rate 1e30": "--lr-decay-rate 1e+30",
     f"--resume {'x' * 300}": "File name too long",
     f"--query {'x' * 300}": "File name too long",
@@ -699,17 +703,144 @@ def test_memory_that_ran_out_is_told(
     def fail(setting: object) -> None:
         raise error
 
-    monkeypatch.setattr(test_run, "test", fail)
+    monkeypatch.setattr(outputs, "test", fail)
     assert "--batch-size" in refused([*start, "--test-only"], capsys)
 
 
-def test_an_error_of_the_program_keeps_its_traceback(start: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_program_without_a_session_shows_its_traceback(
+    start: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(setting: object) -> None:
-        raise RuntimeError("shapes do not fit")
+        raise RuntimeError("shapes do not fit\x1b[31m")
 
-    monkeypatch.setattr(test_run, "test", fail)
-    with pytest.raises(RuntimeError, match="shapes"):
-        main.main([*start, "--test-only"])
+    monkeypatch.setattr(outputs, "test", fail)
+    assert main.main([*start, "--test-only"]) == 70
+    *above, last = capsys.readouterr().err.splitlines()
+    assert above[0].startswith("Traceback") and any("in fail" in line for line in above)
+    assert last == "error: unexpected RuntimeError: shapes do not fit\\x1b[31m; its traceback is above"
+    assert all(line.isprintable() for line in above)
+
+
+def failing_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From then on a step of the training raises what nobody expects."""
+    step, left = Trainer.backward, iter(range(calls))
+
+    def altered(*arguments: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyError("stages")
+        return step(*arguments)
+
+    monkeypatch.setattr(Trainer, "backward", altered)
+
+
+def test_an_error_in_training_leaves_its_traceback_in_the_log_and_the_session_goes_on(
+    start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, broken = tmp_path / "sessions" / "whole", tmp_path / "sessions" / "broken"
+    assert main.main([*start, "--session", "whole"]) == 0
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        failing_after(7, patch)  # an epoch has three steps
+        assert main.main([*start, "--session", "broken"]) == 70
+    shown = capsys.readouterr()
+    log = broken / "log.txt"
+    assert shown.err == (
+        f"error: unexpected KeyError: 'stages'; its traceback is at the end of {log}; "
+        f"resume with: python main.py --resume {broken}\n"
+    )
+    assert "Traceback" not in shown.out
+    assert re.search(
+        r"ERROR an error ended the run\nTraceback .*in altered.*KeyError: 'stages'\n$", log.read_text(), re.S
+    )
+    assert main.main(["--resume", str(broken)]) == 0
+    assert equal(content(whole), content(broken))
+
+
+def test_an_error_in_the_first_epoch_says_that_nothing_was_saved(
+    start: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing_after(1, monkeypatch)
+    assert main.main(start) == 70
+    assert capsys.readouterr().err.endswith("log.txt; no checkpoint was saved yet\n")
+
+
+def test_an_error_after_the_training_leaves_its_traceback_in_the_log_too(
+    start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(outputs, "export_results", fail)
+    assert main.main([*start, "--max-round", "1"]) == 70
+    assert capsys.readouterr().err.startswith(
+        "error: unexpected ZeroDivisionError: ZeroDivisionError; its traceback is at"
+    )
+    assert "in fail" in (session_in(tmp_path) / "log.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("words", ["--log-file false", "--debug", "full"])
+def test_a_traceback_that_no_log_takes_is_shown(
+    words: str, start: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing_after(4, monkeypatch)
+    if words == "full":
+        monkeypatch.setattr(LogFile, "has_failed", True)
+        words = "--brief"
+    assert main.main([*start, *words.split()]) == 70
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback") and shown.endswith("unexpected KeyError: 'stages'; its traceback is above\n")
+
+
+class Unlike(Tiny):
+    """A network of somebody's own, which lacks what ``lacking`` says."""
+
+    def __init__(self, *, low_dim: int, lacking: str) -> None:
+        super().__init__(low_dim=low_dim + (lacking == "size"))
+        self.lacking = lacking
+        if lacking == "stages":
+            self.stages = None
+
+    def stages(self, x: torch.Tensor) -> Any:
+        found = super().stages(x)
+        if self.lacking == "fc":
+            del found["fc"]
+        return {"dict": list(found.values()), "tensors": {**found, "fc": "fc"}}.get(self.lacking, found)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        embedding = super().stages(x)["fc"]
+        return {"length": 2 * embedding, "tensor": [embedding]}.get(self.lacking, embedding)
+
+
+LACKING = {
+    "stages": "has no method stages(images)",
+    "size": "its embedding of one image should be of shape (1, 8), by --low-dim, and is (1, 9)",
+    "tensor": "its embedding of one image should be of shape (1, 8), by --low-dim, and is list",
+    "length": "its embeddings should be of unit length, and one has 2",
+    "dict": "its stages(images) should be a dict of tensors by name",
+    "tensors": "its stages(images) should be a dict of tensors by name",
+    "fc": "its stages(images) should have the embeddings as 'fc'",
+}
+
+
+@pytest.mark.parametrize("lacking", LACKING)
+def test_a_network_without_what_the_program_needs_is_refused_before_it_trains(
+    lacking: str,
+    start: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(models.NETWORKS, "mine", lambda low_dim: Unlike(low_dim=low_dim, lacking=lacking))
+    for more in ([], ["--test-only", "--protocol", "linear", "--linear-layers", "conv1"]):
+        said = refused([*start, "--network", "mine", *more], capsys)
+        assert said.startswith(f"--network mine: {LACKING[lacking]}")
+    assert not (tmp_path / "sessions").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in models.NETWORKS if name != "tiny"])
+def test_every_network_has_what_the_program_needs(name: str) -> None:
+    size = 224 if name in ("alexnet", "imagenet-resnet50") else 64 if name.startswith("imagenet") else 32
+    assert models.build(name, low_dim=5, size=(size, size)).training
 
 
 def test_a_place_where_no_session_can_be_written_is_refused(
@@ -825,13 +956,13 @@ print([name for name in {HEAVY} if name in sys.modules], status)
 UNTIL_THE_FIRST_STEP = f"""
 import os, sys
 import main
-from lib import curriculum
+from lib.training import trainer
 
 def first_loss(*arguments, **options):
     print([name for name in {HEAVY} if name in sys.modules], flush=True)
     os._exit(0)
 
-curriculum.neighbourhood_loss = first_loss
+trainer.Trainer.backward = first_loss
 main.main(sys.argv[1:])
 """
 

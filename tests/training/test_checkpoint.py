@@ -301,9 +301,13 @@ def test_a_checkpoint_that_the_reference_wrote_under_python_2_goes_on_here(prefi
 
 
 def test_a_checkpoint_of_gpus_has_the_reference_s_prefix_and_goes_on_anywhere() -> None:
-    assert (
-        checkpoint.prefix_of(torch.device("cuda", 1)) == "module." and checkpoint.prefix_of(torch.device("cpu")) == ""
-    )
+    gpu, cpu = torch.device("cuda", 1), torch.device("cpu")
+    for network in ("resnet18", "imagenet-resnet18"):
+        assert checkpoint.saved_name("conv1.weight", network, gpu) == "module.conv1.weight"
+    for network in ("alexnet", "alexnet-small"):
+        assert checkpoint.saved_name("features.0.weight", network, gpu) == "features.module.0.weight"
+        assert checkpoint.saved_name("classifier.0.weight", network, gpu) == "classifier.0.weight"
+        assert checkpoint.saved_name("features.0.weight", network, cpu) == "features.0.weight"
     plain, other = state_of(1), state_of(2)
     content = other.checkpoint("small", "")
     content["net"] = {"module." + name: value for name, value in content["net"].items()}

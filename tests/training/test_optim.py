@@ -125,6 +125,12 @@ def test_the_policy_chooses_the_schedule(tmp_path: Path) -> None:
     assert [rate(epoch) for epoch in epochs] == [0.4] * 7 + [0.01] * 5
 
 
+def test_without_a_step_the_rate_never_drops() -> None:
+    """The reference divides by its own default of 0."""
+    rate = build_schedule(Options(base_lr=0.2, max_epoch=1000))
+    assert {rate(epoch) for epoch in range(1000)} == {0.2}
+
+
 @pytest.mark.parametrize("epochs", [3, 20])  # beyond float32, and beyond Python's own numbers
 def test_a_rate_that_grows_beyond_all_numbers_is_refused_at_the_start(epochs: int) -> None:
     growing: dict[str, Any] = {"lr_decay_rate": 1e30, "lr_decay_offset": 0, "lr_decay_step": 1}

@@ -5,24 +5,28 @@ from __future__ import annotations
 import copy
 import errno
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lib.training.plan import Helpers, Plan, build_plan
 
+import datasets
 from lib.config.options import Options
-from lib.errors import UsageError
+from lib.distributed.processes import World
+from lib.errors import NonFiniteLossError, UsageError
 from lib.evaluation.classifier import Accuracy
 from lib.method.discovery import discover
 from lib.method.memory_bank import MemoryBank
 from lib.method.neighbourhoods import Neighbourhoods
 from lib.session.run_folder import Session
-from lib.training import checkpoint, optim, recorder, trainer
+from lib.training import build, checkpoint, optim
 from lib.training.checkpoint import TrainingState
+from lib.training.recorder import Recorder
+from lib.training.trainer import Trainer
 
 SAMPLES, PIXELS, LOW_DIM = 22, 12, 5
 
@@ -64,37 +68,43 @@ def state_of(seed: int = 1, lr: float = 0.1) -> TrainingState:
     return TrainingState(network, optimizer, bank, Neighbourhoods.none(SAMPLES), seed)
 
 
-def plan_of(**changes: Any) -> Plan:
-    plan = Plan(
-        rounds=3,
-        epochs=2,
-        select_rate=0.25,
-        size=2,
-        iter_size=1,
-        learning_rate=optim.fixed(0.1),
-        display_freq=1,
-    )
-    return replace(plan, **changes)
+class Watched(Recorder):
+    """A recorder that remembers what it was told."""
+
+    def __init__(self, session: Session | None = None, options: Options | None = None, **more: Any) -> None:
+        images = np.zeros((SAMPLES, 8, 8, 3), np.uint8)
+        super().__init__(session or Session(None), options or Options(), images=images, **more)
+        self.rounds: list[tuple[int, Neighbourhoods, torch.Tensor]] = []
+        self.saved: list[bool] = []
+
+    def round_started(self, state: TrainingState) -> None:
+        super().round_started(state)
+        if state.round:
+            self.rounds.append((state.round, state.neighbourhoods, state.bank.memory.clone()))
+
+    def save(self, state: TrainingState, is_best: bool) -> None:
+        self.saved.append(is_best)
+        super().save(state, is_best)
 
 
-def helpers_of(batches: Any = None, **changes: Any) -> Helpers:
-    helpers = Helpers(
-        batches=batches or Batches(),
-        evaluate=None,
-        validate=None,
-        labels=None,
-        session=Session(None),
-        on_discovery=lambda round, found: None,
-        network_name="net",
-    )
-    return replace(helpers, **changes)
+def trainer_of(
+    state: TrainingState, batches: Any = None, *, session: Session | None = None, rate: Any = None, **changes: Any
+) -> Trainer:
+    """A trainer with options and collaborators as named, which are told apart by whether ``Options`` knows them."""
+    named = {"max_round": 3, "max_epoch": 2, "ANs_size": 2, "network": "net"}
+    named |= changes
+    options = Options(**{name: value for name, value in named.items() if name in Options.model_fields})
+    others = {name: value for name, value in changes.items() if name not in Options.model_fields}
+    protocol = "judge" if changes.get("evaluate") else ""
+    recorder = others.pop("recorder", None) or Watched(session, options, protocol=protocol)
+    return Trainer(options, state, batches or Batches(), rate or optim.fixed(0.1), recorder, **others)
 
 
-def train(state: TrainingState, plan: Plan, batches: Batches) -> float:
-    """One epoch; the mean loss."""
-    loss = trainer.train_epoch(state, plan, helpers_of(batches))
+def train(state: TrainingState, batches: Batches, **options: Any) -> float:
+    """One epoch's steps; the mean loss."""
+    trainer_of(state, batches, **options).train_steps()
     state.step = 0  # as at the end of an epoch
-    return loss
+    return state.total.item() / max(1, state.seen)
 
 
 def plain_epoch(state: TrainingState, batches: Batches, rate: float) -> float:
@@ -124,19 +134,18 @@ def plain_epoch(state: TrainingState, batches: Batches, rate: float) -> float:
 
 def test_an_epoch_is_the_plain_loop_with_and_without_anchors() -> None:
     ours, plain = state_of(), state_of()
-    plan, batches = plan_of(), Batches()
+    batches = Batches()
     for epoch in range(3):
         if epoch == 1:
             found = discover(ours.bank.memory, temperature=0.1, anchors=11, size=2)
             ours.neighbourhoods = plain.neighbourhoods = found
-        loss = train(ours, plan, batches)
+        loss = train(ours, batches)
         assert loss == pytest.approx(plain_epoch(plain, batches, 0.1), rel=1e-5)
     torch.testing.assert_close(ours.network.linear.weight, plain.network.linear.weight, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(ours.bank.memory, plain.bank.memory, rtol=1e-4, atol=1e-6)
 
 
 def test_anchors_grow_by_the_select_rate_and_every_round_restarts_schedule_and_best() -> None:
-    told: list[tuple[int, int]] = []
     rates: list[int] = []
     given = iter([0.5, 0.4, 0.3, 0.2, 0.1, 0.15])
 
@@ -144,15 +153,13 @@ def test_anchors_grow_by_the_select_rate_and_every_round_restarts_schedule_and_b
         rates.append(epoch)
         return 0.1
 
-    batches = Batches()
-    helpers = helpers_of(
-        batches,
-        on_discovery=lambda round, found: told.append((round, found.num_anchors)),
-        evaluate=Judge(lambda: next(given)),
-    )
-    state = state_of()
-    trainer.run(state, plan_of(learning_rate=rate), helpers)
-    assert told == [(1, int(22 * 0.25)), (2, int(22 * 0.5))]
+    batches, state = Batches(), state_of()
+    trainer = trainer_of(state, batches, rate=rate, evaluate=Judge(lambda: next(given)))
+    trainer.fit()
+    assert [(round, found.num_anchors) for round, found, _ in trainer.recorder.rounds] == [
+        (1, int(22 * 0.25)),
+        (2, int(22 * 0.5)),
+    ]
     assert rates == [0, 1, 0, 1, 0, 1]
     assert batches.asked == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     assert [(row["top1"], row["best_top1"]) for row in state.history] == [(0.4, 0.5), (0.2, 0.3), (0.15, 0.15)]
@@ -160,41 +167,38 @@ def test_anchors_grow_by_the_select_rate_and_every_round_restarts_schedule_and_b
 
 def test_held_out_images_choose_the_best_epoch_where_there_are_some() -> None:
     tests, held_out = iter([0.5, 0.4, 0.3, 0.2, 0.1, 0.15]), iter([0.6, 0.7, 0.7, 0.6, 0.3, 0.2])
-    saved: list[bool] = []
-    helpers = helpers_of(evaluate=Judge(lambda: next(tests)), validate=Judge(lambda: next(held_out)))
+    judges = {"evaluate": Judge(lambda: next(tests)), "validate": Judge(lambda: next(held_out))}
     state = state_of()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "save", lambda state, helpers, is_best: saved.append(is_best))
-        trainer.run(state, plan_of(), helpers)
+    trainer = trainer_of(state, **judges, val_fraction=0.1)
+    trainer.fit()
     names = ("top1", "val_top1", "best_top1")
     assert [tuple(row[name] for name in names) for row in state.history] == [
         (0.4, 0.7, 0.4),
         (0.2, 0.6, 0.3),
         (0.15, 0.2, 0.1),
     ]
-    assert saved == [True, True, True, False, True, False]
+    assert trainer.recorder.saved == [True, True, True, False, True, False]
     assert (state.acc, state.best_acc) == (0.2, 0.3)
-    text = recorder.summary(state.history, helpers)
+    text = trainer.recorder.summary(state.history)
     assert "best: chosen by held-out training images" in text and "held-out last" in text
-    assert "best: chosen by the test labels" in recorder.summary(state.history, replace(helpers, validate=None))
+    assert "best: chosen by the test labels" in trainer_of(state, **judges).recorder.summary(state.history)
 
 
 def test_of_epochs_equally_good_the_last_is_the_best_as_in_the_reference() -> None:
-    tests, saved = iter([0.5, 0.5, 0.3, 0.3, 0.2, 0.1]), list[bool]()
-    helpers = helpers_of(evaluate=Judge(lambda: next(tests)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "save", lambda state, helpers, is_best: saved.append(is_best))
-        trainer.run(state_of(), plan_of(), helpers)
-    assert saved == [True, True, True, True, True, False]
+    tests = iter([0.5, 0.5, 0.3, 0.3, 0.2, 0.1])
+    trainer = trainer_of(state_of(), evaluate=Judge(lambda: next(tests)))
+    trainer.fit()
+    assert trainer.recorder.saved == [True, True, True, True, True, False]
 
 
 def test_held_out_images_choose_where_there_are_no_test_images() -> None:
     held_out = iter([0.6, 0.7] * 3)
-    state, helpers = state_of(), helpers_of(validate=Judge(lambda: next(held_out)))
-    trainer.run(state, plan_of(), helpers)
+    state = state_of()
+    trainer = trainer_of(state, validate=Judge(lambda: next(held_out)))
+    trainer.fit()
     assert all(row["top1"] is None and row["best_top1"] is None for row in state.history)
     assert [row["val_top1"] for row in state.history] == [0.7] * 3 and state.best_acc == 0.7
-    assert "top-1" not in recorder.summary(state.history, helpers).splitlines()[0]
+    assert "top-1" not in trainer.recorder.summary(state.history).splitlines()[0]
 
 
 class Judge:
@@ -208,11 +212,10 @@ class Judge:
 
 
 def test_discovery_reads_the_bank_as_the_round_before_left_it() -> None:
-    seen: list[tuple[torch.Tensor, Neighbourhoods]] = []
-    state = state_of()
-    helpers = helpers_of(on_discovery=lambda round, found: seen.append((state.bank.memory.clone(), found)))
-    trainer.run(state, plan_of(), helpers)
-    for memory, found in seen:
+    trainer = trainer_of(state_of())
+    trainer.fit()
+    assert len(trainer.recorder.rounds) == 2
+    for _, found, memory in trainer.recorder.rounds:
         similarity = (memory.double() @ memory.double().t()).fill_diagonal_(-9)
         for anchor, neighbours in zip(found.anchors.tolist(), found.neighbours.tolist(), strict=True):
             assert set(neighbours) == set(similarity[anchor].topk(2).indices.tolist())
@@ -220,10 +223,9 @@ def test_discovery_reads_the_bank_as_the_round_before_left_it() -> None:
 
 def test_the_consistency_is_the_share_of_equal_labels() -> None:
     labels = torch.arange(SAMPLES) % 2
-    seen: list[Neighbourhoods] = []
-    helpers = helpers_of(labels=labels, on_discovery=lambda round, found: seen.append(found))
-    trainer.run(state_of(), plan_of(), helpers)
-    for found in seen:
+    trainer = trainer_of(state_of(), labels=labels)
+    trainer.fit()
+    for _, found, _ in trainer.recorder.rounds:
         pairs = [(a, n) for a, row in zip(found.anchors, found.neighbours, strict=True) for n in row]
         assert found.consistency == pytest.approx(sum(int(labels[a] == labels[n]) for a, n in pairs) / len(pairs))
 
@@ -235,7 +237,7 @@ def test_two_batches_a_step_are_one_step_on_the_mean_of_both() -> None:
     for state in (ours, plain):
         state.bank.memory = F.normalize(state.bank.memory, dim=1)
     small, large = Batches(4), Batches(8)
-    train(ours, plan_of(iter_size=2), small)
+    train(ours, small, iter_size=2)
     # the last group is (4, 2): the mean of two batch means, not of six images, so it is left to the next test
     for images, part in list(large.epoch())[:2]:
         plain.optimizer.zero_grad()
@@ -260,13 +262,13 @@ def test_a_group_left_over_at_the_end_still_steps() -> None:
         return original(*args)
 
     state.optimizer.step = counted  # type: ignore[method-assign]
-    train(state, plan_of(iter_size=4), Batches())
+    train(state, Batches(), iter_size=4)
     assert steps == 2  # six batches: four and two
 
 
 def test_training_lowers_the_loss() -> None:
     state = state_of(lr=0.5)
-    losses = [train(state, plan_of(), Batches()) for _ in range(20)]
+    losses = [train(state, Batches()) for _ in range(20)]
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -277,8 +279,8 @@ def test_mixed_precision_trains_nearly_as_float32_does(dtype: torch.dtype) -> No
     mixed.network.linear.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
     mixed.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=dtype == torch.float16)
     losses = [
-        train(exact, plan_of(), Batches()),
-        train(mixed, plan_of(autocast=dtype), Batches()),
+        train(exact, Batches()),
+        train(mixed, Batches(), amp={torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]),
     ]
     assert set(seen) == {dtype}
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
@@ -290,7 +292,7 @@ def test_a_step_whose_scaled_gradient_overflows_is_left_out_and_the_scale_falls(
     state = state_of()
     state.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
     before = state.network.linear.weight.detach().clone()
-    train(state, plan_of(autocast=torch.float16), Batches(SAMPLES))
+    train(state, Batches(SAMPLES), amp="fp16")
     assert torch.equal(state.network.linear.weight, before)
     assert state.scaler.get_scale() == pytest.approx(5e37)
 
@@ -304,21 +306,20 @@ def spoilt(batches: Batches, step: int) -> Batches:
 def test_a_loss_that_is_no_number_stops_with_step_rate_and_images() -> None:
     state, batches = state_of(), spoilt(Batches(), 2)
     state.round, state.epoch = 1, 4
-    with pytest.raises(trainer.NonFiniteLossError) as error:
-        train(state, plan_of(epochs=9), batches)
+    with pytest.raises(NonFiniteLossError) as error:
+        train(state, batches, max_epoch=9)
     images = ", ".join(map(str, batches.parts[2].tolist()))
     told = f"round 1, epoch 5, step 3, at a learning rate of 0.1, for the training images {images};"
-    assert told in str(error.value) and state.step == 3
+    assert told in str(error.value)
 
 
 def test_a_run_that_stops_so_leaves_the_checkpoint_of_before(tmp_path: Path) -> None:
     session = Session(tmp_path, log_tfb=False)
     batches = Batches()
-    helpers = helpers_of(batches, session=session)
-    trainer.run(state_of(), plan_of(rounds=1, epochs=1), helpers)
+    trainer_of(state_of(), batches, session=session, max_round=1, max_epoch=1).fit()
     before = (tmp_path / "checkpoint" / "latest.ckpt").read_bytes()
-    with pytest.raises(trainer.NonFiniteLossError):
-        trainer.run(state_of(), plan_of(rounds=1, epochs=1), replace(helpers, batches=spoilt(batches, 5)))
+    with pytest.raises(NonFiniteLossError):
+        trainer_of(state_of(), spoilt(batches, 5), session=session, max_round=1, max_epoch=1).fit()
     assert (tmp_path / "checkpoint" / "latest.ckpt").read_bytes() == before
     session.close()
 
@@ -337,8 +338,9 @@ def test_weights_that_a_gradient_has_spoilt_are_never_saved(skip: bool, tmp_path
 
     state.optimizer.step = overflow  # type: ignore[method-assign]
     session = Session(tmp_path, log_tfb=False)
-    with pytest.raises(trainer.NonFiniteLossError, match="weights are not finite numbers after round 0, epoch 2"):
-        trainer.run(state, plan_of(rounds=1, epochs=2, skip_nonfinite=skip), helpers_of(session=session))
+    trainer = trainer_of(state, session=session, max_round=1, on_nonfinite="skip" if skip else "stop")
+    with pytest.raises(NonFiniteLossError, match="weights are not finite numbers after round 0, epoch 2"):
+        trainer.fit()
     session.close()
     saved = torch.load(tmp_path / "checkpoint" / "latest.ckpt", weights_only=True)
     assert saved["epoch"] == 1 and all(value.isfinite().all() for value in saved["net"].values())
@@ -357,7 +359,7 @@ def test_such_batches_are_left_out_on_request_and_counted(iter_size: int) -> Non
     state = state_of()
     state.network = Normed()
     state.optimizer = torch.optim.SGD(state.network.parameters(), lr=0.1, momentum=0.9)
-    loss = train(state, plan_of(skip_nonfinite=True, iter_size=iter_size), spoilt(Batches(), 2))
+    loss = train(state, spoilt(Batches(), 2), on_nonfinite="skip", iter_size=iter_size)
     assert state.skipped == 1 and state.seen == SAMPLES - 4
     assert torch.tensor(loss).isfinite() and state.bank.memory.isfinite().all()
     assert all(value.isfinite().all() for value in state.network.state_dict().values())
@@ -374,8 +376,9 @@ def test_a_checkpoint_that_cannot_be_saved_is_tried_again(tmp_path: Path, monkey
         saved(content, path)
 
     monkeypatch.setattr(checkpoint, "save", now_and_then)
-    trainer.run(state, plan_of(), helpers_of(session=session))
-    assert len(calls) == 12 and state.unsaved and "No space left on device" in state.unsaved
+    trainer = trainer_of(state, session=session)
+    trainer.fit()
+    assert len(calls) == 12 and "No space left on device" in (trainer.recorder.unsaved or "")
     assert checkpoint.load(tmp_path / "checkpoint" / "latest.ckpt")["epoch"] == 2
     session.close()
 
@@ -383,31 +386,28 @@ def test_a_checkpoint_that_cannot_be_saved_is_tried_again(tmp_path: Path, monkey
 @pytest.mark.parametrize("stop", range(1, 6))
 def test_a_run_that_stopped_after_any_epoch_goes_on_as_if_it_had_not(stop: int, tmp_path: Path) -> None:
     whole = state_of()
-    trainer.run(whole, plan_of(), helpers_of())
+    trainer_of(whole).fit()
 
     class Stop(Exception):
         pass
 
-    count = 0
-
-    def stop_after(state: TrainingState, helpers: Helpers, is_best: bool) -> None:
-        nonlocal count, kept
-        count += 1
-        if count == stop:
-            kept = copy.deepcopy(state.checkpoint("net", ""))
-            raise Stop
-
     kept: dict[str, Any] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "save", stop_after)
-        with pytest.raises(Stop):
-            trainer.run(state_of(), plan_of(), helpers_of())
+
+    class Stopping(Watched):
+        def save(self, state: TrainingState, is_best: bool) -> None:
+            super().save(state, is_best)
+            if len(self.saved) == stop:
+                kept.update(copy.deepcopy(state.checkpoint("net", "")))
+                raise Stop
+
+    with pytest.raises(Stop):
+        trainer_of(state_of(), recorder=Stopping()).fit()
     again = state_of(seed=1)
     with torch.no_grad():
         again.network.linear.weight.zero_()
         again.bank.memory.zero_()
     again.restore(kept, tmp_path, embed=lambda: again.bank.memory)
-    trainer.run(again, plan_of(), helpers_of())
+    trainer_of(again).fit()
     assert torch.equal(whole.network.linear.weight, again.network.linear.weight)
     assert torch.equal(whole.bank.memory, again.bank.memory)
     assert torch.equal(whole.neighbourhoods.anchors, again.neighbourhoods.anchors)
@@ -418,8 +418,9 @@ def test_a_run_that_stopped_after_any_epoch_goes_on_as_if_it_had_not(stop: int, 
 
 def test_the_summary_leaves_out_what_needs_labels() -> None:
     state = state_of()
-    trainer.run(state, plan_of(), helpers_of())
-    text = recorder.summary(state.history, helpers_of())
+    trainer = trainer_of(state)
+    trainer.fit()
+    text = trainer.recorder.summary(state.history)
     assert text.splitlines()[0].split() == ["round", "anchors", "loss"]
     assert [line.split()[:2] for line in text.splitlines()[2:]] == [["0", "0"], ["1", "5"], ["2", "11"]]
 
@@ -432,6 +433,8 @@ def test_the_summary_leaves_out_what_needs_labels() -> None:
     ],
 )
 def test_too_few_samples_are_refused_with_the_option_that_mends_it(changes: dict[str, int], words: list[str]) -> None:
+    images = datasets.ImageSet(np.zeros((SAMPLES, 8, 8, 3), np.uint8))
+    setting = SimpleNamespace(options=Options(**changes), splits=datasets.Splits(images), world=World())
     with pytest.raises(UsageError) as refused:
-        build_plan(Options(**changes), optim.fixed(0.1), SAMPLES)
+        build.check_sizes(setting)
     assert all(word in str(refused.value) for word in words)

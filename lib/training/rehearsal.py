@@ -1,0 +1,114 @@
+"""One step before the first: whether the batch fits into memory, and how much it takes."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from lib.distributed.processes import World
+from lib.errors import UsageError, is_out_of_memory
+from lib.method.loss import Loss
+from lib.training.checkpoint import TrainingState
+from lib.training.trainer import batch_loss
+
+
+def rehearse(
+    state: TrainingState,
+    loss: Loss,
+    world: World,
+    *,
+    batch_size: int,
+    size: tuple[int, int],
+    precision: torch.dtype | None = None,
+) -> str:
+    """Runs forward and backward pass of a full batch of black images, and undoes what they change. Call it on every
+    rank.
+
+    Args:
+        state: what will be trained; it stays as it is.
+        loss: of a batch.
+        world: the ranks.
+        batch_size: B, of all ranks together.
+        size: (h, w) that the network sees.
+        precision: of mixed precision, or None.
+
+    Returns:
+        The peak of memory, in words.
+
+    Raises:
+        UsageError: memory ran out; on a GPU the message names a batch that fits.
+    """
+    device = state.bank.memory.device
+    try:
+        _step(state, loss, world, batch_size, size, precision)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fitting = None
+        if device.type == "cuda" and world.size == 1:  # elsewhere a smaller batch may be killed and not refused
+            fitting = _largest_fitting(state, loss, world, batch_size // 2, size, precision)
+        advice = f"--batch-size {fitting} fits" if fitting else "set it lower, or --size, or choose a smaller --network"
+        raise UsageError(f"--batch-size {batch_size}: memory ran out in one step of the network; {advice}") from None
+    peak = _peak(device)
+    return f"{peak / 2**30:.2f} GiB at the peak of one step of {batch_size} images" if peak else "not known here"
+
+
+def _largest_fitting(
+    state: TrainingState,
+    loss: Loss,
+    world: World,
+    batch_size: int,
+    size: tuple[int, int],
+    precision: torch.dtype | None,
+) -> int | None:
+    """The first of ``batch_size``, its half, its quarter and so on that fits."""
+    while batch_size >= 2:
+        torch.cuda.empty_cache()
+        try:
+            _step(state, loss, world, batch_size, size, precision)
+            return batch_size
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        batch_size //= 2
+    return None
+
+
+def _step(
+    state: TrainingState,
+    loss: Loss,
+    world: World,
+    batch_size: int,
+    size: tuple[int, int],
+    precision: torch.dtype | None,
+) -> None:
+    network, device = state.network, state.bank.memory.device
+    buffers = [buffer.clone() for buffer in network.buffers()]  # batch normalisation takes note of the images
+    was_training = network.training
+    images = torch.zeros(world.shares(batch_size)[world.rank], 3, *size, device=device)
+    index = torch.arange(batch_size, device=device)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            network.train()
+            images = images.contiguous(memory_format=torch.channels_last)
+            found, _ = batch_loss(state, loss, world, images, index, precision)
+            found.backward()
+    finally:
+        network.zero_grad(set_to_none=True)
+        network.train(was_training)
+        with torch.no_grad():
+            for buffer, before in zip(network.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+
+
+def _peak(device: torch.device) -> int | None:
+    """Bytes: of a GPU what PyTorch had allocated, otherwise of this process; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -21,8 +21,8 @@ from lib.reporting import failures
 from lib.session.console import SUMMARY, closed_pipe_allowed, logger, start_logging
 
 if TYPE_CHECKING:
-    from lib.distributed.processes import World
-    from lib.training.setup import Setting
+    from lib.distributed.processes import Ranks
+    from lib.training.setup import RunContext
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(words: Sequence[str]) -> int:
     """Does what the command line asks for; the exit status."""
-    options, world = read_on_all_ranks(words) if launch.is_launched() else (resolve(words), None)
+    options, ranks = read_on_all_ranks(words) if launch.is_launched() else (resolve(words), None)
     if options.print_args:
         with closed_pipe_allowed():
             print(parser.to_yaml(options), end="")
@@ -67,18 +67,18 @@ def run(words: Sequence[str]) -> int:
         device.select(options.gpus)  # a wrong number is refused here, once
         return launch.run(Path(__file__), words, len(options.gpus))
     outputs.check(options)
-    setting = setup.prepare(options, world)
+    context = setup.prepare(options, ranks)
     if not (options.test_only or options.is_for_one):
-        return train(setting)
-    setup.load_network(setting)
-    outputs.show(setting)
+        return train(context)
+    setup.load_network(context)
+    outputs.show(context)
     return 0
 
 
-def read_on_all_ranks(words: Sequence[str]) -> tuple[Options, World]:
+def read_on_all_ranks(words: Sequence[str]) -> tuple[Options, Ranks]:
     """The options on one of several ranks that a launcher started, and these; what one refuses all refuse."""
-    from lib.distributed.consensus import together
-    from lib.distributed.processes import World
+    from lib.distributed.consensus import run_on_all_ranks
+    from lib.distributed.processes import Ranks
 
     def read() -> Options:
         options = resolve(words)
@@ -86,24 +86,24 @@ def read_on_all_ranks(words: Sequence[str]) -> tuple[Options, World]:
             raise UsageError("--report, --query and --compare are for one process; start them without a launcher")
         return options
 
-    world = World.join()
-    return together(world, read), world
+    ranks = Ranks.from_environment()
+    return run_on_all_ranks(ranks, read), ranks
 
 
-def train(setting: Setting) -> int:
+def train(context: RunContext) -> int:
     """Trains in a new session, or resumes the checkpoint's; the exit status."""
     from lib.distributed.signals import STATUS, Stopped
     from lib.reporting import outputs
     from lib.training import build
 
-    trainer = build.build_trainer(setting)
+    trainer = build.build_trainer(context)
     session, state, recorder = trainer.recorder.session, trainer.state, trainer.recorder
     try:
         with trainer.signals:
-            build.log_start(setting, session)
+            build.log_start(context, session)
             trainer.fit()
-        final = state.checkpoint(setting.options.network, session.name)  # of all ranks together
-        if (own := setting.alone()) and not outputs.finish(own, recorder, final, state.history):
+        final = state.checkpoint(context.options.network, session.name)  # of all ranks together
+        if (own := context.alone()) and not outputs.finish(own, recorder, final, state.history):
             return 3
     except Stopped as stop:
         resume = f"resume with: python main.py --resume {shlex.quote(str(session.folder))}"

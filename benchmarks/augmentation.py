@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from benchmarks import measure, reference
-from lib.data.augmentation import DRAWS, Augmentation
+from lib.data.augmentation import NUM_RANDOM, Augmentation
 
 BATCH, BATCHES = 128, 8
 PAPER = Augmentation(
@@ -25,7 +25,7 @@ def run(repeats: int, device: torch.device) -> str:
         "torchvision, image by image": lambda: [
             torch.stack([one(image) for image in images]).to(device) for _ in range(BATCHES)
         ],
-        "this project, a batch": lambda: [PAPER(resident, draw.random((BATCH, DRAWS))) for _ in range(BATCHES)],
+        "this project, a batch": lambda: [PAPER(resident, draw.random((BATCH, NUM_RANDOM))) for _ in range(BATCHES)],
     }
     seconds = measure.interleaved(ways, repeats, device)
     torch.set_num_threads(threads)

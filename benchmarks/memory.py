@@ -1,4 +1,4 @@
-"""Peak memory of training against what was planned, and of a discovery over N = 1,281,167 samples, simulated."""
+"""Peak memory of the step before the first and of an epoch, and of a discovery over N = 1,281,167 samples, simulated."""
 
 from __future__ import annotations
 
@@ -31,28 +31,26 @@ TRAINED = """
 import json, sys
 import numpy as np, torch
 from benchmarks import measure
-from lib import commands, config, curriculum, memory_plan, schedule, seeding
-from lib.plan import Helpers, build_plan
+from lib.config.parser import read_options
+from lib.training import build, setup
 import datasets
 
 name, size, batch, gpu = sys.argv[1], *map(int, sys.argv[2:])
 words = f"--network {name} --resize {size} --size {size} --scale 0.2 1 --colorjitter 0.4 0.4 0.4 0.4"
-words += f" --random-grayscale 0.2 --batch-size {batch} --workers-num 0 --seed 0"
+words += f" --random-grayscale 0.2 --batch-size {batch} --workers-num 0 --seed 0 --debug --max-epoch 1"
 words += f" --gpus {gpu}" if gpu >= 0 else ""
 images = np.random.default_rng(0).integers(0, 256, (6 * batch, size, size, 3), dtype=np.uint8)
 datasets.load = lambda *words, **more: datasets.Splits(datasets.ImageSet(images))
-setting = commands.prepare(config.read_options(words.split()))
-on_gpu = setting.device.type == "cuda"
-planned = memory_plan.of_options(setting.options, setting.network, setting.device, samples=len(images),
-    images=images.nbytes, resident=images.nbytes if on_gpu else 0)
-state = commands.build_state(setting)
-plan = build_plan(setting.options, schedule.build_schedule(setting.options), samples=len(images))
-helpers = Helpers(setting.loader(setting.splits.train, train=True), None, None, None, commands.Session(None),
-    lambda *found: None, "")
-curriculum.train_epoch(state, plan, helpers)
-peak = torch.cuda.max_memory_allocated() if on_gpu else measure.status("VmHWM")
-place = planned.device if on_gpu else planned.host
-print(json.dumps([place.peak, peak, place.text()]))
+context = setup.prepare(read_options(words.split()))
+on_gpu = context.device.type == "cuda"
+
+def peak():
+    return torch.cuda.max_memory_allocated() if on_gpu else measure.status("VmHWM")
+
+trainer = build.build_trainer(context)
+first = peak()
+trainer.train_steps()
+print(json.dumps([first, peak()]))
 """
 
 
@@ -63,10 +61,10 @@ def run(repeats: int, device: torch.device) -> str:
     for case in CASES:
         words = [sys.executable, "-c", TRAINED, *map(str, case), str(gpu)]
         shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
-        planned, peak, text = json.loads(shown.stdout.splitlines()[-1])
+        first, peak = json.loads(shown.stdout.splitlines()[-1])
         name, size, batch = case
-        rows.append((f"{name}, {size} pixels, batch {batch}", *_mib(planned, peak), f"{planned / peak:.2f}", text))
-    header = ["training", "planned MiB", "measured MiB", "planned / measured", "parts"]
+        rows.append((f"{name}, {size} pixels, batch {batch}", *_mib(first, peak), f"{first / peak:.2f}"))
+    header = ["training", "after the step before the first, MiB", "after an epoch, MiB", "ratio"]
     return f"{measure.table(header, rows)}\n\n{_discovery(device)}"
 
 
@@ -85,12 +83,12 @@ def _discovery(device: torch.device) -> str:
 
     seconds = 0.0
 
-    def survey() -> None:
+    def entropy_and_topk() -> None:
         nonlocal seconds
-        seconds = measure.once(lambda: discovery.survey(memory, temperature=0.1, size=1), device)
+        seconds = measure.once(lambda: discovery.entropy_and_topk(memory, temperature=0.1, size=1), device)
 
     with mock.patch.object(discovery, "progress", some):
-        peak = measure.peak_memory(survey, device)
+        peak = measure.peak_memory(entropy_and_topk, device)
     bank = memory.nbytes
     hours = seconds / (tiles / (tiles // TILES)) * tiles / 3600
     table = measure.table(

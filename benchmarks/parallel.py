@@ -22,24 +22,24 @@ import json, sys
 import torch
 import torch.nn.functional as F
 from benchmarks import measure
-from lib import launch
-from lib.criterion import neighbourhood_loss
-from lib.knn import weighted_knn
-from lib.memory_bank import MemoryBank
-from lib.discovery import discover
-from lib.neighbourhoods import Neighbourhoods
-from lib.world import World
+from lib.distributed import launch
+from lib.distributed.processes import Ranks
+from lib.evaluation.knn import weighted_knn
+from lib.method.discovery import discover
+from lib.method.loss import neighbourhood_loss
+from lib.method.memory_bank import MemoryBank
+from lib.method.neighbourhoods import Neighbourhoods
 
 samples, low_dim, batch, queried = map(int, sys.argv[1:])
 device = torch.device("cpu")
-world, made = World.join(), []
+ranks, made = Ranks.from_environment(), []
 embeddings = F.normalize(torch.randn(batch, low_dim, generator=torch.Generator().manual_seed(0)), dim=1)
 index = torch.randperm(samples, generator=torch.Generator().manual_seed(1))[:batch]
-shares = world.shares(batch)
-own = embeddings[world.among(shares)]
-queries = embeddings.repeat(-(-queried // batch), 1)[:queried][world.part(queried)]
+shares = ranks.local_batch_sizes(batch)
+own = embeddings[ranks.slice_in(shares)]
+queries = embeddings.repeat(-(-queried // batch), 1)[:queried][ranks.shard(queried)]
 labels = torch.arange(samples) % 10
-constants = dict(temperature=0.1, momentum=0.5, seed=0, device=device, world=world)
+constants = dict(temperature=0.1, momentum=0.5, seed=0, device=device, ranks=ranks)
 
 
 def bank():
@@ -49,7 +49,7 @@ def bank():
 
 
 def step():
-    everyone = world.gather(own.clone().requires_grad_(), shares)
+    everyone = ranks.all_gather_batch(own.clone().requires_grad_(), shares)
     members = Neighbourhoods.none(samples).of(index)
     neighbourhood_loss(everyone, made[0].rows, members, temperature=0.1).backward()
     made[0].update(everyone.detach(), index)
@@ -65,11 +65,11 @@ def vote():
 
 found, taken = [], []
 for way in (bank, step, find, vote):
-    world.any(False)
+    ranks.any_rank(False)
     peak = measure.peak_memory(lambda: taken.append(measure.once(way, device)), device)
     found.append([peak, taken[-1]])
-everyone = world.collect(found)
-if world.is_first:
+everyone = ranks.all_gather_object(found)
+if ranks.is_rank0:
     print(json.dumps(everyone))
 launch.end(0)
 """

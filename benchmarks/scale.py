@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks import measure
-from lib.method.discovery import survey
+from lib.method.discovery import entropy_and_topk
 from lib.method.loss import neighbourhood_loss
 
 LOW_DIM, BATCH, NEIGHBOURS, PARAMETERS = 128, 128, 1, 11_230_000
@@ -24,7 +24,7 @@ def run(repeats: int, device: torch.device) -> str:
     memory = measure.unit_rows(MEASURED, LOW_DIM, device)
     embeddings, own = memory[:BATCH].clone().requires_grad_(), torch.arange(BATCH, device=device)[:, None]
     ways: dict[str, measure.Way] = {
-        "discovery": lambda: survey(memory, temperature=0.1, size=NEIGHBOURS),
+        "discovery": lambda: entropy_and_topk(memory, temperature=0.1, size=NEIGHBOURS),
         "loss and gradient": lambda: neighbourhood_loss(embeddings, memory, own, temperature=0.1).backward(),
     }
     seconds = measure.interleaved(ways, repeats, device)

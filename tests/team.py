@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from numpy.testing import assert_allclose
 
-from lib.distributed.processes import World
+from lib.distributed.processes import Ranks
 from runs import LIMIT
 
 
@@ -60,13 +60,13 @@ def _serve(environment: dict[str, Any], pipe: Connection) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123  # gloo's chatter at the end
-    world = World.join()
+    ranks = Ranks.from_environment()
     while True:
         work, arguments = pipe.recv()
         try:
-            pipe.send((None, work(world, *copy.deepcopy(arguments))))  # tensors come in memory that all share
+            pipe.send((None, work(ranks, *copy.deepcopy(arguments))))  # tensors come in memory that all share
         except BaseException:
-            pipe.send((f"process {world.rank}:\n{traceback.format_exc()}", None))
+            pipe.send((f"process {ranks.rank}:\n{traceback.format_exc()}", None))
 
 
 def assert_alike(ours: Any, theirs: Any, where: str = "") -> None:

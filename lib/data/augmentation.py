@@ -20,7 +20,7 @@ from lib.config.options import Options, height_and_width
 
 Colour = tuple[float, float, float]
 
-DRAWS = 32
+NUM_RANDOM = 32
 """Uniform numbers in [0, 1) that an image takes: what becomes of it is a function of these alone."""
 TRIES = 10
 """Crops that are tried before torchvision's fallback."""
@@ -59,7 +59,7 @@ class Augmentation:
     centred: bool = False
 
     @torch.no_grad()
-    def __call__(self, images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, random_numbers: np.ndarray) -> torch.Tensor:
         """Crops, resizes, changes the colours and normalises.
 
         Args:
@@ -69,9 +69,9 @@ class Augmentation:
         Returns:
             float32 (B, 3, h, w), channels-last.
         """
-        return self._colour(self._resample(images, draws), draws)
+        return self._colour(self._resample(images, random_numbers), random_numbers)
 
-    def cut(self, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    def crop_on_worker(self, image: np.ndarray, random_numbers: np.ndarray) -> np.ndarray:
         """The crop of one image of any size, resized by Pillow: what a worker does to a photograph.
 
         Args:
@@ -83,7 +83,7 @@ class Augmentation:
         """
         picture, (height, width) = Image.fromarray(image), self.size
         if self.scale:
-            top, left, rows, columns = self.boxes(image.shape[0], image.shape[1], draws[None])[0].tolist()
+            top, left, rows, columns = self.boxes(image.shape[0], image.shape[1], random_numbers[None])[0].tolist()
             crop = picture.crop((left, top, left + columns, top + rows))
             return np.asarray(crop.resize((width, height), Image.Resampling.BILINEAR))
         rows, columns = resized_sides(image.shape[0], image.shape[1], self.resize)
@@ -91,33 +91,33 @@ class Augmentation:
         if self.centred:
             top, left = round((rows - height) / 2), round((columns - width) / 2)  # halves to even, as torchvision
         else:
-            top, left = self._corners(rows, columns, draws[None])[0].tolist()
+            top, left = self._corners(rows, columns, random_numbers[None])[0].tolist()
         return np.asarray(picture.crop((left, top, left + width, top + height)))
 
     @torch.no_grad()
-    def finish(self, images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+    def augment_on_device(self, images: torch.Tensor, random_numbers: np.ndarray) -> torch.Tensor:
         """What is left to do after ``cut``: uint8 (B, h, w, 3) -> float32 (B, 3, h, w), channels-last."""
         images = images.permute(0, 3, 1, 2).float().div_(255).contiguous()
-        mirrored = to_device(np.nonzero(self._mirrored(draws))[0], images)
+        mirrored = to_device(np.nonzero(self._mirrored(random_numbers))[0], images)
         if len(mirrored):
             images[mirrored] = images[mirrored].flip(3)
-        return self._colour(images, draws)
+        return self._colour(images, random_numbers)
 
-    def boxes(self, height: int, width: int, draws: np.ndarray) -> np.ndarray:
+    def boxes(self, height: int, width: int, random_numbers: np.ndarray) -> np.ndarray:
         """Random resized crops of images (height, width): (B, 4) of top, left, height and width.
 
         As torchvision's ``RandomResizedCrop``: the first of ten rectangles of random area and ratio that fits, or
         else the greatest in the middle whose ratio is allowed.
         """
         assert self.scale
-        share, log_ratio = draws[:, SIDES].reshape(-1, TRIES, 2).transpose(2, 0, 1)  # (B, 10) each
+        share, log_ratio = random_numbers[:, SIDES].reshape(-1, TRIES, 2).transpose(2, 0, 1)  # (B, 10) each
         area = height * width * _between(share, *self.scale)
         ratio = np.exp(_between(log_ratio, *np.log(self.ratio)))
         widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
         fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-        first, rows = fits.argmax(axis=1), np.arange(len(draws))
+        first, rows = fits.argmax(axis=1), np.arange(len(random_numbers))
         sides = np.stack([heights[rows, first], widths[rows, first]], axis=1)  # (B, 2)
-        corners = np.floor(draws[:, PLACE] * (np.array([height, width]) - sides + 1))
+        corners = np.floor(random_numbers[:, PLACE] * (np.array([height, width]) - sides + 1))
         boxes = np.concatenate([corners, sides], axis=1)
         boxes[~fits[rows, first]] = self._fallback(height, width)
         return boxes.astype(np.int64)
@@ -131,19 +131,19 @@ class Augmentation:
             columns = round(height * wide)
         return (height - rows) // 2, (width - columns) // 2, rows, columns
 
-    def _corners(self, height: int, width: int, draws: np.ndarray) -> np.ndarray:
+    def _corners(self, height: int, width: int, random_numbers: np.ndarray) -> np.ndarray:
         """Top and left (B, 2) of crops of the size from images (height, width)."""
         room = np.array([height - self.size[0], width - self.size[1]])
         if (room < 0).any():
             raise ValueError(f"images of {height}x{width} pixels have no crop of {self.size[0]}x{self.size[1]}")
-        corners: np.ndarray = np.floor(draws[:, PLACE] * (room + 1)).astype(np.int64)
+        corners: np.ndarray = np.floor(random_numbers[:, PLACE] * (room + 1)).astype(np.int64)
         return corners
 
-    def _resample(self, images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+    def _resample(self, images: torch.Tensor, random_numbers: np.ndarray) -> torch.Tensor:
         """Crop and resize as two products with weights: uint8 (B, H, W, 3) -> float32 (B, 3, h, w) in [0, 1]."""
         batch, height, width, _ = images.shape
-        windows, whole = self._windows(height, width, draws)  # (B, 2, 4)
-        mirrored = self._mirrored(draws)
+        windows, whole = self._windows(height, width, random_numbers)  # (B, 2, 4)
+        mirrored = self._mirrored(random_numbers)
         if whole and not mirrored.any():
             return images.permute(0, 3, 1, 2).float().div_(255).contiguous()
         numbers = to_device(np.concatenate([windows.reshape(batch, 8), mirrored[:, None]], axis=1), images)
@@ -156,16 +156,16 @@ class Augmentation:
         rows = rows.reshape(batch, 3 * self.size[0], width)  # no -1: a process may have no images of a batch
         return torch.bmm(rows, across.transpose(1, 2)).view(batch, 3, *self.size)
 
-    def _mirrored(self, draws: np.ndarray) -> np.ndarray:
+    def _mirrored(self, random_numbers: np.ndarray) -> np.ndarray:
         """(B,) of bool."""
-        return np.asarray(draws[:, FLIP] < 0.5) if self.flip else np.zeros(len(draws), bool)
+        return np.asarray(random_numbers[:, FLIP] < 0.5) if self.flip else np.zeros(len(random_numbers), bool)
 
-    def _windows(self, height: int, width: int, draws: np.ndarray) -> tuple[np.ndarray, bool]:
+    def _windows(self, height: int, width: int, random_numbers: np.ndarray) -> tuple[np.ndarray, bool]:
         """What becomes the output, vertically and horizontally: (B, 2, 4) of start, length, and the first and last
         pixel that may be used; and whether every image is used whole, as it is.
         """
         if self.scale:
-            boxes = self.boxes(height, width, draws).astype(float)
+            boxes = self.boxes(height, width, random_numbers).astype(float)
             starts, lengths = boxes[:, :2], boxes[:, 2:]
             whole = self.size == (height, width) and bool((lengths == (height, width)).all())
             return np.stack([starts, lengths, starts, starts + lengths], axis=2), whole
@@ -173,22 +173,22 @@ class Augmentation:
         resized = np.array(resized_sides(height, width, self.resize))
         if self.centred:
             middle = np.rint((resized - self.size) / 2)  # torchvision rounds halves to even, as Python does
-            corners = np.broadcast_to(middle, (len(draws), 2))
+            corners = np.broadcast_to(middle, (len(random_numbers), 2))
         else:
-            corners = self._corners(int(resized[0]), int(resized[1]), draws)
+            corners = self._corners(int(resized[0]), int(resized[1]), random_numbers)
         starts = corners * sides / resized
         lengths = np.broadcast_to(np.array(self.size) * sides / resized, starts.shape)
         ends = np.broadcast_to(sides.astype(float), starts.shape)
         whole = self.size == (height, width) and bool((resized == sides).all())
         return np.stack([starts, lengths, np.zeros_like(starts), ends], axis=2), whole
 
-    def _colour(self, images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+    def _colour(self, images: torch.Tensor, random_numbers: np.ndarray) -> torch.Tensor:
         """Colour jitter, greyscale and normalisation of float32 (B, 3, h, w) in [0, 1]; channels-last."""
         shape, images = images.shape, images.flatten(2)  # (B, 3, P)
         if self.jitter:
-            images = jitter(images, self.jitter, draws)
+            images = jitter(images, self.jitter, random_numbers)
         if self.grey:
-            chosen = to_device(np.nonzero(draws[:, GREY] < self.grey)[0], images)
+            chosen = to_device(np.nonzero(random_numbers[:, GREY] < self.grey)[0], images)
             images[chosen] = luma(images[chosen]).expand(-1, 3, -1)
         means, stds = to_device(np.array([self.means, self.stds]), images)[:, :, None]  # (3, 1) each
         images = images.sub_(means).div_(stds)
@@ -233,7 +233,9 @@ def luma(images: torch.Tensor) -> torch.Tensor:
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])[:, None]
 
 
-def jitter_of(strengths: tuple[float, float, float, float], draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def jitter_of(
+    strengths: tuple[float, float, float, float], random_numbers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """What the jitter does to each image.
 
     Returns:
@@ -242,10 +244,12 @@ def jitter_of(strengths: tuple[float, float, float, float], draws: np.ndarray) -
     """
     low = np.array([max(0.0, 1 - s) for s in strengths[:HUE]] + [-strengths[HUE]])
     high = np.array([1 + s for s in strengths[:HUE]] + [strengths[HUE]])
-    return low + draws[:, FACTORS] * (high - low), draws[:, ORDER].argsort(axis=1)
+    return low + random_numbers[:, FACTORS] * (high - low), random_numbers[:, ORDER].argsort(axis=1)
 
 
-def jitter(images: torch.Tensor, strengths: tuple[float, float, float, float], draws: np.ndarray) -> torch.Tensor:
+def jitter(
+    images: torch.Tensor, strengths: tuple[float, float, float, float], random_numbers: np.ndarray
+) -> torch.Tensor:
     """Brightness, contrast, saturation and hue, for each image in an order of its own, as torchvision's ColorJitter.
 
     Brightness, contrast and saturation are one formula: a colour becomes f * colour + (1 - f) * other, cut to
@@ -257,11 +261,11 @@ def jitter(images: torch.Tensor, strengths: tuple[float, float, float, float], d
         strengths: s of brightness, contrast, saturation and hue.
         draws: (B, ``DRAWS``).
     """
-    values, order = jitter_of(strengths, draws)
+    values, order = jitter_of(strengths, random_numbers)
     factor = np.where(order == HUE, 1, np.take_along_axis(values, order, axis=1))
     mixed = np.stack([factor, (1 - factor) * (order == CONTRAST), (1 - factor) * (order == SATURATION)])  # (3, B, 4)
     numbers = to_device(
-        np.concatenate([mixed.transpose(1, 2, 0).reshape(len(draws), 12), values[:, HUE:]], axis=1), images
+        np.concatenate([mixed.transpose(1, 2, 0).reshape(len(random_numbers), 12), values[:, HUE:]], axis=1), images
     )
     when = (order == HUE).argmax(axis=1)  # (B,), the step of the hue
     places = to_device(when.argsort(kind="stable"), images)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lib.data.augmentation import DRAWS, Augmentation
-from lib.distributed.processes import World
+from lib.data.augmentation import NUM_RANDOM, Augmentation
+from lib.distributed.processes import Ranks
 from lib.seeding import Stream, seed_for
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -25,7 +25,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """What a batch is made of.
 
     Attributes:
@@ -36,14 +36,14 @@ class Plan:
 
     index: np.ndarray
     own: np.ndarray
-    draws: np.ndarray
+    random_numbers: np.ndarray
 
 
 GRACE = 10
 """Seconds that a worker goes on after SIGTERM."""
 
 
-class _Plans(Sampler[Plan]):
+class _BatchPlans(Sampler[BatchPlan]):
     """What each batch of an epoch is made of.
 
     Knows nothing of the loader: in a cycle of references the workers' queues would go before the workers do.
@@ -55,35 +55,35 @@ class _Plans(Sampler[Plan]):
         world: the processes, each of which takes its share of every batch, or in order its part of the samples.
     """
 
-    def __init__(self, samples: int, batch_size: int, seed: int | None, world: World) -> None:
+    def __init__(self, samples: int, batch_size: int, seed: int | None, ranks: Ranks) -> None:
         self.samples = samples
-        self.world = world
+        self.ranks = ranks
         self.batch_size = batch_size
         self.seed = seed
         self.where = 0, 0, 0  # round, epoch and batch that come next; workers that live on are told by this alone
 
-    def __iter__(self) -> Iterator[Plan]:
+    def __iter__(self) -> Iterator[BatchPlan]:
         return self.of(*self.where)
 
-    def of(self, round: int, epoch: int, first: int) -> Iterator[Plan]:
+    def of(self, round: int, epoch: int, first: int) -> Iterator[BatchPlan]:
         """The plans of an epoch's batches, from the ``first`` on."""
         if self.seed is None:
             for start, stop in self.bounds()[first:]:
                 index = np.arange(start, stop)
-                yield Plan(index, index, np.zeros((stop - start, DRAWS)))
+                yield BatchPlan(index, index, np.zeros((stop - start, NUM_RANDOM)))
             return
         order = np.random.default_rng(seed_for(self.seed, Stream.ORDER, round, epoch)).permutation(self.samples)
         for number, (start, stop) in list(enumerate(self.bounds()))[first:]:
-            shares = self.world.shares(stop - start)
-            mine = self.world.among(shares)
+            shares = self.ranks.local_batch_sizes(stop - start)
+            mine = self.ranks.slice_in(shares)
             seed = seed_for(self.seed, Stream.AUGMENTATION, round, epoch, number)
-            draws = np.random.default_rng(seed).random((stop - start, DRAWS))
-            yield Plan(order[start:stop], order[start:stop][mine], draws[mine])
+            random_numbers = np.random.default_rng(seed).random((stop - start, NUM_RANDOM))
+            yield BatchPlan(order[start:stop], order[start:stop][mine], random_numbers[mine])
 
     def bounds(self) -> list[tuple[int, int]]:
         """First and last of each batch. A single image left over joins the batch before it: batch
         normalisation over one image of one pixel is undefined."""
-        part = slice(0, self.samples) if self.seed is not None else self.world.part(self.samples)
+        part = slice(0, self.samples) if self.seed is not None else self.ranks.shard(self.samples)
         start, stop = part.start, part.stop
         starts = list(range(start, stop, self.batch_size)) or [start]  # one without images, where there are none
         if len(starts) > 1 and stop - starts[-1] == 1:
@@ -98,11 +98,11 @@ class _Cropped(Dataset[torch.Tensor]):
         self.images = images
         self.augmentation = augmentation
 
-    def __getitem__(self, plan: Plan) -> torch.Tensor:
+    def __getitem__(self, plan: BatchPlan) -> torch.Tensor:
         """uint8 (b, h, w, 3)."""
         cropped = np.empty((len(plan.own), *self.augmentation.size, 3), np.uint8)
-        for place, (sample, draws) in enumerate(zip(plan.own.tolist(), plan.draws, strict=True)):
-            cropped[place] = self.augmentation.cut(self.images[sample], draws)
+        for place, (sample, random_numbers) in enumerate(zip(plan.own.tolist(), plan.random_numbers, strict=True)):
+            cropped[place] = self.augmentation.crop_on_worker(self.images[sample], random_numbers)
         return torch.from_numpy(cropped)
 
 
@@ -131,13 +131,13 @@ class Loader:
         workers: int,
         seed: int | None,
         device: torch.device,
-        world: World | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.samples = len(images)
-        self.world = world or World()
+        self.ranks = ranks or Ranks()
         self.device = device
         self.augmentation = augmentation
-        self._plans = _Plans(len(images), batch_size, seed, self.world)
+        self._plans = _BatchPlans(len(images), batch_size, seed, self.ranks)
         if isinstance(images, torch.Tensor):
             self._images: torch.Tensor | DataLoader[torch.Tensor] = images
         else:
@@ -176,10 +176,10 @@ class Loader:
         for plan in self._plans.of(round, epoch, first):
             index, own = (torch.from_numpy(part).to(self.device, non_blocking=True) for part in (plan.index, plan.own))
             if isinstance(self._images, torch.Tensor):
-                yield self.augmentation(self._images[own], plan.draws), index
+                yield self.augmentation(self._images[own], plan.random_numbers), index
             else:
                 images = next(cropped).to(self.device, non_blocking=True)
-                yield self.augmentation.finish(images, plan.draws), index
+                yield self.augmentation.augment_on_device(images, plan.random_numbers), index
 
 
 def _leave_signals_to_the_run(worker: int) -> None:

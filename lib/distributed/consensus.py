@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from lib.distributed.processes import World
+from lib.distributed.processes import Ranks
 from lib.errors import ToldElsewhereError, UsageError
 
 T = TypeVar("T")
 
 
-def together(world: World, work: Callable[[], T], refusals: tuple[type[Exception], ...] = ()) -> T:
+def run_on_all_ranks(ranks: Ranks, work: Callable[[], T], refusals: tuple[type[Exception], ...] = ()) -> T:
     """Does the same in every process, and refuses in all what one refuses, in one sentence.
 
     Args:
@@ -22,7 +22,7 @@ def together(world: World, work: Callable[[], T], refusals: tuple[type[Exception
     Raises:
         UsageError: in the first process, with the sentence; in the others it is a ``ToldElsewhereError``.
     """
-    if world.size == 1:
+    if ranks.size == 1:
         return work()
     said = None
     try:
@@ -31,16 +31,16 @@ def together(world: World, work: Callable[[], T], refusals: tuple[type[Exception
         if not isinstance(error, (UsageError, *refusals)):
             raise
         said = str(error)
-    told = world.collect(said)
+    told = ranks.all_gather_object(said)
     failed = [rank for rank, sentence in enumerate(told) if sentence is not None]
     if not failed:
         return done
-    if not world.is_first:
+    if not ranks.is_rank0:
         raise ToldElsewhereError("the first process tells")
     raise UsageError(told[0] or f"process {failed[0]}: {told[failed[0]]}")
 
 
-def agree(world: World, facts: Mapping[str, str]) -> None:
+def assert_equal_across_ranks(ranks: Ranks, facts: Mapping[str, str]) -> None:
     """Refuses to go on where processes were told, or see, different things.
 
     Args:
@@ -50,7 +50,7 @@ def agree(world: World, facts: Mapping[str, str]) -> None:
     Raises:
         UsageError: with what differs and where, in the first process; otherwise as ``together``.
     """
-    everyone = world.collect(dict(facts))
+    everyone = ranks.all_gather_object(dict(facts))
 
     def compare() -> None:
         for rank, theirs in enumerate(everyone):
@@ -61,4 +61,4 @@ def agree(world: World, facts: Mapping[str, str]) -> None:
                         "processes the same options and the same data"
                     )
 
-    together(world, compare)
+    run_on_all_ranks(ranks, compare)

@@ -8,7 +8,7 @@ import torch
 
 from lib.config.options import Options
 from lib.distributed import sync_batchnorm
-from lib.distributed.processes import World
+from lib.distributed.processes import Ranks
 from lib.errors import UsageError
 from lib.session.console import logger
 
@@ -78,7 +78,7 @@ def allow_nondeterminism(allowed: bool) -> None:
 def place(
     network: torch.nn.Module,
     device: torch.device,
-    world: World | None = None,
+    ranks: Ranks | None = None,
     *,
     sync_bn: bool = False,
     compile: bool = False,
@@ -89,7 +89,7 @@ def place(
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for what names none
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    network = sync_batchnorm.over_processes(network, world or World(), joined=sync_bn)
+    network = sync_batchnorm.over_processes(network, ranks or Ranks(), joined=sync_bn)
     if compile:
         network.compile()
     return network

@@ -63,7 +63,7 @@ def run(program: Path, words: Sequence[str], processes: int) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
     if hasattr(signal, "SIGUSR1"):  # the launcher passes on all signals but this one
-        signal.signal(signal.SIGUSR1, _pass_on)
+        signal.signal(signal.SIGUSR1, _ring_exchange)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
         run_id=uuid.uuid4().hex,
@@ -87,6 +87,6 @@ def run(program: Path, words: Sequence[str], processes: int) -> int:
     return 0
 
 
-def _pass_on(number: int, frame: FrameType | None) -> None:
+def _ring_exchange(number: int, frame: FrameType | None) -> None:
     for child in psutil.Process().children():
         child.send_signal(number)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-from lib.distributed.processes import World
+from lib.distributed.processes import Ranks
 
 STATUS: dict[signal.Signals, int] = {
     getattr(signal, name): status
@@ -36,7 +36,7 @@ class Stopped(BaseException):
         self.signal = which
 
 
-class Interrupts:
+class StopSignals:
     """Turns Ctrl-C, SIGTERM and SIGUSR1 into ``Stopped``, at once or when the shield that is up comes down.
 
     A second Ctrl-C is a ``KeyboardInterrupt`` at once, unless it comes within ``BOUNCE`` of the first, as it does from
@@ -47,14 +47,14 @@ class Interrupts:
         world: the processes, which stop together where ``check`` is called, and nowhere else; alone: as above.
     """
 
-    def __init__(self, world: World | None = None) -> None:
-        self.world = world or World()
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks()
         self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
         self._pending: signal.Signals | None = None
         self._shields = 0
 
-    def __enter__(self) -> Interrupts:
+    def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             self._before = {which: signal.signal(which, self._handle) for which in STATUS}
         return self
@@ -64,33 +64,33 @@ class Interrupts:
             signal.signal(which, handler)
 
     @contextmanager
-    def shield(self) -> Iterator[None]:
+    def defer(self) -> Iterator[None]:
         """What is in the block is finished first."""
         self._shields += 1
         try:
             yield
         finally:
             self._shields -= 1
-        if self._pending is not None and not self._shields and self.world.size == 1:
+        if self._pending is not None and not self._shields and self.ranks.size == 1:
             raise Stopped(self._pending)
 
-    def check(self) -> None:
+    def raise_if_stopped(self) -> None:
         """Stops here if any process is asked to; to be called in all of them."""
-        if self.asked():
-            raise Stopped(next(which for which in self.world.collect(self._pending) if which is not None))
+        if self.is_stop_requested():
+            raise Stopped(next(which for which in self.ranks.all_gather_object(self._pending) if which is not None))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._pending is None:
             self._pending, self._since = signal.Signals(number), time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._since > BOUNCE:
             raise KeyboardInterrupt
-        if not self._shields and self.world.size == 1:
+        if not self._shields and self.ranks.size == 1:
             raise Stopped(self._pending)
 
-    def asked(self) -> bool:
+    def is_stop_requested(self) -> bool:
         """Whether any process is asked to stop; to be called in all of them."""
-        return self.world.any(self._pending is not None)
+        return self.ranks.any_rank(self._pending is not None)
 
-    def settle(self) -> None:
+    def finish_stopping(self) -> None:
         """The stop has been taken note of: what follows may finish, unless Ctrl-C comes again."""
         self._shields += 1

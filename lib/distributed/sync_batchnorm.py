@@ -8,19 +8,19 @@ from __future__ import annotations
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lib.distributed.processes import World
+from lib.distributed.processes import Ranks
 
 
-def over_processes(network: torch.nn.Module, world: World, *, joined: bool) -> torch.nn.Module:
+def over_processes(network: torch.nn.Module, ranks: Ranks, *, joined: bool) -> torch.nn.Module:
     """The network with batch normalisation that bears a process without images, and joins all their statistics or none.
 
     Names of parameters stay. PyTorch's own ``SyncBatchNorm`` knows no CPU.
     """
-    if world.size == 1:
+    if ranks.size == 1:
         return network
     for name, child in network.named_children():
-        setattr(network, name, over_processes(child, world, joined=joined))
-    return _Shared(network, world, joined) if isinstance(network, _BatchNorm) else network
+        setattr(network, name, over_processes(child, ranks, joined=joined))
+    return _Shared(network, ranks, joined) if isinstance(network, _BatchNorm) else network
 
 
 class _Shared(_BatchNorm):
@@ -32,12 +32,12 @@ class _Shared(_BatchNorm):
         joined: mean and variance are of the images of all of them.
     """
 
-    def __init__(self, other: _BatchNorm, world: World, joined: bool) -> None:
+    def __init__(self, other: _BatchNorm, ranks: Ranks, joined: bool) -> None:
         super().__init__(other.num_features, other.eps, other.momentum, other.affine, other.track_running_stats)
         self._parameters.update(other._parameters)
         self._buffers.update(other._buffers)
         self.training = other.training
-        self.world = world
+        self.ranks = ranks
         self.joined = joined
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
@@ -55,10 +55,10 @@ class _Shared(_BatchNorm):
         shape = [1, -1, *[1] * (x.dim() - 2)]
         if self.joined:
             others = [dim for dim in range(x.dim()) if dim != 1]
-            count = self.world.sum(x.new_tensor(x.numel() / x.shape[1]))
-            mean = self.world.sum_with_gradient(x.sum(others)) / count  # (C,)
+            count = self.ranks.all_reduce_sum(x.new_tensor(x.numel() / x.shape[1]))
+            mean = self.ranks.all_reduce_sum_with_gradient(x.sum(others)) / count  # (C,)
             x = x - mean.view(shape)
-            variance = self.world.sum_with_gradient(x.square().sum(others)) / count
+            variance = self.ranks.all_reduce_sum_with_gradient(x.square().sum(others)) / count
             self._note(mean.detach(), variance.detach() * count / (count - 1))
             x = x * (variance + self.eps).rsqrt().view(shape)
         # also without images, lest the parameters of one process alone have no gradient

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from lib.data.loader import Loader
-from lib.distributed.processes import World
-from lib.distributed.sharded import Rows
+from lib.distributed.processes import Ranks
+from lib.distributed.sharded import ShardedRows
 from lib.evaluation import features, knn
 from lib.session.console import logger
 
@@ -58,12 +58,12 @@ class Evaluator:
         k: int,
         sigma: float,
         device: torch.device,
-        world: World | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self._world = world or World()
+        self._ranks = ranks or Ranks()
         self._test = test
         self.device = device
-        self._test_labels = torch.from_numpy(test_labels[self._world.part(len(test_labels))]).to(device)
+        self._test_labels = torch.from_numpy(test_labels[self._ranks.shard(len(test_labels))]).to(device)
         self._train_labels = torch.from_numpy(train_labels).to(device)
         voters = min(k, len(train_labels))
         if protocol == "nn":
@@ -79,7 +79,7 @@ class Evaluator:
             if classes < 5:
                 logger().info("kNN: top-5 counts all of the %d classes, so it is 100 %% by construction", classes)
 
-    def __call__(self, network: torch.nn.Module, train_features: torch.Tensor | Rows) -> Accuracy:
+    def __call__(self, network: torch.nn.Module, train_features: torch.Tensor | ShardedRows) -> Accuracy:
         """Accuracy of the test images, the same in every process.
 
         Args:
@@ -88,8 +88,8 @@ class Evaluator:
         """
         return self.classify(features.extract(network, self._test, "test features"), train_features)
 
-    def classify(self, queries: torch.Tensor, train_features: torch.Tensor | Rows) -> Accuracy:
+    def classify(self, queries: torch.Tensor, train_features: torch.Tensor | ShardedRows) -> Accuracy:
         """Accuracy of the test images by the features (m, D) of this process's, against the training images' (N, D)."""
         scores = self._scores(queries, train_features, self._train_labels, **self._constants)
-        top1, top5 = (knn.top_k_accuracy(scores, self._test_labels, k, self._world) for k in (1, 5))
+        top1, top5 = (knn.top_k_accuracy(scores, self._test_labels, k, self._ranks) for k in (1, 5))
         return Accuracy(top1, None if self._scores is knn.nearest_neighbour else top5)

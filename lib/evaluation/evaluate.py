@@ -16,13 +16,13 @@ import torch
 
 from lib.config.options import Options
 from lib.data.loader import Loader
-from lib.distributed.processes import World
-from lib.distributed.sharded import Rows
+from lib.distributed.processes import Ranks
+from lib.distributed.sharded import ShardedRows
 from lib.errors import UsageError
 from lib.evaluation import clustering, features, linear_probe
 from lib.evaluation.classifier import Evaluator
 from lib.method import diagnostics
-from lib.session.atomic_files import write_whole
+from lib.session.atomic_files import atomic_write
 from lib.session.console import logger, table
 
 RECOMPUTED, BANK = "recomputed with the test transform", "memory bank of the checkpoint"
@@ -48,7 +48,7 @@ LABELLED = {"knn", "nn", "linear"}
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluationInputs:
     """What is judged.
 
     Attributes:
@@ -73,7 +73,7 @@ class Subject:
     evaluators: Sequence[Evaluator]
     seed: int
     device: torch.device
-    world: World = field(default_factory=World)
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Row:
     figures: dict[str, float]
 
 
-def evaluate(subject: Subject, options: Options) -> list[Row]:
+def evaluate(inputs: EvaluationInputs, options: Options) -> list[Row]:
     """The figures of every protocol of the options; each split passes the network once.
 
     The reference's figures of record come from the memory bank, in training; its test run would recompute. The two
@@ -94,7 +94,7 @@ def evaluate(subject: Subject, options: Options) -> list[Row]:
     Raises:
         UsageError: the linear probe is asked for without labels, or the network has no such stage.
     """
-    labelled = subject.train_labels is not None and subject.test_labels is not None
+    labelled = inputs.train_labels is not None and inputs.test_labels is not None
     needing = [name for name in options.protocol if name in LABELLED and not labelled]
     if "linear" in needing:
         raise UsageError(
@@ -108,42 +108,42 @@ def evaluate(subject: Subject, options: Options) -> list[Row]:
             " ".join(needing),
         )
     probed = options.linear_layers if "linear" in options.protocol else ()
-    train = _features(subject, subject.train, probed, "training features")
-    test = _features(subject, subject.test, probed, "test features") if labelled and subject.test else {}
+    train = _features(inputs, inputs.train, probed, "training features")
+    test = _features(inputs, inputs.test, probed, "test features") if labelled and inputs.test else {}
     rows: list[Row] = []
-    for evaluator in subject.evaluators:
-        rows += _neighbours(subject, evaluator, train["embedding"], test["embedding"])
-    rows += [_linear(subject, layer, train[layer], test[layer]) for layer in probed]
+    for evaluator in inputs.evaluators:
+        rows += _neighbours(inputs, evaluator, train["embedding"], test["embedding"])
+    rows += [_linear(inputs, layer, train[layer], test[layer]) for layer in probed]
     where = f"training images, {RECOMPUTED}"
-    clusters = subject.classes or options.clusters
+    clusters = inputs.classes or options.clusters
     if needing:
-        clusters = min(clusters, subject.train.samples)
-        bank = Rows(train["embedding"], subject.train.samples, subject.world)
+        clusters = min(clusters, inputs.train.samples)
+        bank = ShardedRows(train["embedding"], inputs.train.samples, inputs.ranks)
         temperature, size = options.npc_temperature, options.ANs_size
         figures, _ = diagnostics.measure(bank, None, round=0, temperature=temperature, size=size)
         shown = {name: value for name, value in figures.items() if name in TITLES and value is not None}
         rows.append(Row(f"neighbourhoods (k={size}, tau={temperature:g})", where, shown))
     if "cluster" in options.protocol or needing:
-        embeddings = Rows(train["embedding"], subject.train.samples, subject.world).whole().cpu().numpy()
-        if subject.world.is_first:  # k-means is quick, and scikit-learn knows one process only
-            found = clustering.cluster(embeddings, subject.train_labels, clusters=clusters, seed=subject.seed)
+        embeddings = ShardedRows(train["embedding"], inputs.train.samples, inputs.ranks).gather_to_rank0().cpu().numpy()
+        if inputs.ranks.is_rank0:  # k-means is quick, and scikit-learn knows one process only
+            found = clustering.cluster(embeddings, inputs.train_labels, clusters=clusters, seed=inputs.seed)
             rows.append(Row(found.name, where, found.figures))
     return rows
 
 
-def _features(subject: Subject, batches: Loader, layers: Sequence[str], what: str) -> dict[str, torch.Tensor]:
+def _features(inputs: EvaluationInputs, batches: Loader, layers: Sequence[str], what: str) -> dict[str, torch.Tensor]:
     """Stages by name, and ``embedding``, which is the stage ``fc``, of the images of this process."""
     if not layers:
-        return {"embedding": features.extract(subject.network, batches, what)}
+        return {"embedding": features.extract(inputs.network, batches, what)}
     wanted = list(dict.fromkeys([*layers, "fc"]))
-    found = linear_probe.extract_stages(subject.network, batches, wanted, what)
-    return {**found, "embedding": found["fc"].to(subject.device).float()}
+    found = linear_probe.extract_stages(inputs.network, batches, wanted, what)
+    return {**found, "embedding": found["fc"].to(inputs.device).float()}
 
 
-def _neighbours(subject: Subject, evaluator: Evaluator, train: torch.Tensor, test: torch.Tensor) -> list[Row]:
-    sources = {RECOMPUTED: Rows(train, subject.train.samples, subject.world)}
-    if subject.memory is not None and subject.memory.shape == sources[RECOMPUTED].shape:
-        sources[BANK] = Rows.deal(subject.memory, subject.world, subject.device)
+def _neighbours(inputs: EvaluationInputs, evaluator: Evaluator, train: torch.Tensor, test: torch.Tensor) -> list[Row]:
+    sources = {RECOMPUTED: ShardedRows(train, inputs.train.samples, inputs.ranks)}
+    if inputs.memory is not None and inputs.memory.shape == sources[RECOMPUTED].shape:
+        sources[BANK] = ShardedRows.scatter(inputs.memory, inputs.ranks, inputs.device)
     rows = []
     for source, rows_of_training in sources.items():
         got = evaluator.classify(test, rows_of_training)
@@ -152,16 +152,16 @@ def _neighbours(subject: Subject, evaluator: Evaluator, train: torch.Tensor, tes
     return rows
 
 
-def _linear(subject: Subject, layer: str, train: torch.Tensor, test: torch.Tensor) -> Row:
-    assert subject.train_labels is not None and subject.test_labels is not None
+def _linear(inputs: EvaluationInputs, layer: str, train: torch.Tensor, test: torch.Tensor) -> Row:
+    assert inputs.train_labels is not None and inputs.test_labels is not None
     got = linear_probe.probe(
-        Rows(train, len(subject.train_labels), subject.world),
-        torch.from_numpy(subject.train_labels),
-        Rows(test, len(subject.test_labels), subject.world),
-        torch.from_numpy(subject.test_labels),
-        classes=subject.classes,
-        seed=subject.seed,
-        device=subject.device,
+        ShardedRows(train, len(inputs.train_labels), inputs.ranks),
+        torch.from_numpy(inputs.train_labels),
+        ShardedRows(test, len(inputs.test_labels), inputs.ranks),
+        torch.from_numpy(inputs.test_labels),
+        classes=inputs.classes,
+        seed=inputs.seed,
+        device=inputs.device,
         what=f"linear probe on {layer}",
     )
     figures = {"top1": got.top1, "top5": got.top5, "best_top1": got.best_top1}
@@ -196,7 +196,7 @@ def save(rows: Sequence[Row], path: Path, facts: dict[str, Any]) -> None:
     a warning, for the figures have been shown."""
     content = {**facts, "results": [{"protocol": r.protocol, "features": r.features, **r.figures} for r in rows]}
     try:
-        with write_whole(path) as file:
+        with atomic_write(path) as file:
             file.write((json.dumps(content, indent=1) + "\n").encode("utf-8"))
         logger().info("written: %s", path)
     except OSError as error:

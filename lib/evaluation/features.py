@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from lib.distributed.processes import World
+from lib.distributed.processes import Ranks
 from lib.session.console import progress
 
 
@@ -15,7 +15,7 @@ class Batches(Protocol):
     """What ``lib/data/loader.py`` makes of a split: N ``samples``, in parts over the processes of a ``world``."""
 
     samples: int
-    world: World
+    ranks: Ranks
 
     def epoch(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Images (B, 3, h, w) and their sample indices (B,), until every sample has come once."""

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import torch
 
-from lib.distributed.processes import World
-from lib.distributed.sharded import Rows
+from lib.distributed.processes import Ranks
+from lib.distributed.sharded import ShardedRows
 from lib.method.chunking import similarities
-from lib.method.topk import Best
+from lib.method.topk import TopK
 
 
 @torch.no_grad()
 def weighted_knn(
-    queries: torch.Tensor, bank: torch.Tensor | Rows, labels: torch.Tensor, *, classes: int, k: int, sigma: float
+    queries: torch.Tensor, bank: torch.Tensor | ShardedRows, labels: torch.Tensor, *, classes: int, k: int, sigma: float
 ) -> torch.Tensor:
     """Scores of each class: the k most similar samples vote with weight exp(s / sigma).
 
@@ -33,11 +33,11 @@ def weighted_knn(
     Returns:
         (Q, C), the greatest first choice.
     """
-    rows = Rows.of(bank)
-    best = Best.none(len(queries), min(k, rows.samples), queries)
+    rows = ShardedRows.of(bank)
+    best = TopK.empty(len(queries), min(k, rows.samples), queries)
     for first, part in rows.ring():
         for block, similarity in similarities(queries, part, "kNN"):
-            best.offer(similarity, block.start, first)
+            best.update(similarity, block.start, first)
     weights = ((best.similarities - best.similarities[:, :1]) / sigma).exp()  # (Q, K)
     scores = queries.new_zeros(len(queries) * classes)  # in one row, which GPUs can add up in one order
     place = torch.arange(len(queries), device=queries.device)[:, None] * classes + labels[best.samples]
@@ -45,13 +45,13 @@ def weighted_knn(
 
 
 def nearest_neighbour(
-    queries: torch.Tensor, bank: torch.Tensor | Rows, labels: torch.Tensor, *, classes: int
+    queries: torch.Tensor, bank: torch.Tensor | ShardedRows, labels: torch.Tensor, *, classes: int
 ) -> torch.Tensor:
     """Scores (Q, C): one for the class of the most similar sample, zero for the others."""
     return weighted_knn(queries, bank, labels, classes=classes, k=1, sigma=1.0)
 
 
-def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int, world: World | None = None) -> float:
+def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int, ranks: Ranks | None = None) -> float:
     """Share of queries whose class is among the k of greatest score (all, where there are fewer than k).
 
     Args:
@@ -61,5 +61,5 @@ def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int, world: Wo
     """
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices  # (Q, k)
     right = (best == labels[:, None]).any(dim=1).sum()
-    right, asked = (world or World()).sum(torch.stack([right, right.new_tensor(len(labels))]))
+    right, asked = (ranks or Ranks()).all_reduce_sum(torch.stack([right, right.new_tensor(len(labels))]))
     return float(right.item() / asked.item())

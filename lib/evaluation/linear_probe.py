@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lib.distributed.sharded import Rows
+from lib.distributed.sharded import ShardedRows
 from lib.errors import UsageError
 from lib.evaluation.features import Batches
 from lib.session.console import logger, progress
@@ -78,7 +78,7 @@ def extract_stages(
     stages_of: Callable[[torch.Tensor], dict[str, torch.Tensor]] = network.stages  # type: ignore[assignment]
     network.eval()
     found: dict[str, torch.Tensor] = {}
-    part = batches.world.part(batches.samples)
+    part = batches.ranks.shard(batches.samples)
     try:
         for images, index in progress(batches.epoch(), what, "batch", total=len(batches)):
             stages = stages_of(images)
@@ -103,9 +103,9 @@ def _storage(samples: int, width: int, layer: str) -> torch.Tensor:
 
 
 def probe(
-    train: torch.Tensor | Rows,
+    train: torch.Tensor | ShardedRows,
     train_labels: torch.Tensor,
-    test: torch.Tensor | Rows,
+    test: torch.Tensor | ShardedRows,
     test_labels: torch.Tensor,
     *,
     classes: int,
@@ -125,8 +125,8 @@ def probe(
         device: where it is trained.
         what: what the progress bar says.
     """
-    train, test = Rows.of(train), Rows.of(test)
-    world, labels = train.world, train_labels[train.world.part(train.samples)]
+    train, test = ShardedRows.of(train), ShardedRows.of(test)
+    ranks, labels = train.ranks, train_labels[train.ranks.shard(train.samples)]
     mean, scale = (value.to(device) for value in _moments(train))
     layer = torch.nn.Linear(train.shape[1], classes, device=device)
     torch.nn.init.zeros_(layer.weight)
@@ -141,12 +141,12 @@ def probe(
     best, top1, top5 = 0.0, 0.0, 0.0
     for _ in progress(range(epochs), what, "epoch"):
         for index in torch.randperm(train.samples, generator=draw).split(BATCH):
-            _, own = train.held(index)
-            rows = (train.own[own].to(device).float() - mean) / scale  # (b, F)
+            _, own = train.local_rows(index)
+            rows = (train.local[own].to(device).float() - mean) / scale  # (b, F)
             loss = F.cross_entropy(layer(rows), labels[own].to(device), reduction="sum") / len(index)
             optimizer.zero_grad()
             loss.backward()
-            world.sum_gradients(layer.parameters())
+            ranks.all_reduce_gradients(layer.parameters())
             optimizer.step()
             schedule.step()
         top1, top5 = _judge(layer, test, test_labels, mean, scale)
@@ -155,26 +155,26 @@ def probe(
     return Probed(name, top1, top5, best)
 
 
-def _moments(features: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+def _moments(features: ShardedRows) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation (F,); a deviation of 1 for what never changes, which is not to be blown up."""
     nothing = torch.zeros(features.shape[1], dtype=torch.float64)
-    blocks = features.own.split(BLOCK) if len(features.own) else ()
-    mean = features.world.sum(sum((rows.double().sum(dim=0) for rows in blocks), nothing)) / features.samples
+    blocks = features.local.split(BLOCK) if len(features.local) else ()
+    mean = features.ranks.all_reduce_sum(sum((rows.double().sum(dim=0) for rows in blocks), nothing)) / features.samples
     squares = sum(((rows.double() - mean).square().sum(dim=0) for rows in blocks), nothing)
-    deviation = (features.world.sum(squares) / features.samples).sqrt()
+    deviation = (features.ranks.all_reduce_sum(squares) / features.samples).sqrt()
     return mean.float(), torch.where(deviation > 1e-6, deviation, 1.0).float()
 
 
 @torch.no_grad()
 def _judge(
-    layer: torch.nn.Linear, features: Rows, labels: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor
+    layer: torch.nn.Linear, features: ShardedRows, labels: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor
 ) -> tuple[float, float]:
     """Top-1 and top-5 accuracy."""
     right = torch.zeros(2, dtype=torch.long)
-    labels = labels[features.world.part(features.samples)]
-    for rows, truth in zip(features.own.split(BLOCK), labels.split(BLOCK), strict=True):
+    labels = labels[features.ranks.shard(features.samples)]
+    for rows, truth in zip(features.local.split(BLOCK), labels.split(BLOCK), strict=True):
         scores = layer((rows.to(mean.device).float() - mean) / scale)
         hits = scores.topk(min(5, layer.out_features)).indices.cpu() == truth[:, None]  # waits for the device
         right += torch.stack([hits[:, 0].sum(), hits.sum()])
-    top1, top5 = (features.world.sum(right) / features.samples).tolist()
+    top1, top5 = (features.ranks.all_reduce_sum(right) / features.samples).tolist()
     return top1, top5

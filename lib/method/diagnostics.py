@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lib.distributed.sharded import Rows
+from lib.distributed.sharded import ShardedRows
 from lib.method.chunking import similarities
-from lib.method.entropy import entropy_of, merge_moments, no_moments, softmax_moments
-from lib.method.topk import Best
+from lib.method.entropy import empty_statistics, entropy_from_statistics, merge_statistics, softmax_statistics
+from lib.method.topk import TopK
 
 ROWS = 2**13
 """Samples measured at most; a share of them is within 1.1 points of that of all samples, 19 times of 20."""
@@ -89,7 +89,7 @@ class State:
 
 @torch.no_grad()
 def measure(
-    memory: torch.Tensor | Rows, previous: State | None, *, round: int, temperature: float, size: int
+    memory: torch.Tensor | ShardedRows, previous: State | None, *, round: int, temperature: float, size: int
 ) -> tuple[dict[str, float | None], State]:
     """The figures of an epoch, to be read as ``READING`` says.
 
@@ -112,14 +112,14 @@ def measure(
     Returns:
         The figures by name, and what to pass on to the next measurement.
     """
-    bank = Rows.of(memory)
+    bank = ShardedRows.of(memory)
     rows = measured(bank.samples).to(bank.device)
-    own = bank.take(rows)  # (S, D), a copy
+    own = bank.index_select(rows)  # (S, D), a copy
     look = partial(_look, temperature=temperature)
     entropy, nearest = look(bank, rows, size=min(size, bank.samples - 1))
     among = nearest  # (S, K), by place in ``rows``
     if len(rows) < bank.samples:
-        _, among = look(Rows.of(own), torch.arange(len(rows), device=rows.device), size=min(size, len(rows) - 1))
+        _, among = look(ShardedRows.of(own), torch.arange(len(rows), device=rows.device), size=min(size, len(rows) - 1))
     if previous and previous.rows.shape != own.shape:
         previous = None
     before = None if previous is None else previous.nearest if previous.round < round else previous.before
@@ -139,7 +139,9 @@ def measure(
     return figures, State(round, own, nearest, before)
 
 
-def _look(bank: Rows, index: torch.Tensor, *, temperature: float, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _look(
+    bank: ShardedRows, index: torch.Tensor, *, temperature: float, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Entropy (M,) and nearest others (M, K) of some samples, the same in every process.
 
     Each compares them with its own rows, and what it found is put together.
@@ -150,19 +152,19 @@ def _look(bank: Rows, index: torch.Tensor, *, temperature: float, size: int) -> 
         temperature: tau.
         size: K.
     """
-    queries = bank.take(index)  # (M, D)
-    place, here = bank.places(index)
-    moments, best = no_moments(queries), Best.none(len(queries), size, queries)
-    for block, similarity in similarities(queries, bank.own, "health"):
-        moments[block] = softmax_moments(similarity / temperature)
+    queries = bank.index_select(index)  # (M, D)
+    place, here = bank.local_positions(index)
+    moments, best = empty_statistics(queries), TopK.empty(len(queries), size, queries)
+    for block, similarity in similarities(queries, bank.local, "health"):
+        moments[block] = softmax_statistics(similarity / temperature)
         column = place[block][:, None]
         itself = torch.where(here[block][:, None], -torch.inf, similarity.gather(1, column))
-        best.offer(similarity.scatter_(1, column, itself), block.start, bank.start)
+        best.update(similarity.scatter_(1, column, itself), block.start, bank.start)
     values, samples = (  # (M, G * K)
-        bank.world.stack(part).transpose(0, 1).flatten(1) for part in (best.similarities, best.samples)
+        bank.ranks.all_gather(part).transpose(0, 1).flatten(1) for part in (best.similarities, best.samples)
     )
     nearest = samples.gather(1, values.topk(size, dim=1).indices)
-    return entropy_of(merge_moments(bank.world.stack(moments))), nearest
+    return entropy_from_statistics(merge_statistics(bank.ranks.all_gather(moments))), nearest
 
 
 def measured(samples: int) -> torch.Tensor:

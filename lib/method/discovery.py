@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from lib.distributed.sharded import Rows
+from lib.distributed.sharded import ShardedRows
 from lib.method.chunking import block_size, similarities
-from lib.method.entropy import entropy_of, merge_moments, no_moments, softmax_moments
+from lib.method.entropy import empty_statistics, entropy_from_statistics, merge_statistics, softmax_statistics
 from lib.method.neighbourhoods import Neighbourhoods
-from lib.method.topk import Best
+from lib.method.topk import TopK
 from lib.session.console import progress
 
 SPREAD = 60.0
@@ -25,7 +25,7 @@ ROUNDING = 1e-6
 
 
 @torch.no_grad()
-def discover(memory: torch.Tensor | Rows, *, temperature: float, anchors: int, size: int) -> Neighbourhoods:
+def discover(memory: torch.Tensor | ShardedRows, *, temperature: float, anchors: int, size: int) -> Neighbourhoods:
     """Chooses the anchors and finds their neighbours from the memory bank; the same in every process.
 
     Ties in entropy go to the lower index. O(N^2 D) time, O(N (D + K)) memory and one block.
@@ -39,16 +39,18 @@ def discover(memory: torch.Tensor | Rows, *, temperature: float, anchors: int, s
     Returns:
         Neighbourhoods without consistency.
     """
-    bank = Rows.of(memory)
-    samples, world = bank.samples, bank.world
-    entropy, nearest = survey(bank, temperature=temperature, size=min(size, samples - 1))
-    entropy = world.gather(entropy, world.parts(samples))
+    bank = ShardedRows.of(memory)
+    samples, ranks = bank.samples, bank.ranks
+    entropy, nearest = entropy_and_topk(bank, temperature=temperature, size=min(size, samples - 1))
+    entropy = ranks.all_gather_batch(entropy, ranks.shard_sizes(samples))
     order = torch.sort(entropy, stable=True).indices
     chosen = order[:anchors].clone()  # a view would take the whole order into every checkpoint
-    return Neighbourhoods.of_anchors(chosen, Rows(nearest, samples, world).take(chosen), entropy)
+    return Neighbourhoods.of_anchors(chosen, ShardedRows(nearest, samples, ranks).index_select(chosen), entropy)
 
 
-def survey(memory: torch.Tensor | Rows, *, temperature: float, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def entropy_and_topk(
+    memory: torch.Tensor | ShardedRows, *, temperature: float, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Entropy and nearest others of every sample, each process for its own.
 
     Entropy H_i = -sum_j p_ij log p_ij with m_i in place of x_i, from shifted logits z and S = sum exp z as
@@ -67,26 +69,26 @@ def survey(memory: torch.Tensor | Rows, *, temperature: float, size: int) -> tup
     Returns:
         (n,) entropies in nats; (n, K) the most similar others, most similar first.
     """
-    bank = Rows.of(memory)
-    own, world = bank.own, bank.world
+    bank = ShardedRows.of(memory)
+    own, ranks = bank.local, bank.ranks
     lengths = torch.linalg.vector_norm(own, dim=1).square()
     extremes = torch.stack([lengths.amax(), -lengths.amin()]) if len(own) else own.new_full((2,), -torch.inf)
-    bound, minus_least = world.max(extremes).tolist()  # waits for the device, once a discovery
+    bound, minus_least = ranks.all_reduce_max(extremes).tolist()  # waits for the device, once a discovery
     if (bound * (1 + ROUNDING) + minus_least) / temperature > SPREAD:
-        return look_around(bank, temperature=temperature, size=size)
-    home = _Group(own, bank.start, _blank(len(own), size, own))
-    away = _blank(bank.abroad, size, own)  # what other processes find out about these rows
-    _meet(home, home, bound=bound, temperature=temperature)
-    for visit in bank.visits(away):
-        guests = _Group(visit.rows, visit.start, visit.tables)
-        _meet(home.of(visit.own), guests.of(visit.theirs), bound=bound, temperature=temperature)
+        return entropy_and_topk_by_row_maximum(bank, temperature=temperature, size=size)
+    home = _RowBlock(own, bank.start, _empty_tables(len(own), size, own))
+    away = _empty_tables(bank.padded_shard_size, size, own)  # what other processes find out about these rows
+    _update_pair(home, home, bound=bound, temperature=temperature)
+    for visit in bank.ring_pairs(away):
+        guests = _RowBlock(visit.rows, visit.start, visit.tables)
+        _update_pair(home.of(visit.own), guests.of(visit.theirs), bound=bound, temperature=temperature)
     home.learn(away)
     total, product = home.sums
     return (total.log() - product / total).to(own.dtype), home.best.samples
 
 
 @dataclass(frozen=True)
-class _Group:
+class _RowBlock:
     """Rows (n, D), the number of the first one, and what is known about each so far: the sums (n,) of exp z and of
     z exp z, and the most similar others, their similarities (n, K) and their numbers (n, K).
     """
@@ -95,34 +97,34 @@ class _Group:
     first: int
     tables: Sequence[torch.Tensor]
 
-    def of(self, which: slice) -> _Group:
+    def of(self, which: slice) -> _RowBlock:
         """Some of them, with the same memory."""
-        return _Group(self.rows[which], self.first + which.start, [table[which] for table in self.tables])
+        return _RowBlock(self.rows[which], self.first + which.start, [table[which] for table in self.tables])
 
     def learn(self, tables: Sequence[torch.Tensor]) -> None:
         """What is known elsewhere; the tables may have more rows, or none where nobody else has looked."""
         known, noted = self.of(slice(0, len(tables[0]))), [table[: len(self.rows)] for table in tables]
         for ours, theirs in zip(known.sums, noted[:2], strict=True):
             ours.add_(theirs)
-        known.best.merge(Best(*noted[2:]))
+        known.best.merge(TopK(*noted[2:]))
 
     @property
     def sums(self) -> Sequence[torch.Tensor]:
         return self.tables[:2]
 
     @property
-    def best(self) -> Best:
-        return Best(*self.tables[2:])
+    def best(self) -> TopK:
+        return TopK(*self.tables[2:])
 
 
-def _blank(rows: int, size: int, like: torch.Tensor) -> Sequence[torch.Tensor]:
+def _empty_tables(rows: int, size: int, like: torch.Tensor) -> Sequence[torch.Tensor]:
     """The tables of a group of which nothing is known yet."""
-    best = Best.none(rows, size, like)
+    best = TopK.empty(rows, size, like)
     total, product = torch.zeros(2, rows, dtype=torch.float64, device=like.device)
     return total, product, best.similarities, best.samples
 
 
-def _meet(group: _Group, others: _Group, *, bound: float, temperature: float) -> None:
+def _update_pair(group: _RowBlock, others: _RowBlock, *, bound: float, temperature: float) -> None:
     """Compares two groups, or one with itself, and adds to what is known about both."""
     itself = group is others
     side = max(1, math.isqrt(block_size(group.rows.device) // 4))
@@ -134,11 +136,11 @@ def _meet(group: _Group, others: _Group, *, bound: float, temperature: float) ->
         themselves = tile.diagonal().clone() if itself and top == left else None
         if themselves is not None:
             tile.fill_diagonal_(-torch.inf)
-        group.best.offer(tile, top, others.first + left)
+        group.best.update(tile, top, others.first + left)
         if themselves is not None:
             tile.diagonal().copy_(themselves)
         else:
-            others.best.offer(tile.t(), left, group.first + top)
+            others.best.update(tile.t(), left, group.first + top)
         logits = tile.sub_(bound).div_(temperature)
         weights = logits.exp()
         for ours, theirs, values in zip(group.sums, others.sums, (weights, logits.mul_(weights)), strict=True):
@@ -147,16 +149,18 @@ def _meet(group: _Group, others: _Group, *, bound: float, temperature: float) ->
                 theirs[left : left + side] += values.sum(dim=0)
 
 
-def look_around(bank: Rows, *, temperature: float, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def entropy_and_topk_by_row_maximum(
+    bank: ShardedRows, *, temperature: float, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """``survey``, every row with its own maximum."""
-    own = bank.own
-    moments, best = no_moments(own), Best.none(len(own), size, own)
+    own = bank.local
+    moments, best = empty_statistics(own), TopK.empty(len(own), size, own)
     rows = torch.arange(len(own), device=own.device)
     for first, others in bank.ring():
         for block, similarity in similarities(own, others, "discovery"):
-            both = torch.stack([moments[block], softmax_moments(similarity / temperature)])
-            moments[block] = merge_moments(both)
+            both = torch.stack([moments[block], softmax_statistics(similarity / temperature)])
+            moments[block] = merge_statistics(both)
             if first == bank.start:
                 similarity.scatter_(1, rows[block][:, None], -torch.inf)
-            best.offer(similarity, block.start, first)
-    return entropy_of(moments), best.samples
+            best.update(similarity, block.start, first)
+    return entropy_from_statistics(moments), best.samples

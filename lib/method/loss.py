@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from lib.distributed.sharded import Rows
+from lib.distributed.sharded import ShardedRows
 from lib.method.chunking import block_size
 
 
 def neighbourhood_loss(
-    embeddings: torch.Tensor, memory: torch.Tensor | Rows, neighbourhoods: torch.Tensor, *, temperature: float
+    embeddings: torch.Tensor, memory: torch.Tensor | ShardedRows, neighbourhoods: torch.Tensor, *, temperature: float
 ) -> torch.Tensor:
     """-log of the probability that a sample is classified into its own neighbourhood, batch mean.
 
@@ -40,28 +40,31 @@ def neighbourhood_loss(
     Returns:
         Scalar, the same in every process.
     """
-    loss: torch.Tensor = _Loss.apply(embeddings, Rows.of(memory), neighbourhoods, temperature)
+    loss: torch.Tensor = _Loss.apply(embeddings, ShardedRows.of(memory), neighbourhoods, temperature)
     return loss
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, embeddings: torch.Tensor, bank: Rows, neighbourhoods: torch.Tensor, temperature: float
+        ctx: Any, embeddings: torch.Tensor, bank: ShardedRows, neighbourhoods: torch.Tensor, temperature: float
     ) -> torch.Tensor:
         scaled = embeddings / temperature
         wanted = ctx.needs_input_grad[0]
-        parts = [_over_all(scaled, bank.own, wanted), _over_members(scaled, bank, neighbourhoods, wanted)]
+        parts = [
+            _statistics_over_bank(scaled, bank.local, wanted),
+            _statistics_over_neighbourhood(scaled, bank, neighbourhoods, wanted),
+        ]
         greatest, total = (torch.stack([part[i] for part in parts], dim=1) for i in (0, 1))  # (B, 2) each
-        highest = bank.world.max(greatest.clone())
-        total = bank.world.sum(total * (greatest - highest).exp())
+        highest = bank.ranks.all_reduce_max(greatest.clone())
+        total = bank.ranks.all_reduce_sum(total * (greatest - highest).exp())
         if wanted:
             gradient = torch.zeros_like(embeddings)
             for part, sign in ((0, 1), (1, -1)):
                 own_greatest, _, rows = parts[part]
                 weight = (own_greatest - highest[:, part]).exp() / total[:, part]  # (B,)
                 gradient.add_(rows * weight[:, None], alpha=sign)
-            ctx.save_for_backward(bank.world.sum(gradient).div_(temperature * len(embeddings)))
+            ctx.save_for_backward(bank.ranks.all_reduce_sum(gradient).div_(temperature * len(embeddings)))
         in_all, in_members = (highest + total.log()).unbind(1)
         return (in_all - in_members).mean()
 
@@ -71,11 +74,11 @@ class _Loss(torch.autograd.Function):
         return gradient * gradients[0], None, None, None
 
 
-Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+SoftmaxStatistics = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Of some logits z = x_i . m_n: their maximum z' (B,), sum exp(z - z') (B,) and sum exp(z - z') m_n (B, D)."""
 
 
-def _over_all(scaled: torch.Tensor, memory: torch.Tensor, with_rows: bool) -> Part:
+def _statistics_over_bank(scaled: torch.Tensor, memory: torch.Tensor, with_rows: bool) -> SoftmaxStatistics:
     """Over the rows of this process (n, D), from blocks of columns with a running maximum."""
     batch = len(scaled)
     greatest = scaled.new_full((batch, 1), -torch.inf)
@@ -92,12 +95,14 @@ def _over_all(scaled: torch.Tensor, memory: torch.Tensor, with_rows: bool) -> Pa
     return greatest.squeeze(1), total.squeeze(1), sums
 
 
-def _over_members(scaled: torch.Tensor, bank: Rows, neighbourhoods: torch.Tensor, with_rows: bool) -> Part:
+def _statistics_over_neighbourhood(
+    scaled: torch.Tensor, bank: ShardedRows, neighbourhoods: torch.Tensor, with_rows: bool
+) -> SoftmaxStatistics:
     """Over those of the neighbourhoods' members that are rows of this process."""
-    place, here = bank.places(neighbourhoods)  # an empty place is nobody's row
-    if not len(bank.own):
+    place, here = bank.local_positions(neighbourhoods)  # an empty place is nobody's row
+    if not len(bank.local):
         return scaled.new_full((len(scaled),), -torch.inf), scaled.new_zeros(len(scaled)), torch.zeros_like(scaled)
-    members = bank.own[place]  # (B, 1 + K, D)
+    members = bank.local[place]  # (B, 1 + K, D)
     logits = (members @ scaled[:, :, None]).squeeze(2).masked_fill_(~here, -torch.inf)  # (B, 1 + K)
     greatest = logits.amax(dim=1)
     weights = (logits - torch.where(greatest.isfinite(), greatest, 0)[:, None]).exp_()

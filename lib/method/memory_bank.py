@@ -10,8 +10,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from lib.distributed.processes import PARCEL, World
-from lib.distributed.sharded import Rows
+from lib.distributed.processes import CHUNK, Ranks
+from lib.distributed.sharded import ShardedRows
 
 
 class MemoryBank:
@@ -42,17 +42,17 @@ class MemoryBank:
         momentum: float,
         seed: int,
         device: torch.device | str,
-        world: World | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.temperature = temperature
         self.momentum = momentum
         self.samples = samples
-        self.world = world or World()
-        part = self.world.part(samples)
+        self.ranks = ranks or Ranks()
+        part = self.ranks.shard(samples)
         start, stop = part.start, part.stop
         self.memory = torch.empty(stop - start, low_dim, device=device)
         bound, draw = 1 / math.sqrt(low_dim / 3), torch.Generator().manual_seed(seed)
-        step = max(1, PARCEL // low_dim)
+        step = max(1, CHUNK // low_dim)
         for first in range(0, stop, step):  # on the CPU and from the first row on: the same whatever device and part
             noise = torch.rand(min(step, stop - first), low_dim, generator=draw).mul_(2 * bound).sub_(bound)
             if first + len(noise) > start:
@@ -60,9 +60,9 @@ class MemoryBank:
                 self.memory[first + skipped - start : first + len(noise) - start] = noise[skipped:]
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> ShardedRows:
         """All rows (N, D), in parts."""
-        return Rows(self.memory, self.samples, self.world)
+        return ShardedRows(self.memory, self.samples, self.ranks)
 
     @torch.no_grad()
     def update(self, embeddings: torch.Tensor, index: torch.Tensor) -> None:
@@ -74,7 +74,7 @@ class MemoryBank:
             embeddings: (B, D) of the whole batch, unit length, the same in every process.
             index: (B,) the samples' rows, each at most once.
         """
-        which, place = self.rows.held(index)
+        which, place = self.rows.local_rows(index)
         mixed = self.momentum * self.memory[place] + (1 - self.momentum) * embeddings[which]
         self.memory[place] = F.normalize(mixed, dim=1)
 
@@ -83,7 +83,7 @@ class MemoryBank:
 
         To be called in every process; only the first gets the rows, the others (0, D).
         """
-        return {"params": torch.tensor([self.temperature, self.momentum]), "memory": self.rows.whole()}
+        return {"params": torch.tensor([self.temperature, self.momentum]), "memory": self.rows.gather_to_rank0()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Takes over ``memory`` (N, D) of the first process; temperature and momentum stay what the options say.
@@ -95,4 +95,4 @@ class MemoryBank:
         """
         if state["memory"].shape != self.rows.shape:
             raise ValueError(f"the memory is {list(state['memory'].shape)}, and should be {list(self.rows.shape)}")
-        self.rows.fill(state["memory"])
+        self.rows.copy_from_rank0(state["memory"])

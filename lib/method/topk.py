@@ -44,7 +44,7 @@ def _candidates(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 @dataclass(frozen=True)
-class Best:
+class TopK:
     """The K most similar samples of each of R rows, among those offered so far.
 
     Attributes:
@@ -56,12 +56,12 @@ class Best:
     samples: torch.Tensor
 
     @classmethod
-    def none(cls, rows: int, size: int, like: torch.Tensor) -> Best:
+    def empty(cls, rows: int, size: int, like: torch.Tensor) -> TopK:
         """Of samples that will be offered, on the device of ``like``."""
         samples = torch.zeros(rows, size, dtype=torch.long, device=like.device)
         return cls(like.new_full((rows, size), -torch.inf), samples)
 
-    def offer(self, similarity: torch.Tensor, first_row: int, first_column: int) -> None:
+    def update(self, similarity: torch.Tensor, first_row: int, first_column: int) -> None:
         """Similarities (r, S) of r rows, from ``first_row`` on, to S samples, from ``first_column`` on."""
         size = self.samples.shape[1]
         if not size or not similarity.numel():
@@ -73,13 +73,13 @@ class Best:
         found = similarity if len(better) == len(similarity) else similarity[better]  # without a copy, if all
         values, columns = _candidates(found, min(size, similarity.shape[1]))
         rows = better + first_row
-        self._put_together(rows, values, columns + first_column)
+        self._merge_candidates(rows, values, columns + first_column)
 
-    def merge(self, other: Best) -> None:
+    def merge(self, other: TopK) -> None:
         """What was offered to another one for the same rows."""
-        self._put_together(slice(None), other.similarities, other.samples)
+        self._merge_candidates(slice(None), other.similarities, other.samples)
 
-    def _put_together(self, rows: torch.Tensor | slice, values: torch.Tensor, samples: torch.Tensor) -> None:
+    def _merge_candidates(self, rows: torch.Tensor | slice, values: torch.Tensor, samples: torch.Tensor) -> None:
         values = torch.cat([self.similarities[rows], values], dim=1)
         samples = torch.cat([self.samples[rows], samples], dim=1)
         self.similarities[rows], order = values.topk(self.samples.shape[1], dim=1)

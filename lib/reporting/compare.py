@@ -25,7 +25,7 @@ from lib.config.options import Options
 from lib.config.parser import extra, read_options
 from lib.errors import UsageError
 from lib.session import metrics
-from lib.session.atomic_files import csv_text, printable, write_whole
+from lib.session.atomic_files import atomic_write, csv_text, printable
 from lib.session.console import SUMMARY, logger, table
 
 LOCAL = {"seed", "sess_dir", "log_file", "log_tfb"}
@@ -335,7 +335,7 @@ def write(comparison: Comparison, folder: Path) -> tuple[Path, Path]:
             if path.is_symlink() or (path.exists() and not is_ours(path.read_bytes())):
                 raise UsageError(f"{path}: is no whole file of an older comparison; move it away and compare again")
         for path, content in zip(paths, (to_csv(comparison), draw(comparison)), strict=True):
-            with write_whole(path) as file:
+            with atomic_write(path) as file:
                 file.write(content)
     except OSError as error:
         raise UsageError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
@@ -439,7 +439,7 @@ def _draw_times(axes: Any, groups: Sequence[Group]) -> None:
     longest = np.nanmax(seconds[:, 0], initial=0)
     unit, name = (3600, "hours") if longest >= 7200 else (60, "minutes") if longest >= 120 else (1, "seconds")
     means, deviations = seconds.T / unit
-    colours = [_style(group)["color"] for group in groups]
-    axes.barh([str(group.number) for group in groups], means, xerr=deviations, color=colours, capsize=2)
+    means_and_stds = [_style(group)["color"] for group in groups]
+    axes.barh([str(group.number) for group in groups], means, xerr=deviations, color=means_and_stds, capsize=2)
     axes.set_ylim(max(len(groups), 6) - 0.4, -0.6)  # the first on top, and few bars not too thick
     axes.set(xlabel=f"training and evaluation, {name}", ylabel="group")

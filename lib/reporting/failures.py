@@ -40,7 +40,7 @@ def explain(error: Exception) -> tuple[int, str] | None:
 
     import torch._dynamo.exc
 
-    from lib.distributed.processes import is_loss
+    from lib.distributed.processes import is_peer_failure
     from lib.errors import NonFiniteLossError
 
     if isinstance(error, NonFiniteLossError):
@@ -49,7 +49,7 @@ def explain(error: Exception) -> tuple[int, str] | None:
         return 2, f"--compile: PyTorch cannot compile the network here ({reason(error)}); leave it out"
     if is_out_of_memory(error):
         return 2, "memory ran out; set --batch-size or --size lower, or choose a smaller --network"
-    if isinstance(error, RuntimeError) and launch.is_launched() and is_loss(error):
+    if isinstance(error, RuntimeError) and launch.is_launched() and is_peer_failure(error):
         return UNEXPECTED, "another process of the run has ended; --resume with the session's folder goes on"
     return None
 

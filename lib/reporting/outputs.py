@@ -14,7 +14,7 @@ import datasets
 from lib.config.options import Options
 from lib.errors import UsageError
 from lib.evaluation import evaluate, features
-from lib.evaluation.evaluate import Subject
+from lib.evaluation.evaluate import EvaluationInputs
 from lib.reporting import export, retrieval, session_data
 from lib.reporting.report_data import Tested
 from lib.session import image_grid
@@ -25,7 +25,7 @@ from lib.session.run_folder import Session, create_folder
 from lib.training import checkpoint
 from lib.training.checkpoint import Checkpoint
 from lib.training.recorder import Recorder
-from lib.training.setup import Setting
+from lib.training.setup import RunContext
 
 SIMILAR = 10
 """Training images that a query shows."""
@@ -40,19 +40,19 @@ def check(options: Options) -> None:
         retrieval.check(options.export_neighbourhoods)
 
 
-def show(setting: Setting) -> None:
+def show(context: RunContext) -> None:
     """What is asked for of a network that is not trained further: a report, similar images, or a test run."""
-    if isinstance(setting.options.report, Path):
-        write_report(setting, setting.options.report, setting.loaded)
-    elif setting.options.query:
-        show_similar(setting)
+    if isinstance(context.options.report, Path):
+        write_report(context, context.options.report, context.loaded)
+    elif context.options.query:
+        show_similar(context)
     else:
-        test(setting)
-        if own := setting.alone():
+        test(context)
+        if own := context.alone():
             export_results(own, own.loaded, folder_of(own.source) if own.source else None)
 
 
-def finish(setting: Setting, recorder: Recorder, final: Checkpoint, history: list[dict[str, Any]]) -> bool:
+def finish(context: RunContext, recorder: Recorder, final: Checkpoint, history: list[dict[str, Any]]) -> bool:
     """What a run shows and writes when training is done; whether its last checkpoint was saved.
 
     Raises:
@@ -67,13 +67,13 @@ def finish(setting: Setting, recorder: Recorder, final: Checkpoint, history: lis
         except UsageError as error:
             failures.append(error)
 
-    show_embeddings(setting, final["npc"]["memory"], session)
+    show_embeddings(context, final["npc"]["memory"], session)
     logger().info("\n%s", recorder.summary(history), extra=SUMMARY)
     logger().info("session: %s", session.folder or "none", extra=SUMMARY)
-    attempt(lambda: export_results(setting, final, session.folder))
-    if setting.options.report and session.folder:  # also where an export fails
+    attempt(lambda: export_results(context, final, session.folder))
+    if context.options.report and session.folder:  # also where an export fails
         folder = session.folder
-        attempt(lambda: write_report(setting, folder, final))
+        attempt(lambda: write_report(context, folder, final))
     for error in failures if recorder.unsaved else failures[:-1]:  # the last one is raised, unless the status is 3
         logger().error("%s", error)
     if recorder.unsaved:
@@ -84,49 +84,49 @@ def finish(setting: Setting, recorder: Recorder, final: Checkpoint, history: lis
     return True
 
 
-def show_embeddings(setting: Setting, memory: torch.Tensor, session: Session) -> None:
+def show_embeddings(context: RunContext, memory: torch.Tensor, session: Session) -> None:
     """Some rows of the memory bank, evenly spaced, for TensorBoard's projector."""
-    train = setting.splits.train
+    train = context.splits.train
     index = np.linspace(0, len(train) - 1, min(len(train), PROJECTED)).round().astype(int).tolist()
     labels = None if train.labels is None else [train.classes[label] for label in train.labels[index]]
-    if setting.options.log_tfb and session.folder:
+    if context.options.log_tfb and session.folder:
         session.write_projector(memory[index].cpu().numpy(), labels, image_grid.thumbnails(train.images, index))
 
 
-def test(setting: Setting) -> None:
+def test(context: RunContext) -> None:
     """Prints the table of a test run, and keeps the figures with the session."""
-    options, source = setting.options, setting.source
-    subject = _subject(setting)
-    unlabelled = subject.train_labels is None or subject.test_labels is None
+    options, source = context.options, context.source
+    inputs = _subject(context)
+    unlabelled = inputs.train_labels is None or inputs.test_labels is None
     if unlabelled and "cluster" not in options.protocol and _exports(options):
         return
-    rows = evaluate.evaluate(subject, options)
+    rows = evaluate.evaluate(inputs, options)
     logger().info("%s", evaluate.text(rows), extra=SUMMARY)
-    if source and not options.debug and setting.world.is_first:
+    if source and not options.debug and context.ranks.is_rank0:
         session = folder_of(source)
         facts = {"checkpoint": str(source), "dataset": options.dataset, "network": options.network}
-        reached = {name: setting.loaded.get(name) for name in ("round", "epoch")}
+        reached = {name: context.loaded.get(name) for name in ("round", "epoch")}
         path = session / "evaluation.json" if session else source.with_suffix(".evaluation.json")
         evaluate.save(rows, path, {**facts, **reached, "seed": options.seed})
 
 
-def _subject(setting: Setting) -> Subject:
+def _subject(context: RunContext) -> EvaluationInputs:
     """What a test run judges."""
-    train, test = setting.splits.train, setting.splits.test
-    evaluators = [setting.evaluator(test, name) for name in setting.options.protocol if name in ("knn", "nn")]
-    assert setting.options.seed is not None
-    return Subject(
-        network=setting.network,
-        train=setting.loader(train, train=False),
-        test=None if test is None else setting.loader(test, train=False),
+    train, test = context.splits.train, context.splits.test
+    evaluators = [context.evaluator(test, name) for name in context.options.protocol if name in ("knn", "nn")]
+    assert context.options.seed is not None
+    return EvaluationInputs(
+        network=context.network,
+        train=context.loader(train, train=False),
+        test=None if test is None else context.loader(test, train=False),
         train_labels=train.labels,
         test_labels=None if test is None else test.labels,
         classes=len(train.classes),
-        memory=setting.loaded.get("npc", {}).get("memory"),
+        memory=context.loaded.get("npc", {}).get("memory"),
         evaluators=[evaluator for evaluator in evaluators if evaluator],
-        seed=setting.options.seed,
-        device=setting.device,
-        world=setting.world,
+        seed=context.options.seed,
+        device=context.device,
+        ranks=context.ranks,
     )
 
 
@@ -134,16 +134,16 @@ def _exports(options: Options) -> bool:
     return bool(options.export_features or options.export_model or options.export_neighbourhoods)
 
 
-def write_report(setting: Setting, folder: Path, loaded: Checkpoint) -> None:
+def write_report(context: RunContext, folder: Path, loaded: Checkpoint) -> None:
     """Writes the report of a session, whose network is the setting's."""
     from lib.reporting import page  # draws with matplotlib and scikit-learn, which take seconds to import
 
-    options, train, test = setting.options, setting.splits.train, setting.splits.test
-    evaluator = setting.evaluator(test)
+    options, train, test = context.options, context.splits.train, context.splits.test
+    evaluator = context.evaluator(test)
     compared = f"{evaluator.name} against training features, both computed with the test transform" if evaluator else ""
     tested = None
     if evaluator and test and test.labels is not None:
-        embeddings = features.extract(setting.network, setting.loader(test, train=False), "test features")
+        embeddings = features.extract(context.network, context.loader(test, train=False), "test features")
         tested = Tested(
             images=test.images,
             labels=test.labels,
@@ -160,7 +160,7 @@ def write_report(setting: Setting, folder: Path, loaded: Checkpoint) -> None:
         labels=train.labels,
         classes=train.classes,
         protocol=f"{evaluator.name} against the memory bank" if evaluator else "",
-        features=setting.train_embeddings().cpu().numpy(),
+        features=context.train_embeddings().cpu().numpy(),
         tested=tested,
     )
     try:
@@ -169,29 +169,29 @@ def write_report(setting: Setting, folder: Path, loaded: Checkpoint) -> None:
         raise UsageError(f"{folder}: the report cannot be written: {reason(error)}; make room there") from None
 
 
-def show_similar(setting: Setting) -> None:
+def show_similar(context: RunContext) -> None:
     """Prints the training images most similar to each picture of ``--query``, and draws them."""
-    options = setting.options
+    options = context.options
     queries = [retrieval.Query(str(path), datasets.read_picture(path)) for path in options.query]
-    pictures = setting.loader(datasets.ImageSet([query.image for query in queries]), train=False)
-    embeddings = features.extract(setting.network, pictures, "pictures")
+    pictures = context.loader(datasets.ImageSet([query.image for query in queries]), train=False)
+    embeddings = features.extract(context.network, pictures, "pictures")
     logger().info("similarity: cosine between embeddings, computed with the test transform")
-    indices, similarities = retrieval.query(embeddings, setting.train_embeddings(), SIMILAR)
-    gallery = gallery_of(setting)
+    indices, similarities = retrieval.query(embeddings, context.train_embeddings(), SIMILAR)
+    gallery = gallery_of(context)
     for row, query in enumerate(queries):
         logger().info("%s\n", retrieval.describe(query.name, indices[row], similarities[row], gallery), extra=SUMMARY)
-    session = folder_of(setting.source) if setting.source else None
+    session = folder_of(context.source) if context.source else None
     folder = create_folder((session or options.sess_dir) / "queries", None)
     retrieval.save_picture(folder / "query.png", retrieval.draw(queries, indices, similarities, gallery))
 
 
-def gallery_of(setting: Setting) -> retrieval.Gallery:
+def gallery_of(context: RunContext) -> retrieval.Gallery:
     """The training images by name and class."""
-    train = setting.splits.train
+    train = context.splits.train
     return retrieval.Gallery(train.images, train.names, train.labels, train.classes, train.indices)
 
 
-def export_results(setting: Setting, loaded: Checkpoint, folder: Path | None) -> None:
+def export_results(context: RunContext, loaded: Checkpoint, folder: Path | None) -> None:
     """Writes what the user asks for.
 
     Args:
@@ -199,25 +199,25 @@ def export_results(setting: Setting, loaded: Checkpoint, folder: Path | None) ->
         loaded: the checkpoint of now.
         folder: the session's, or None.
     """
-    options, splits = setting.options, setting.splits
+    options, splits = context.options, context.splits
     if options.export_features:
         parts = [
-            export.Part(name, setting.loader(split, train=False), split.labels, split.names, split.indices)
+            export.Part(name, context.loader(split, train=False), split.labels, split.names, split.indices)
             for name, split in (("train", splits.train), ("val", splits.val), ("test", splits.test))
             if split
         ]
         classes = splits.train.classes
-        export.save_features(options.export_features, setting.network, parts, classes=classes)
+        export.save_features(options.export_features, context.network, parts, classes=classes)
     if options.export_model:
-        means, stds = setting.colours
-        export.save_model(options.export_model, setting.network, options, means=means, stds=stds)
+        means, stds = context.means_and_stds
+        export.save_model(options.export_model, context.network, options, means=means, stds=stds)
     if options.export_neighbourhoods:
         found = checkpoint.discoveries(folder, loaded, len(splits.train))
         retrieval.save_neighbourhoods(
             options.export_neighbourhoods,
-            embeddings=setting.train_embeddings(),
+            embeddings=context.train_embeddings(),
             temperature=options.npc_temperature,
             size=options.ANs_size,
             rounds=retrieval.became_anchor(found, len(splits.train)),
-            gallery=gallery_of(setting),
+            gallery=gallery_of(context),
         )

@@ -14,8 +14,8 @@ from jinja2 import Environment, StrictUndefined
 
 from lib.reporting import plots, test_figures, training_figures
 from lib.reporting.plots import Part
-from lib.reporting.report_data import Material
-from lib.session.atomic_files import write_whole
+from lib.reporting.report_data import ReportData
+from lib.session.atomic_files import atomic_write
 
 LIMIT = 5_000_000
 """Bytes that the page stays below."""
@@ -25,7 +25,7 @@ TEXT = 300
 """Letters of a name or value on the page at most."""
 
 
-def write(material: Material, folder: Path) -> Path:
+def write(material: ReportData, folder: Path) -> Path:
     """Writes ``report.html`` into the session's folder, and the pictures to ``report/`` in it as PNG.
 
     Everything is drawn before anything is written: where drawing fails, the old report stays as it was.
@@ -60,17 +60,17 @@ def write(material: Material, folder: Path) -> Path:
     place.mkdir(exist_ok=True)
     for name in parts:
         if name in pictures:
-            with write_whole(place / f"{name}.png") as file:
+            with atomic_write(place / f"{name}.png") as file:
                 file.write(pictures[name])
         else:
             (place / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         file.write(page)
     return path
 
 
 def _page(
-    material: Material,
+    material: ReportData,
     parts: Mapping[str, Part],
     pictures: Mapping[str, bytes],
     pairs: Sequence[tuple[str, str, int, str]],
@@ -102,7 +102,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2%}"
 
 
-def _summary(material: Material) -> dict[str, str]:
+def _summary(material: ReportData) -> dict[str, str]:
     """The figures at the top, by what they are."""
     rows = material.metrics
     last = rows[-1] if rows else {}
@@ -118,7 +118,7 @@ def _summary(material: Material) -> dict[str, str]:
     }
 
 
-def _rounds(material: Material) -> list[dict[str, str]]:
+def _rounds(material: ReportData) -> list[dict[str, str]]:
     """The last epoch of each round; of very many rounds some."""
     ends = {row["round"]: row for row in material.metrics}
     every = -(-len(ends) // 50)

@@ -56,7 +56,7 @@ class Tested:
 
 
 @dataclass(frozen=True)
-class Material:
+class ReportData:
     """All that a report is made of.
 
     Attributes:

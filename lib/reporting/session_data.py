@@ -16,7 +16,7 @@ import torch
 from lib.config.options import Options
 from lib.config.parser import extra
 from lib.errors import UsageError
-from lib.reporting.report_data import Discovered, Material, Tested
+from lib.reporting.report_data import Discovered, ReportData, Tested
 from lib.session import metrics
 from lib.session.metrics import STARTS
 from lib.training import checkpoint
@@ -43,7 +43,7 @@ def material(
     protocol: str,
     features: np.ndarray,
     tested: Tested | None,
-) -> Material:
+) -> ReportData:
     """All that the report of a session shows.
 
     Args:
@@ -69,7 +69,7 @@ def material(
             raise UsageError(f"{folder}: was trained on {len(memory)} samples, not {len(images)}; choose its data")
     except (KeyError, TypeError):
         raise UsageError(f"{folder}: its latest checkpoint holds no memory bank; a report needs one") from None
-    return Material(
+    return ReportData(
         name=folder.resolve().name,
         facts=facts(folder),
         options={name: value for name, value in shown.items() if not extra(name)["this_run"]},

@@ -13,7 +13,7 @@ import torch
 from lib.evaluation import knn
 from lib.reporting import plots
 from lib.reporting.plots import Part, Tile
-from lib.reporting.report_data import SEED, Material
+from lib.reporting.report_data import SEED, ReportData
 
 TESTS, PAIRS = 10_000, 10
 """Test images that are classified, and confused pairs, at most."""
@@ -36,7 +36,7 @@ class Classified:
         return np.asarray(self.shares.argmax(axis=1))
 
 
-def classify(material: Material) -> Classified | str:
+def classify(material: ReportData) -> Classified | str:
     """Weighted kNN of the test images, or of some where there are many; or why there is none."""
     tested = material.tested
     if material.labels is None or tested is None or not len(tested.labels):
@@ -51,14 +51,14 @@ def classify(material: Material) -> Classified | str:
     return Classified(chosen, tested.labels[chosen], scores / scores.sum(axis=1, keepdims=True))
 
 
-def _counts(material: Material, classified: Classified) -> np.ndarray:
+def _counts(material: ReportData, classified: Classified) -> np.ndarray:
     """(C, C) test images by their true class, downwards, and the predicted one."""
     counts = np.zeros((len(material.classes),) * 2, int)
     np.add.at(counts, (classified.labels, classified.predicted), 1)
     return counts
 
 
-def _basis(material: Material, classified: Classified) -> str:
+def _basis(material: ReportData, classified: Classified) -> str:
     """How the predictions came about, and how many are right."""
     assert material.tested is not None
     right, shown = (classified.predicted == classified.labels).sum(), len(classified.labels)
@@ -68,7 +68,7 @@ def _basis(material: Material, classified: Classified) -> str:
     return f"{material.tested.protocol}; {judged}; {material.when}."
 
 
-def confusion(material: Material, classified: Classified | str) -> Part:
+def confusion(material: ReportData, classified: Classified | str) -> Part:
     """The confusion matrix."""
     if isinstance(classified, str):
         return Part(None, classified)
@@ -78,7 +78,7 @@ def confusion(material: Material, classified: Classified | str) -> Part:
     )
 
 
-def confused(material: Material, classified: Classified | str) -> list[tuple[str, str, int, str]]:
+def confused(material: ReportData, classified: Classified | str) -> list[tuple[str, str, int, str]]:
     """True and predicted class, test images, and their share of the true class; the most frequent first."""
     if isinstance(classified, str):
         return []
@@ -93,7 +93,7 @@ def confused(material: Material, classified: Classified | str) -> list[tuple[str
     ]
 
 
-def voters(material: Material, classified: Classified | str) -> Part:
+def voters(material: ReportData, classified: Classified | str) -> Part:
     """Test images beside their nearest training images: the surest mistakes, and right ones at random."""
     if isinstance(classified, str):
         return Part(None, classified)
@@ -106,7 +106,7 @@ def voters(material: Material, classified: Classified | str) -> Part:
     return Part(plots.voters(rows), f"{_basis(material, classified)} Shown: {text}")
 
 
-def _row(material: Material, classified: Classified, place: int) -> tuple[list[Tile], str, list[tuple[float, bool]]]:
+def _row(material: ReportData, classified: Classified, place: int) -> tuple[list[Tile], str, list[tuple[float, bool]]]:
     tested, labels, names = material.tested, material.labels, plots.all_writable(material.classes)
     assert tested is not None and labels is not None
     number, truth, shares = int(classified.chosen[place]), int(classified.labels[place]), classified.shares[place]

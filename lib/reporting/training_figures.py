@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from lib.reporting import plots
 from lib.reporting.plots import Part, Tile
-from lib.reporting.report_data import SEED, Discovered, Material
+from lib.reporting.report_data import SEED, Discovered, ReportData
 
 MAPPED, ROUNDS = 2_000, 6
 """Points of the map, and rounds with a histogram, at most."""
@@ -37,12 +37,12 @@ SHARES = {"reciprocal", "kept", "orphans", "largest_hub"}
 """Health figures of an epoch, one number each, and what a plot calls them."""
 
 
-def _column(material: Material, name: str) -> np.ndarray:
+def _column(material: ReportData, name: str) -> np.ndarray:
     """(E,) of the metrics; NaN where a row has none."""
     return np.array([np.nan if row.get(name) is None else row[name] for row in material.metrics], float)
 
 
-def training(material: Material) -> dict[str, Part]:
+def training(material: ReportData) -> dict[str, Part]:
     """Accuracy and loss over the epochs."""
     if not material.metrics:
         return dict.fromkeys(("accuracy", "loss"), Part(None, "No epoch is done yet."))
@@ -77,7 +77,7 @@ def _loss(loss: np.ndarray, rounds: np.ndarray) -> Part:
     return Part(plots.curves({"loss": loss}, rounds, "loss"), how)
 
 
-def discovery(material: Material) -> dict[str, Part]:
+def discovery(material: ReportData) -> dict[str, Part]:
     """Consistency, entropies and galleries."""
     names = ("consistency", "entropy", "surest", "random", "mistakes")
     if not material.rounds:
@@ -95,7 +95,7 @@ def _equal(found: Discovered, labels: np.ndarray) -> np.ndarray:
     return np.asarray(labels[found.anchors][:, None] == labels[found.neighbours])
 
 
-def _consistency(material: Material) -> Part:
+def _consistency(material: ReportData) -> Part:
     if material.labels is None:
         return Part(None, "No consistency: the training images have no labels.")
     rounds = [found for found in material.rounds if found.neighbours.size]
@@ -109,7 +109,7 @@ def _consistency(material: Material) -> Part:
     )
 
 
-def _entropy(material: Material) -> Part:
+def _entropy(material: ReportData) -> Part:
     whole = [found for found in material.rounds if np.isfinite(found.entropy).all()]
     if not whole:
         return Part(None, "No histogram: the entropies are not finite numbers.")
@@ -127,7 +127,7 @@ def _is_anchor(found: Discovered) -> np.ndarray:
     return chosen
 
 
-def _galleries(material: Material, found: Discovered) -> dict[str, Part]:
+def _galleries(material: ReportData, found: Discovered) -> dict[str, Part]:
     """The anchors of lowest entropy, some at random, and the worst mistakes."""
     near = found.neighbours[:, :5]  # (A, K)
     count = 4 * max(1, 8 // (1 + near.shape[1]))
@@ -151,7 +151,7 @@ def _galleries(material: Material, found: Discovered) -> dict[str, Part]:
     return parts | {"mistakes": Part(_gallery(material, found, wrong[:count]), how)}
 
 
-def _gallery(material: Material, found: Discovered, picks: Sequence[int] | np.ndarray) -> Figure:
+def _gallery(material: ReportData, found: Discovered, picks: Sequence[int] | np.ndarray) -> Figure:
     entries = []
     for pick in picks:
         anchor, labels = int(found.anchors[pick]), material.labels
@@ -163,14 +163,14 @@ def _gallery(material: Material, found: Discovered, picks: Sequence[int] | np.nd
     return plots.gallery(entries)
 
 
-def _name(material: Material, sample: int) -> str:
+def _name(material: ReportData, sample: int) -> str:
     if material.labels is None:
         return ""
     number = int(material.labels[sample])
     return plots.writable(material.classes[number], number)
 
 
-def health(material: Material) -> dict[str, Part]:
+def health(material: ReportData) -> dict[str, Part]:
     """What can be known without labels, over the epochs, and how it went with the truth."""
     rounds = _column(material, "round").astype(int)
     values = np.stack([_column(material, name) for name in QUANTILES], axis=1)  # (E, 5)
@@ -194,7 +194,7 @@ def _too_few(values: np.ndarray) -> Part | None:
     return Part(None, f"Known after one epoch only: {known[0]:.3g}.") if len(known) == 1 else None
 
 
-def _follows(material: Material, rounds: np.ndarray, columns: Mapping[str, np.ndarray]) -> Part:
+def _follows(material: ReportData, rounds: np.ndarray, columns: Mapping[str, np.ndarray]) -> Part:
     truth, pairs = _column(material, "consistency"), {}
     first = np.flatnonzero(np.diff(rounds, prepend=-1))  # of each round
     for label, column in columns.items():
@@ -214,7 +214,7 @@ def _rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
 
 
-def embedding_map(material: Material) -> Part:
+def embedding_map(material: ReportData) -> Part:
     """Some of the embeddings in the plane."""
     samples = len(material.features)
     chosen = np.sort(np.random.default_rng(SEED).permutation(samples)[:MAPPED])

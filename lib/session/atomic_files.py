@@ -18,7 +18,7 @@ def beside(path: Path) -> Path:
 
 
 @contextmanager
-def write_whole(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file to write to; when the block ends it is flushed to the disk, and renamed to ``path``.
 
     A reader sees the old file or the new one. Where the block fails or is interrupted, ``path`` stays as it
@@ -64,7 +64,7 @@ def new_files(*paths: Path) -> Iterator[tuple[BinaryIO, ...]]:
         check_place(path)  # again: training takes hours
     try:
         with ExitStack() as stack:
-            yield tuple(stack.enter_context(write_whole(path)) for path in paths)
+            yield tuple(stack.enter_context(atomic_write(path)) for path in paths)
     except BaseException as error:
         for path in paths:  # one may be done when the other fails
             path.unlink(missing_ok=True)

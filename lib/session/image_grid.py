@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from lib.session.atomic_files import write_whole
+from lib.session.atomic_files import atomic_write
 
 TILE = 48
 """Pixels of an image in the picture."""
@@ -74,7 +74,7 @@ def save_anchors(
     if not neighbours.numel():
         return None
     picture = draw(images, labels, anchors, neighbours)
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         picture.save(file, "PNG")
     return picture
 

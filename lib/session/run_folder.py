@@ -28,7 +28,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from lib.errors import UsageError
-from lib.session.atomic_files import reason, write_whole
+from lib.session.atomic_files import atomic_write, reason
 from lib.session.console import LOGGER, LogFile, log_to_file, logger
 from lib.session.locate import LATEST
 from lib.session.metrics import METRICS, STARTS
@@ -118,7 +118,7 @@ class Session:
             before = next(p for i in range(1, 10**6) if not (p := self.folder / f"config.{i}.yaml").exists())
             path.rename(before)
             logger().info("the options differ from the session's: the former config.yaml is now %s", before.name)
-        with write_whole(path) as file:
+        with atomic_write(path) as file:
             file.write(text.encode("utf-8"))
 
     @contextmanager
@@ -221,7 +221,7 @@ class Session:
         if not path.exists():
             return
         kept = [line for line in path.read_bytes().split(b"\n") if _is_before(line, start)]
-        with write_whole(path) as file:
+        with atomic_write(path) as file:
             file.write(b"".join(line + b"\n" for line in kept))
 
 

@@ -11,9 +11,9 @@ from lib import seeding
 from lib.config import parser
 from lib.config.options import height_and_width
 from lib.distributed import launch
-from lib.distributed.consensus import together
+from lib.distributed.consensus import run_on_all_ranks
 from lib.distributed.device import PRECISIONS
-from lib.distributed.signals import Interrupts
+from lib.distributed.signals import StopSignals
 from lib.errors import UsageError
 from lib.evaluation import features
 from lib.method.loss import LOSSES
@@ -28,32 +28,32 @@ from lib.training import checkpoint, optim
 from lib.training.checkpoint import TrainingState
 from lib.training.recorder import Recorder
 from lib.training.rehearsal import rehearse
-from lib.training.setup import Setting
+from lib.training.setup import RunContext
 from lib.training.trainer import Trainer
 
 
-def build_trainer(setting: Setting) -> Trainer:
+def build_trainer(context: RunContext) -> Trainer:
     """A trainer in a new session, or one that resumes the checkpoint's. Call it on every rank.
 
     Raises:
         UsageError: the data, the checkpoint or the place to write does not suit the options; nothing is written.
     """
-    options, splits, world = setting.options, setting.splits, setting.world
-    learning_rate = together(world, lambda: optim.build_schedule(options))
-    loss = together(world, lambda: parser.choose(LOSSES, options.loss, "--loss"))
-    together(world, lambda: check_sizes(setting))
-    state = build_state(setting)
-    if setting.source:
-        batches = setting.loader(splits.train, train=False)
-        embed = partial(features.extract, setting.network, batches, "filling the memory bank")
-        state.restore(setting.loaded, setting.source, embed=embed)
-        setting.loaded.clear()  # the whole bank is in it
+    options, splits, ranks = context.options, context.splits, context.ranks
+    learning_rate = run_on_all_ranks(ranks, lambda: optim.build_schedule(options))
+    loss = run_on_all_ranks(ranks, lambda: parser.choose(LOSSES, options.loss, "--loss"))
+    run_on_all_ranks(ranks, lambda: check_sizes(context))
+    state = build_state(context)
+    if context.source:
+        batches = context.loader(splits.train, train=False)
+        embed = partial(features.extract, context.network, batches, "filling the memory bank")
+        state.restore(context.loaded, context.source, embed=embed)
+        context.loaded.clear()  # the whole bank is in it
     size, precision = height_and_width(options.size), PRECISIONS[options.amp] if options.amp else None
-    peak = rehearse(state, loss, world, batch_size=options.batch_size, size=size, precision=precision)
+    peak = rehearse(state, loss, ranks, batch_size=options.batch_size, size=size, precision=precision)
     logger().info("memory: %s", peak)
-    session = together(world, lambda: open_session(setting, start=(state.round, state.epoch)))
-    signals = Interrupts(world)
-    labels, evaluate = splits.train.labels, setting.evaluator(splits.test)
+    session = run_on_all_ranks(ranks, lambda: open_session(context, start=(state.round, state.epoch)))
+    signals = StopSignals(ranks)
+    labels, evaluate = splits.train.labels, context.evaluator(splits.test)
     recorder = Recorder(
         session,
         options,
@@ -65,23 +65,23 @@ def build_trainer(setting: Setting) -> Trainer:
     return Trainer(
         options,
         state,
-        setting.loader(splits.train, train=True),
+        context.loader(splits.train, train=True),
         learning_rate,
         recorder,
         loss,
-        labels=None if labels is None else torch.from_numpy(labels).to(setting.device),
+        labels=None if labels is None else torch.from_numpy(labels).to(context.device),
         evaluate=evaluate,
-        validate=setting.evaluator(splits.val),
+        validate=context.evaluator(splits.val),
         signals=signals,
-        world=world,
+        ranks=ranks,
     )
 
 
-def check_sizes(setting: Setting) -> None:
+def check_sizes(context: RunContext) -> None:
     """UsageError if there are fewer samples than a batch or a neighbourhood takes, or fewer images in a batch than
     its ranks take.
     """
-    options, samples, ranks = setting.options, len(setting.splits.train), setting.world.size
+    options, samples, ranks = context.options, len(context.splits.train), context.ranks.size
     if options.batch_size < 2 * ranks:
         raise UsageError(
             f"--batch-size {options.batch_size}: is of all {ranks} processes together, and each takes two images at "
@@ -99,9 +99,9 @@ def check_sizes(setting: Setting) -> None:
         )
 
 
-def build_state(setting: Setting) -> TrainingState:
+def build_state(context: RunContext) -> TrainingState:
     """Everything that training changes, as it is before the first step."""
-    options, samples = setting.options, len(setting.splits.train)
+    options, samples = context.options, len(context.splits.train)
     assert options.seed is not None
     bank = MemoryBank(
         samples,
@@ -109,46 +109,46 @@ def build_state(setting: Setting) -> TrainingState:
         temperature=options.npc_temperature,
         momentum=options.npc_momentum,
         seed=seeding.seed_for(options.seed, Stream.MEMORY),
-        device=setting.device,
-        world=setting.world,
+        device=context.device,
+        ranks=context.ranks,
     )
-    optimizer = optim.build_optimizer(options, setting.network.parameters())
-    scaler = torch.amp.GradScaler(setting.device.type, enabled=options.amp == "fp16")
-    instances = Neighbourhoods.none(samples, setting.device)
-    return TrainingState(setting.network, optimizer, bank, instances, options.seed, scaler)
+    optimizer = optim.build_optimizer(options, context.network.parameters())
+    scaler = torch.amp.GradScaler(context.device.type, enabled=options.amp == "fp16")
+    instances = Neighbourhoods.none(samples, context.device)
+    return TrainingState(context.network, optimizer, bank, instances, options.seed, scaler)
 
 
-def open_session(setting: Setting, start: tuple[int, int]) -> Session:
+def open_session(context: RunContext, start: tuple[int, int]) -> Session:
     """The session of the checkpoint that is resumed, or a new one."""
-    options = setting.options
-    if options.debug or not setting.world.is_first:
+    options = context.options
+    if options.debug or not context.ranks.is_rank0:
         return Session(None)
-    own = folder_of(setting.source) if setting.source and not options.restart else None
-    folder = own or setting.begun or create_folder(options.sess_dir, options.session)
+    own = folder_of(context.source) if context.source and not options.restart else None
+    folder = own or context.begun or create_folder(options.sess_dir, options.session)
     session = Session.open(
         folder, parser.to_yaml(options), start=start, log_file=options.log_file, log_tfb=options.log_tfb
     )
-    if own and setting.source:
-        checkpoint.make_latest(setting.source)
+    if own and context.source:
+        checkpoint.make_latest(context.source)
     return session
 
 
-def log_start(setting: Setting, session: Session) -> None:
+def log_start(context: RunContext, session: Session) -> None:
     """The head of the log and a line in starts.jsonl: what runs, on what, with what."""
-    options, splits = setting.options, setting.splits
+    options, splits = context.options, context.splits
     tests = f", {len(splits.test)} test images" if splits.test else ""
     classes = f", {len(splits.train.classes)} classes" if splits.train.classes else ""
-    parameters = sum(p.numel() for p in setting.network.parameters())
+    parameters = sum(p.numel() for p in context.network.parameters())
     lines = {
         "session": session.folder or "none (--debug stores nothing)",
         "versions": ", ".join(f"{name} {number}" for name, number in provenance.versions().items()),
         "commit": provenance.commit() or "unknown (not a git checkout)",
-        "device": provenance.hardware(setting.device),
-        "processes": setting.world.size,
+        "device": provenance.hardware(context.device),
+        "processes": context.ranks.size,
         "data": f"{options.dataset}, {len(splits.train)} training images{tests}{classes}",
         "network": f"{options.network}, {parameters / 1e6:.2f} M parameters, embedding {options.low_dim}",
         "seed": options.seed,
-        "going on from": setting.source,
+        "going on from": context.source,
         "job": launch.job() or None,
     }
     lines = {name: text for name, text in lines.items() if text is not None}

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from lib.distributed.consensus import together
-from lib.distributed.processes import World
+from lib.distributed.consensus import run_on_all_ranks
+from lib.distributed.processes import Ranks
 from lib.errors import UsageError
 from lib.method import diagnostics
 from lib.method.memory_bank import MemoryBank
 from lib.method.neighbourhoods import Neighbourhoods
-from lib.session.atomic_files import keep, reason, write_whole
+from lib.session.atomic_files import atomic_write, keep, reason
 from lib.session.console import logger
 from lib.session.locate import LATEST, PREVIOUS, locate
 from lib.training import pretrained
@@ -174,7 +174,7 @@ def save(content: Checkpoint, path: Path) -> None:
     """
     if path.name == LATEST and path.exists():
         keep(path, path.with_name(PREVIOUS))
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         try:
             # PyTorch 1.0, the reference's, reads no other form
             torch.save(content, file, _use_new_zipfile_serialization=False)
@@ -182,7 +182,7 @@ def save(content: Checkpoint, path: Path) -> None:
             if "write()" not in str(error):
                 raise
             raise OSError(0, str(error)) from None  # PyTorch's word for a full disk
-        pretrained.seal(file)
+        pretrained.append_checksum(file)
 
 
 def make_latest(path: Path) -> None:
@@ -197,7 +197,7 @@ def make_latest(path: Path) -> None:
         keep(path, path.with_name(LATEST))
 
 
-def load_resumed(resume: Path, world: World | None = None) -> tuple[Path, Checkpoint]:
+def load_resumed(resume: Path, ranks: Ranks | None = None) -> tuple[Path, Checkpoint]:
     """What ``--resume`` means, and its content; where a session's latest is damaged, the one before it.
 
     The first process alone reads, and tells the others; in place of the memory bank these get a table of its shape
@@ -206,9 +206,9 @@ def load_resumed(resume: Path, world: World | None = None) -> tuple[Path, Checkp
     Raises:
         UsageError: there is none, or none that can be used; as ``agreement.together``.
     """
-    world = world or World()
-    read = together(world, lambda: _latest_whole(resume) if world.is_first else None)
-    told = world.tell(read and (read[0], _without_rows(read[1])))
+    ranks = ranks or Ranks()
+    read = run_on_all_ranks(ranks, lambda: _latest_whole(resume) if ranks.is_rank0 else None)
+    told = ranks.broadcast_object(read and (read[0], _without_rows(read[1])))
     return read or told
 
 
@@ -288,7 +288,7 @@ def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> N
         return
     if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded["net"].items()):
         raise UsageError(f"{where}: its 'net' holds more than tensors by name; choose another checkpoint")
-    state = {pretrained.bare(name): value for name, value in loaded["net"].items()}
+    state = {pretrained.strip_prefix(name): value for name, value in loaded["net"].items()}
     own = network.state_dict()
     for name in own.keys() - state.keys():
         if name.endswith(pretrained.COUNTER):

@@ -48,8 +48,8 @@ class Match:
     """
 
     loaded: dict[str, torch.Tensor]
-    dropped: dict[str, str]
-    fresh: list[str]
+    unexpected_keys: dict[str, str]
+    missing_keys: list[str]
     prefix: str
 
 
@@ -78,7 +78,7 @@ def read(path: Path) -> dict[str, Any]:
     )
 
 
-def seal(file: BinaryIO) -> None:
+def append_checksum(file: BinaryIO) -> None:
     """Adds the checksum of all that was written to a file of PyTorch's old format, whose readers stop before it."""
     file.flush()
     with Path(file.name).open("rb") as written:
@@ -165,7 +165,7 @@ def _python_3(file: BinaryIO) -> BinaryIO:
     return io.BytesIO(b"".join([*parts, file.read()]))
 
 
-def bare(name: str) -> str:
+def strip_prefix(name: str) -> str:
     """A parameter's name without what the reference's GPU training adds: to AlexNet's features, or to all."""
     return name.removeprefix("module.").replace("features.module.", "features.", 1)
 
@@ -186,7 +186,7 @@ def match(network: torch.nn.Module, state: Mapping[Any, Any]) -> Match:
             if inner in own and refusal(value, own[inner]) is None:
                 votes[name.removesuffix(inner)] += 1
     prefix = max(votes, key=lambda path: (votes[path], -len(path)), default="")
-    loaded, dropped = {}, {}
+    loaded, unexpected_keys = {}, {}
     for name, value in named.items():
         inner = name.removeprefix(prefix)
         known = name.startswith(prefix) and inner in own
@@ -194,9 +194,9 @@ def match(network: torch.nn.Module, state: Mapping[Any, Any]) -> Match:
         if reason is None:
             loaded[inner] = value
         else:
-            dropped[name] = reason
-    fresh = [name for name in own if name not in loaded and not name.endswith(COUNTER)]
-    return Match(loaded, dropped, fresh, prefix)
+            unexpected_keys[name] = reason
+    missing_keys = [name for name in own if name not in loaded and not name.endswith(COUNTER)]
+    return Match(loaded, unexpected_keys, missing_keys, prefix)
 
 
 def refusal(value: Any, own: torch.Tensor) -> str | None:
@@ -230,13 +230,13 @@ def load(network: torch.nn.Module, state: Mapping[Any, Any], where: Path) -> Mat
     """
     found = match(network, state)
     loaded = [name for name in found.loaded if not name.endswith(COUNTER)]
-    total = len(loaded) + len(found.fresh)
-    dropped = [f"{name} ({reason})" for name, reason in found.dropped.items()]
+    total = len(loaded) + len(found.missing_keys)
+    unexpected_keys = [f"{name} ({reason})" for name, reason in found.unexpected_keys.items()]
     if 2 * len(loaded) < total:
         raise UsageError(
             f"{where}: only {len(loaded)} of the network's {total} tensors are there by name and shape (it lacks "
-            f"{_list(found.fresh, 3)}; it has {_list(dropped, 3) or 'nothing else'}); set --network to what it "
-            "is of"
+            f"{_list(found.missing_keys, 3)}; it has {_list(unexpected_keys, 3) or 'nothing else'}); set --network to "
+            "the one that it is of"
         )
     refuse_nonfinite(found.loaded, where)
     network.load_state_dict(found.loaded, strict=False)
@@ -251,11 +251,11 @@ def load(network: torch.nn.Module, state: Mapping[Any, Any], where: Path) -> Mat
         behind,
         _list(f"{n} {k}" for n, k in parts.items()),
     )
-    if dropped:
-        log("dropped: %s", _list(dropped))
-    if found.fresh:
-        log("left as initialised: %s", _list(found.fresh))
-    if head(network) in found.fresh:
+    if unexpected_keys:
+        log("dropped: %s", _list(unexpected_keys))
+    if found.missing_keys:
+        log("left as initialised: %s", _list(found.missing_keys))
+    if head(network) in found.missing_keys:
         logger().warning("%s: has no weights for the embedding: until it is trained it is a random projection", where)
     return found
 

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from lib.config.options import Options
-from lib.distributed.signals import Interrupts
+from lib.distributed.signals import StopSignals
 from lib.evaluation.classifier import Accuracy
 from lib.method import diagnostics
 from lib.session import image_grid
@@ -40,7 +40,7 @@ class Recorder:
         self,
         session: Session,
         options: Options,
-        signals: Interrupts | None = None,
+        signals: StopSignals | None = None,
         *,
         protocol: str = "",
         images: Sequence[np.ndarray] = (),
@@ -48,7 +48,7 @@ class Recorder:
     ) -> None:
         self.session = session
         self.options = options
-        self.signals = signals or Interrupts()
+        self.signals = signals or StopSignals()
         self.protocol = protocol
         self.images = images
         self.labels = labels
@@ -132,7 +132,7 @@ class Recorder:
         for path in (self.session.latest(), best):
             if path:
                 try:
-                    with self.signals.shield():
+                    with self.signals.defer():
                         checkpoint.save(content, path)
                 except OSError as error:
                     self.unsaved = f"{path}: could not be saved: {reason(error)}"

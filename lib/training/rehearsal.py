@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from lib.distributed.processes import World
+from lib.distributed.processes import Ranks
 from lib.errors import UsageError, is_out_of_memory
 from lib.method.loss import Loss
 from lib.training.checkpoint import TrainingState
@@ -16,7 +16,7 @@ from lib.training.trainer import batch_loss
 def rehearse(
     state: TrainingState,
     loss: Loss,
-    world: World,
+    ranks: Ranks,
     *,
     batch_size: int,
     size: tuple[int, int],
@@ -41,13 +41,13 @@ def rehearse(
     """
     device = state.bank.memory.device
     try:
-        _step(state, loss, world, batch_size, size, precision)
+        _step(state, loss, ranks, batch_size, size, precision)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         fitting = None
-        if device.type == "cuda" and world.size == 1:  # elsewhere a smaller batch may be killed and not refused
-            fitting = _largest_fitting(state, loss, world, batch_size // 2, size, precision)
+        if device.type == "cuda" and ranks.size == 1:  # elsewhere a smaller batch may be killed and not refused
+            fitting = _largest_fitting(state, loss, ranks, batch_size // 2, size, precision)
         advice = f"--batch-size {fitting} fits" if fitting else "set it lower, or --size, or choose a smaller --network"
         raise UsageError(f"--batch-size {batch_size}: memory ran out in one step of the network; {advice}") from None
     peak = _peak(device)
@@ -57,7 +57,7 @@ def rehearse(
 def _largest_fitting(
     state: TrainingState,
     loss: Loss,
-    world: World,
+    ranks: Ranks,
     batch_size: int,
     size: tuple[int, int],
     precision: torch.dtype | None,
@@ -66,7 +66,7 @@ def _largest_fitting(
     while batch_size >= 2:
         torch.cuda.empty_cache()
         try:
-            _step(state, loss, world, batch_size, size, precision)
+            _step(state, loss, ranks, batch_size, size, precision)
             return batch_size
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -78,7 +78,7 @@ def _largest_fitting(
 def _step(
     state: TrainingState,
     loss: Loss,
-    world: World,
+    ranks: Ranks,
     batch_size: int,
     size: tuple[int, int],
     precision: torch.dtype | None,
@@ -86,13 +86,13 @@ def _step(
     network, device = state.network, state.bank.memory.device
     buffers = [buffer.clone() for buffer in network.buffers()]  # batch normalisation takes note of the images
     was_training = network.training
-    images = torch.zeros(world.shares(batch_size)[world.rank], 3, *size, device=device)
+    images = torch.zeros(ranks.local_batch_sizes(batch_size)[ranks.rank], 3, *size, device=device)
     index = torch.arange(batch_size, device=device)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             network.train()
             images = images.contiguous(memory_format=torch.channels_last)
-            found, _ = batch_loss(state, loss, world, images, index, precision)
+            found, _ = batch_loss(state, loss, ranks, images, index, precision)
             found.backward()
     finally:
         network.zero_grad(set_to_none=True)

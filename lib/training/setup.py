@@ -25,7 +25,7 @@ from lib.data import augmentation
 from lib.data.augmentation import Augmentation, Colour
 from lib.data.loader import Loader
 from lib.distributed import consensus, device, launch
-from lib.distributed.processes import World
+from lib.distributed.processes import Ranks
 from lib.evaluation import features
 from lib.evaluation.classifier import Evaluator
 from lib.seeding import Stream
@@ -37,25 +37,25 @@ from lib.training.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunContext:
     """Options, data, network, and the checkpoint where one is gone on from."""
 
     options: Options  # with a seed
     splits: datasets.Splits
-    colours: tuple[Colour, Colour]  # means and deviations
+    means_and_stds: tuple[Colour, Colour]  # means and deviations
     augmentations: tuple[Augmentation, Augmentation]  # for training, for testing
     device: torch.device
     network: torch.nn.Module
     source: Path | None  # of the checkpoint
     loaded: Checkpoint  # empty without --resume
-    world: World = field(default_factory=World)
+    ranks: Ranks = field(default_factory=Ranks)
     begun: Path | None = None  # the session that the launcher's processes had begun before they were started anew
     resident: dict[int, torch.Tensor] = field(default_factory=dict)  # images on the device, by their array's id
     embedded: list[torch.Tensor] = field(default_factory=list)  # the training images' embeddings, once computed
 
-    def alone(self) -> Setting | None:
+    def alone(self) -> RunContext | None:
         """The same for the first process when the others have nothing more to do; None for these."""
-        return replace(self, world=World()) if self.world.is_first else None
+        return replace(self, ranks=Ranks()) if self.ranks.is_rank0 else None
 
     def loader(self, split: datasets.ImageSet, *, train: bool) -> Loader:
         """Batches of a split: shuffled and augmented, or in order and as they are."""
@@ -66,7 +66,7 @@ class Setting:
             workers=self.options.workers_num,
             seed=self.options.seed if train else None,
             device=self.device,
-            world=self.world,
+            ranks=self.ranks,
         )
 
     def placed(self, images: Sequence[np.ndarray] | np.ndarray) -> Sequence[np.ndarray] | torch.Tensor:
@@ -91,7 +91,7 @@ class Setting:
             k=options.knn_k,
             sigma=options.knn_sigma or options.npc_temperature,
             device=self.device,
-            world=self.world,
+            ranks=self.ranks,
         )
 
     def train_embeddings(self) -> torch.Tensor:
@@ -106,33 +106,33 @@ class Setting:
         return self.embedded[0]
 
 
-def prepare(options: Options, world: World | None = None) -> Setting:
+def prepare(options: Options, ranks: Ranks | None = None) -> RunContext:
     """Checks everything that can be checked before anything is written, in all processes that train together."""
-    world = world or World()
-    consensus.agree(world, asked(options))  # first of all: what is done together hangs on them
+    ranks = ranks or Ranks()
+    consensus.assert_equal_across_ranks(ranks, asked(options))  # first of all: what is done together hangs on them
     device.allow_nondeterminism(not options.deterministic)
-    place = consensus.together(world, lambda: device.select(options.gpus))
-    if options.download and world.size > 1:  # one process of each machine fetches
+    place = consensus.run_on_all_ranks(ranks, lambda: device.select(options.gpus))
+    if options.download and ranks.size > 1:  # one process of each machine fetches
         here = int(os.environ.get("LOCAL_RANK", 0))
-        consensus.together(world, lambda: load_data(options) if here == 0 else None, (datasets.DataError,))
+        consensus.run_on_all_ranks(ranks, lambda: load_data(options) if here == 0 else None, (datasets.DataError,))
     begun = None
     if launch.restarts():
-        begun = world.tell(of_job(options.sess_dir, launch.job()))
-        if begun and world.tell(latest(begun).is_file()):  # it is the first process that reads it
+        begun = ranks.broadcast_object(of_job(options.sess_dir, launch.job()))
+        if begun and ranks.broadcast_object(latest(begun).is_file()):  # it is the first process that reads it
             options = options.model_copy(update={"resume": begun, "restart": False, "session": None})
-    source, loaded = checkpoint.load_resumed(options.resume, world) if options.resume else (None, {})
-    seed = seeding.choose(options.seed, loaded.get("seed"), world.tell(int(time.time())))
+    source, loaded = checkpoint.load_resumed(options.resume, ranks) if options.resume else (None, {})
+    seed = seeding.choose(options.seed, loaded.get("seed"), ranks.broadcast_object(int(time.time())))
     options = options.model_copy(update={"seed": seed})
-    read = partial(assemble, options, place, world, source=source, loaded=loaded)
-    setting = consensus.together(world, read, (datasets.DataError, models.NetworkError))
-    if world.size > 1:  # it decodes images and hashes every name
-        consensus.agree(world, seen(setting))
-    return replace(setting, begun=begun)
+    read = partial(assemble, options, place, ranks, source=source, loaded=loaded)
+    context = consensus.run_on_all_ranks(ranks, read, (datasets.DataError, models.NetworkError))
+    if ranks.size > 1:  # it decodes images and hashes every name
+        consensus.assert_equal_across_ranks(ranks, seen(context))
+    return replace(context, begun=begun)
 
 
 def assemble(
-    options: Options, place: torch.device, world: World, *, source: Path | None, loaded: Checkpoint
-) -> Setting:
+    options: Options, place: torch.device, ranks: Ranks, *, source: Path | None, loaded: Checkpoint
+) -> RunContext:
     """Reads what a run starts from, beside its checkpoint."""
     data_source = datasets.DATASETS[options.dataset]
     assert options.seed is not None
@@ -141,11 +141,14 @@ def assemble(
     if options.pretrained and not source:
         pretrained.load_pretrained(network, options.pretrained)
     splits = load_data(options)
-    colours = options.means or data_source.means, options.stds or data_source.stds
-    augmentations = augmentation.for_training(options, *colours), augmentation.for_testing(options, *colours)
+    means_and_stds = options.means or data_source.means, options.stds or data_source.stds
+    augmentations = (
+        augmentation.for_training(options, *means_and_stds),
+        augmentation.for_testing(options, *means_and_stds),
+    )
     device.allow_tf32(options.tf32)
-    network = device.place(network, place, world, sync_bn=options.sync_bn, compile=options.compile)
-    return Setting(options, splits, colours, augmentations, place, network, source, loaded, world)
+    network = device.place(network, place, ranks, sync_bn=options.sync_bn, compile=options.compile)
+    return RunContext(options, splits, means_and_stds, augmentations, place, network, source, loaded, ranks)
 
 
 def asked(options: Options) -> dict[str, str]:
@@ -156,9 +159,9 @@ def asked(options: Options) -> dict[str, str]:
     }
 
 
-def seen(setting: Setting) -> dict[str, str]:
+def seen(context: RunContext) -> dict[str, str]:
     """What all processes of a run must see alike beside their options, in words."""
-    named = {"training images": setting.splits.train, "test images": setting.splits.test}
+    named = {"training images": context.splits.train, "test images": context.splits.test}
     images = {name: datasets.fingerprint(split) if split else "none" for name, split in named.items()}
     return {**images, "PyTorch": torch.__version__}
 
@@ -192,9 +195,9 @@ def load_data(options: Options) -> datasets.Splits:
     return splits
 
 
-def load_network(setting: Setting) -> None:
+def load_network(context: RunContext) -> None:
     """The network of the checkpoint, where nothing is trained."""
-    if setting.source:
-        checkpoint.load_network(setting.network, setting.loaded, setting.source)
-    elif not setting.options.pretrained:
+    if context.source:
+        checkpoint.load_network(context.network, context.loaded, context.source)
+    elif not context.options.pretrained:
         logger().warning("no --resume: the network has random weights")

@@ -21,8 +21,8 @@ import torch
 from lib.config.options import Options
 from lib.data.loader import Batch, Loader
 from lib.distributed.device import PRECISIONS
-from lib.distributed.processes import World
-from lib.distributed.signals import Interrupts, Stopped
+from lib.distributed.processes import Ranks
+from lib.distributed.signals import Stopped, StopSignals
 from lib.errors import NonFiniteLossError
 from lib.evaluation.classifier import Accuracy, Evaluator
 from lib.method import diagnostics
@@ -64,8 +64,8 @@ class Trainer:
     labels: torch.Tensor | None = None
     evaluate: Evaluator | None = None
     validate: Evaluator | None = None
-    signals: Interrupts = field(default_factory=Interrupts)
-    world: World = field(default_factory=World)
+    signals: StopSignals = field(default_factory=StopSignals)
+    ranks: Ranks = field(default_factory=Ranks)
 
     def fit(self) -> None:
         """Trains the rounds that are left.
@@ -81,7 +81,7 @@ class Trainer:
             while state.round < options.max_round:
                 self.train_round()
         except Stopped:
-            self.signals.settle()
+            self.signals.finish_stopping()
             self.recorder.save(state, is_best=False)
             raise
 
@@ -92,9 +92,9 @@ class Trainer:
             self.discover()
         self.recorder.round_started(state)
         while state.epoch < self.options.max_epoch:
-            self.signals.check()
+            self.signals.raise_if_stopped()
             self.train_epoch()
-        with self.signals.shield():
+        with self.signals.defer():
             self.recorder.round_finished(state)
             state.round, state.epoch = state.round + 1, 0
 
@@ -123,11 +123,11 @@ class Trainer:
         state, started = self.state, time.perf_counter()
         learning_rate, seen = self.learning_rate(state.epoch), state.seen if state.step else 0
         optim.set_learning_rate(state.optimizer, learning_rate)
-        with self.signals.shield():
+        with self.signals.defer():
             self.train_steps()
-        self.signals.check()
+        self.signals.raise_if_stopped()
         trained, bank = time.perf_counter(), state.bank.rows
-        self.world.follow(state.network.buffers())  # batch normalisation: each rank has statistics of its own images
+        self.ranks.broadcast(state.network.buffers())  # batch normalisation: each rank has statistics of its own images
         health, measured = diagnostics.measure(
             bank,
             state.health,
@@ -145,8 +145,8 @@ class Trainer:
             "train_s": trained - started,
             "evaluate_s": time.perf_counter() - trained,
         }
-        self.signals.check()
-        with self.signals.shield():  # from here to the checkpoint, since these belong together
+        self.signals.raise_if_stopped()
+        with self.signals.defer():  # from here to the checkpoint, since these belong together
             state.health = measured
             is_best = self.finish_epoch(accuracy, held_out, record)
             self.recorder.epoch_finished(state.history[-1], accuracy)
@@ -198,7 +198,10 @@ class Trainer:
             self.optimizer_step()
             state.step += group
             every = self.options.ckpt_every * self.options.iter_size
-            saves, stops = every > 0 and state.step < batches and state.step % every == 0, self.signals.asked()
+            saves, stops = (
+                every > 0 and state.step < batches and state.step % every == 0,
+                self.signals.is_stop_requested(),
+            )
             if saves or stops or state.step == batches:
                 nonfinite.check()
                 nonfinite.check_weights()
@@ -216,12 +219,12 @@ class Trainer:
             group: batches in the optimiser step, whose mean loss it descends.
         """
         state, (images, index) = self.state, batch
-        other = [self.world.rank] if self.world.rank else []
+        other = [self.ranks.rank] if self.ranks.rank else []
         torch.manual_seed(seed_for(state.seed, Stream.STEPS, state.round, state.epoch, number, *other))  # for dropout
         skips = self.options.on_nonfinite == "skip"
         buffers = [buffer.clone() for buffer in state.network.buffers()] if skips else []
         precision = PRECISIONS[self.options.amp] if self.options.amp else None
-        loss, embeddings = batch_loss(state, self.loss, self.world, images, index, precision)
+        loss, embeddings = batch_loss(state, self.loss, self.ranks, images, index, precision)
         if skips and not loss.isfinite():  # waits for the device
             state.skipped += 1
             _restore(state.network.buffers(), buffers)  # batch normalisation has seen the batch already
@@ -236,7 +239,7 @@ class Trainer:
         """One step on the gradients gathered by ``backward``, summed over the ranks."""
         state = self.state
         if any(parameter.grad is not None for parameter in state.network.parameters()):  # all may be skipped
-            self.world.sum_gradients(state.network.parameters())
+            self.ranks.all_reduce_gradients(state.network.parameters())
             state.scaler.step(state.optimizer)
             state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
@@ -245,7 +248,7 @@ class Trainer:
 def batch_loss(
     state: TrainingState,
     loss: Loss,
-    world: World,
+    ranks: Ranks,
     images: torch.Tensor,
     index: torch.Tensor,
     precision: torch.dtype | None = None,
@@ -267,7 +270,7 @@ def batch_loss(
     """
     with torch.autocast(images.device.type, precision, enabled=precision is not None):
         local = state.network(images)  # (b, D), float32
-    embeddings = world.gather(local, world.shares(len(index)))  # (B, D)
+    embeddings = ranks.all_gather_batch(local, ranks.local_batch_sizes(len(index)))  # (B, D)
     temperature, neighbourhoods = state.bank.temperature, state.neighbourhoods.of(index)
     return loss(embeddings, state.bank.rows, neighbourhoods, temperature=temperature), embeddings
 

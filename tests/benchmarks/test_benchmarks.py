@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import __main__ as cli
 from benchmarks import augmentation, measure, reference
-from lib.data.augmentation import DRAWS
+from lib.data.augmentation import NUM_RANDOM
 from lib.evaluation.knn import weighted_knn
 from lib.method.discovery import discover
 from lib.method.loss import neighbourhood_loss
@@ -104,7 +104,7 @@ def test_both_classifiers_rank_the_classes_alike() -> None:
 def test_both_augmentations_have_the_same_mean_and_spread() -> None:
     """Of pixels over 2,000 draws of one image; each draw is checked by the tests of ``lib/data/augmentation.py``."""
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    draws = np.random.default_rng(1).random((2000, DRAWS))
+    draws = np.random.default_rng(1).random((2000, NUM_RANDOM))
     ours = augmentation.PAPER(torch.from_numpy(image).expand(2000, -1, -1, -1), draws)
     torch.manual_seed(0)
     one = reference.augmentation(32)

@@ -14,7 +14,7 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms import functional as F
 
 from lib.config.options import Options
-from lib.data.augmentation import DRAWS, Augmentation, for_testing, for_training, jitter_of
+from lib.data.augmentation import NUM_RANDOM, Augmentation, for_testing, for_training, jitter_of
 
 PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 """Means and deviations that change nothing, so that the output times 255 is pixels."""
@@ -39,18 +39,20 @@ def pixels(output: torch.Tensor) -> np.ndarray:
     return (output.permute(1, 2, 0).double().numpy() * 255).round().astype(int)
 
 
-def made_of(augmentation: Augmentation, image: np.ndarray, draws: np.ndarray, by_worker: bool) -> torch.Tensor:
+def made_of(augmentation: Augmentation, image: np.ndarray, random_numbers: np.ndarray, by_worker: bool) -> torch.Tensor:
     """What becomes of an image (H, W, 3) with each of the draws (n, ``DRAWS``): (n, 3, h, w)."""
     if by_worker:
-        return augmentation.finish(torch.from_numpy(np.stack([augmentation.cut(image, d) for d in draws])), draws)
-    return augmentation(torch.from_numpy(image).expand(len(draws), *image.shape), draws)
+        return augmentation.augment_on_device(
+            torch.from_numpy(np.stack([augmentation.crop_on_worker(image, d) for d in random_numbers])), random_numbers
+        )
+    return augmentation(torch.from_numpy(image).expand(len(random_numbers), *image.shape), random_numbers)
 
 
 def trained(image: np.ndarray, times: int = 30, **options: Any) -> list[np.ndarray]:
     """The pixels that the training's augmentation makes of an image, ``times`` times; half of them by a worker."""
     augmentation = for_training(options_of(**options), *PLAIN)
-    draws = np.random.default_rng(5).random((times, DRAWS))
-    halves = ((draws[: -(-times // 2)], False), (draws[-(-times // 2) :], True))
+    random_numbers = np.random.default_rng(5).random((times, NUM_RANDOM))
+    halves = ((random_numbers[: -(-times // 2)], False), (random_numbers[-(-times // 2) :], True))
     return [
         pixels(output)
         for part, by_worker in halves
@@ -59,11 +61,13 @@ def trained(image: np.ndarray, times: int = 30, **options: Any) -> list[np.ndarr
     ]
 
 
-def for_the_test(image: np.ndarray, colours: Any = PLAIN, **options: Any) -> torch.Tensor:
+def for_the_test(image: np.ndarray, means_and_stds: Any = PLAIN, **options: Any) -> torch.Tensor:
     """What testing makes of an image, alike in a batch and by a worker."""
-    augmentation = for_testing(options_of(**options), *colours)
-    batch, worker = (made_of(augmentation, image, np.zeros((1, DRAWS)), by_worker)[0] for by_worker in (False, True))
-    torch.testing.assert_close(batch, worker, atol=0.51 / 255 / min(colours[1]), rtol=0)
+    augmentation = for_testing(options_of(**options), *means_and_stds)
+    batch, worker = (
+        made_of(augmentation, image, np.zeros((1, NUM_RANDOM)), by_worker)[0] for by_worker in (False, True)
+    )
+    torch.testing.assert_close(batch, worker, atol=0.51 / 255 / min(means_and_stds[1]), rtol=0)
     return batch
 
 
@@ -130,7 +134,7 @@ def test_a_size_is_a_square_or_height_and_width(size: Any, shape: tuple[int, int
     options = options_of(size=size, scale=scale)
     for augmentation in (for_training(options, *PLAIN), for_testing(options, *PLAIN)):
         for by_worker in (False, True):
-            output = made_of(augmentation, coordinates(20, 24), np.full((2, DRAWS), 0.3), by_worker)
+            output = made_of(augmentation, coordinates(20, 24), np.full((2, NUM_RANDOM), 0.3), by_worker)
             assert output.shape == (2, 3, *shape)
             assert output.dtype == torch.float32
 
@@ -198,7 +202,7 @@ def test_greyscale_for_certain_gives_equal_channels_of_the_lightness() -> None:
 def test_grey_images_are_normalised_channel_by_channel() -> None:
     means, stds = (0.4, 0.5, 0.6), (0.1, 0.2, 0.25)
     augmentation = for_training(options_of(random_grayscale=1), means, stds)
-    output = made_of(augmentation, coordinates(16, 16), np.zeros((1, DRAWS)), False)[0].double()
+    output = made_of(augmentation, coordinates(16, 16), np.zeros((1, NUM_RANDOM)), False)[0].double()
     grey = output * torch.tensor(stds)[:, None, None] + torch.tensor(means)[:, None, None]
     torch.testing.assert_close(grey[0], grey[1], atol=1e-6, rtol=0)
     torch.testing.assert_close(grey[0], grey[2], atol=1e-6, rtol=0)
@@ -233,19 +237,19 @@ def test_the_papers_options_work_together() -> None:
 STRONG = {"scale": (0.2, 1.0), "ratio": (0.5, 2.0), "colorjitter": (0.8, 0.8, 0.8, 0.4), "random_grayscale": 0.3}
 
 
-def by_torchvision(augmentation: Augmentation, image: np.ndarray, draws: np.ndarray) -> torch.Tensor:
+def by_torchvision(augmentation: Augmentation, image: np.ndarray, random_numbers: np.ndarray) -> torch.Tensor:
     """The same by torchvision's functions on a float tensor: the parameters are ours, what they do is theirs."""
     out = torch.from_numpy(image).permute(2, 0, 1).float() / 255
     assert augmentation.jitter
-    box = augmentation.boxes(*image.shape[:2], draws[None])[0].tolist()
+    box = augmentation.boxes(*image.shape[:2], random_numbers[None])[0].tolist()
     out = F.resized_crop(out, *box, size=list(augmentation.size), antialias=True)
-    values, order = jitter_of(augmentation.jitter, draws[None])
+    values, order = jitter_of(augmentation.jitter, random_numbers[None])
     steps = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
     for kind in order[0].tolist():
         out = steps[kind](out, values[0, kind].item())
-    if draws[30] < augmentation.grey:
+    if random_numbers[30] < augmentation.grey:
         out = F.rgb_to_grayscale(out, 3)
-    if augmentation.flip and draws[31] < 0.5:
+    if augmentation.flip and random_numbers[31] < 0.5:
         out = F.hflip(out)
     return F.normalize(out, augmentation.means, augmentation.stds)
 
@@ -260,11 +264,11 @@ def test_the_same_parameters_give_torchvisions_images(height: int, width: int, s
         image = coordinates(height, width)
     means, stds = (0.4, 0.5, 0.6), (0.5, 0.25, 1.0)
     options = options_of(resize=64, size=size, random_horizontal_flip=True, **STRONG)
-    augmentation, draws = for_training(options, means, stds), rng.random((200, DRAWS))
-    for ours, numbers in zip(made_of(augmentation, image, draws, False), draws, strict=True):
+    augmentation, random_numbers = for_training(options, means, stds), rng.random((200, NUM_RANDOM))
+    for ours, numbers in zip(made_of(augmentation, image, random_numbers, False), random_numbers, strict=True):
         torch.testing.assert_close(ours, by_torchvision(augmentation, image, numbers), atol=1e-4, rtol=0)
     uncoloured = replace(augmentation, jitter=None)  # which would enlarge what a worker rounds
-    batch, worker = (made_of(uncoloured, image, draws, by_worker) for by_worker in (False, True))
+    batch, worker = (made_of(uncoloured, image, random_numbers, by_worker) for by_worker in (False, True))
     rounded_twice = 1.01 / 255 / torch.tensor(stds)[:, None, None]  # Pillow resizes to 8 bits across, then down
     assert ((batch - worker).abs() <= rounded_twice).all()
 
@@ -277,7 +281,7 @@ def alike(ours: np.ndarray, theirs: np.ndarray) -> bool:
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 25), (30, 48), (10, 60), (60, 10)])
 def test_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
     augmentation = for_training(options_of(scale=(0.2, 1.0)), *PLAIN)
-    ours = augmentation.boxes(height, width, np.random.default_rng(0).random((10_000, DRAWS)))
+    ours = augmentation.boxes(height, width, np.random.default_rng(0).random((10_000, NUM_RANDOM)))
     torch.manual_seed(0)
     image = torch.zeros(3, height, width)
     theirs = np.array([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(10_000)])
@@ -292,7 +296,7 @@ def test_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
 
 
 def test_jitter_is_distributed_as_torchvisions() -> None:
-    ours, order = jitter_of((0.4, 0.3, 1.5, 0.1), np.random.default_rng(1).random((10_000, DRAWS)))
+    ours, order = jitter_of((0.4, 0.3, 1.5, 0.1), np.random.default_rng(1).random((10_000, NUM_RANDOM)))
     torch.manual_seed(1)
     ranges = ([0.6, 1.4], [0.7, 1.3], [0.0, 2.5], [-0.1, 0.1])
     drawn = [ColorJitter.get_params(*ranges) for _ in range(10_000)]  # type: ignore[arg-type]
@@ -309,7 +313,7 @@ def test_jitter_is_distributed_as_torchvisions() -> None:
 @pytest.mark.parametrize("by_worker", [False, True])
 def test_values_are_normalised_by_the_means_and_deviations(make: Any, by_worker: bool) -> None:
     means, stds = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-    output = made_of(make(options_of(), means, stds), flat(255, 0, 102), np.zeros((1, DRAWS)), by_worker)[0]
+    output = made_of(make(options_of(), means, stds), flat(255, 0, 102), np.zeros((1, NUM_RANDOM)), by_worker)[0]
     assert output.shape == (3, 16, 16)
     for channel, value in enumerate((1.0, 0.0, 0.4)):
         expected = (value - means[channel]) / stds[channel]
@@ -323,9 +327,9 @@ def test_testing_is_the_crop_in_the_middle_whatever_is_drawn() -> None:
     options = options_of(
         size=8, scale=(0.2, 0.5), colorjitter=(0.4, 0.4, 0.4, 0.4), random_grayscale=1, random_horizontal_flip=True
     )
-    for draws in (np.zeros((3, DRAWS)), np.full((3, DRAWS), 0.999)):
+    for random_numbers in (np.zeros((3, NUM_RANDOM)), np.full((3, NUM_RANDOM), 0.999)):
         for by_worker in (False, True):
-            for output in made_of(for_testing(options, *PLAIN), coordinates(16, 16), draws, by_worker):
+            for output in made_of(for_testing(options, *PLAIN), coordinates(16, 16), random_numbers, by_worker):
                 assert window(pixels(output)) == (4, 4)
 
 
@@ -360,9 +364,9 @@ def test_no_images_give_no_images(make: Any, scale: Any, size: Any) -> None:
     """As in a process that has no share of a small last batch."""
     augmentation = make(options_of(scale=scale, size=size, colorjitter=(0.4,) * 4, random_grayscale=0.2), *PLAIN)
     none = torch.empty(0, 32, 32, 3, dtype=torch.uint8)
-    assert augmentation(none, np.empty((0, DRAWS))).shape == (0, 3, *augmentation.size)
+    assert augmentation(none, np.empty((0, NUM_RANDOM))).shape == (0, 3, *augmentation.size)
     cropped = torch.empty(0, *augmentation.size, 3, dtype=torch.uint8)
-    assert augmentation.finish(cropped, np.empty((0, DRAWS))).shape == (0, 3, *augmentation.size)
+    assert augmentation.augment_on_device(cropped, np.empty((0, NUM_RANDOM))).shape == (0, 3, *augmentation.size)
 
 
 def test_the_image_itself_stays_as_it_was() -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from lib.distributed.consensus import agree, together
-from lib.distributed.processes import World
+from lib.distributed.consensus import assert_equal_across_ranks, run_on_all_ranks
+from lib.distributed.processes import Ranks
 from lib.errors import ToldElsewhereError, UsageError
 from team import Team
 
 
-def refusing(world: World, which: list[int], text: str) -> str:
+def refusing(ranks: Ranks, which: list[int], text: str) -> str:
     def work() -> str:
-        if world.rank in which:
-            raise UsageError(text.format(rank=world.rank))
+        if ranks.rank in which:
+            raise UsageError(text.format(rank=ranks.rank))
         return "done"
 
     try:
-        return together(world, work)
+        return run_on_all_ranks(ranks, work)
     except ToldElsewhereError:
         return "elsewhere"
     except UsageError as error:
@@ -30,9 +30,9 @@ def test_what_one_process_refuses_all_refuse_and_the_first_one_says(team: Team) 
     assert team.run(refusing, [0, 1, 2, 3], "no image") == ["no image", *others]
 
 
-def agreeing(world: World, odd: int) -> str:
+def agreeing(ranks: Ranks, odd: int) -> str:
     try:
-        agree(world, {"--low-dim": "64", "training images": "9" if world.rank != odd else "8"})
+        assert_equal_across_ranks(ranks, {"--low-dim": "64", "training images": "9" if ranks.rank != odd else "8"})
         return "agreed"
     except ToldElsewhereError:
         return "elsewhere"

@@ -16,8 +16,8 @@ from lib.config.options import Options
 from lib.data.augmentation import Augmentation
 from lib.data.loader import Loader
 from lib.distributed import device
-from lib.distributed.processes import World
-from lib.distributed.sharded import Rows
+from lib.distributed.processes import Ranks
+from lib.distributed.sharded import ShardedRows
 from lib.distributed.sync_batchnorm import over_processes
 from lib.errors import ToldElsewhereError, UsageError
 from lib.evaluation import linear_probe
@@ -38,7 +38,7 @@ from patches import blocks_of, parcels_of
 from team import Team, assert_alike
 
 CPU = torch.device("cpu")
-ALONE = World()
+ALONE = Ranks()
 near = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -49,12 +49,12 @@ def rows_of(samples: int, low_dim: int = 5, seed: int = 0) -> torch.Tensor:
 # the parts of the method
 
 
-def lost(world: World, embeddings: torch.Tensor, memory: torch.Tensor, members: torch.Tensor) -> Any:
-    shares = world.shares(len(embeddings))
-    own = embeddings[world.among(shares)].clone().requires_grad_()
-    everyone = world.gather(own, shares)
+def lost(ranks: Ranks, embeddings: torch.Tensor, memory: torch.Tensor, members: torch.Tensor) -> Any:
+    shares = ranks.local_batch_sizes(len(embeddings))
+    own = embeddings[ranks.slice_in(shares)].clone().requires_grad_()
+    everyone = ranks.all_gather_batch(own, shares)
     with blocks_of(64):
-        loss = neighbourhood_loss(everyone, Rows.deal(memory, world), members, temperature=0.1)
+        loss = neighbourhood_loss(everyone, ShardedRows.scatter(memory, ranks), members, temperature=0.1)
     (3 * loss).backward()
     assert own.grad is not None
     return loss.item(), own.grad
@@ -84,13 +84,13 @@ def oracles_loss(embeddings: torch.Tensor, memory: torch.Tensor, members: torch.
     return -torch.stack(inside).log().mean().item()
 
 
-def banked(world: World, samples: int, whole: torch.Tensor, parcel: int) -> Any:
+def banked(ranks: Ranks, samples: int, whole: torch.Tensor, parcel: int) -> Any:
     with parcels_of(parcel):
-        return banked_in_parcels(world, samples, whole)
+        return banked_in_parcels(ranks, samples, whole)
 
 
-def banked_in_parcels(world: World, samples: int, whole: torch.Tensor) -> Any:
-    bank = MemoryBank(samples, 5, temperature=0.1, momentum=0.3, seed=4, device="cpu", world=world)
+def banked_in_parcels(ranks: Ranks, samples: int, whole: torch.Tensor) -> Any:
+    bank = MemoryBank(samples, 5, temperature=0.1, momentum=0.3, seed=4, device="cpu", ranks=ranks)
     first = bank.state_dict()["memory"].clone()
     index = torch.randperm(samples, generator=torch.Generator().manual_seed(2))[: max(1, samples // 2)]
     bank.update(rows_of(len(index), seed=9), index)
@@ -111,9 +111,9 @@ def test_the_bank_is_drawn_updated_saved_and_loaded_as_by_one_process(samples: i
     assert all(len(saved) == 0 for answer in answers[1:] for saved in answer[:3])
 
 
-def found(world: World, memory: torch.Tensor, size: int, block: int, temperature: float) -> Any:
+def found(ranks: Ranks, memory: torch.Tensor, size: int, block: int, temperature: float) -> Any:
     with blocks_of(block):
-        given = Rows.deal(memory, world)
+        given = ShardedRows.scatter(memory, ranks)
         return discover(given, temperature=temperature, anchors=len(memory) // 3, size=size)
 
 
@@ -136,10 +136,10 @@ def test_anchors_and_neighbours_are_those_of_one_process(
         assert_allclose(answer.entropy, alone.entropy, **near)
 
 
-def voted(world: World, queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor) -> Any:
-    mine = world.part(len(queries))
-    scores = weighted_knn(queries[mine], Rows.deal(bank, world), labels, classes=4, k=7, sigma=0.1)
-    return scores, top_k_accuracy(scores, truth[mine], 1, world)
+def voted(ranks: Ranks, queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor) -> Any:
+    mine = ranks.shard(len(queries))
+    scores = weighted_knn(queries[mine], ShardedRows.scatter(bank, ranks), labels, classes=4, k=7, sigma=0.1)
+    return scores, top_k_accuracy(scores, truth[mine], 1, ranks)
 
 
 @pytest.mark.parametrize(("queries", "samples"), [(10, 30), (3, 7), (1, 9), (11, 3)])
@@ -153,13 +153,13 @@ def test_votes_are_those_of_one_process(queries: int, samples: int, team: Team) 
     assert [share for _, share in answers] == [accuracy] * len(answers)
 
 
-def measured(world: World, memory: torch.Tensor, rows: int) -> Any:
+def measured(ranks: Ranks, memory: torch.Tensor, rows: int) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(diagnostics, "ROWS", rows)
         before = None
         for round in range(2):
             figures, before = diagnostics.measure(
-                Rows.deal(memory, world), before, round=round, temperature=0.1, size=3
+                ShardedRows.scatter(memory, ranks), before, round=round, temperature=0.1, size=3
             )
             memory = F.normalize(memory + 0.1, dim=1)
     return figures
@@ -173,13 +173,13 @@ def test_health_is_that_of_one_process(rows: int, team: Team) -> None:
         assert figures == pytest.approx(alone, rel=1e-5, abs=1e-5)
 
 
-def probed(world: World, train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, truth: torch.Tensor) -> Any:
+def probed(ranks: Ranks, train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, truth: torch.Tensor) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear_probe, "STEPS", (30, 60))
         return linear_probe.probe(
-            Rows.deal(train, world),
+            ShardedRows.scatter(train, ranks),
             labels,
-            Rows.deal(test, world),
+            ShardedRows.scatter(test, ranks),
             truth,
             classes=3,
             seed=1,
@@ -207,7 +207,7 @@ def images_of(count: int) -> np.ndarray:
     return np.random.default_rng(3).integers(0, 256, (count, SIZE, SIZE, 3)).astype(np.uint8)
 
 
-def loader_of(world: World, batch: int, *, train: bool, count: int = SAMPLES) -> Loader:
+def loader_of(ranks: Ranks, batch: int, *, train: bool, count: int = SAMPLES) -> Loader:
     augmentation = Augmentation(
         resize=SIZE,
         size=(SIZE, SIZE),
@@ -218,7 +218,7 @@ def loader_of(world: World, batch: int, *, train: bool, count: int = SAMPLES) ->
         centred=not train,
     )
     images = torch.from_numpy(images_of(count))
-    return Loader(images, augmentation, batch_size=batch, workers=0, seed=5 if train else None, device=CPU, world=world)
+    return Loader(images, augmentation, batch_size=batch, workers=0, seed=5 if train else None, device=CPU, ranks=ranks)
 
 
 class Precise(torch.nn.Module):
@@ -240,23 +240,23 @@ class Precise(torch.nn.Module):
 
 
 def trained(
-    world: World, kind: str, batch: int, iter_size: int, start: Any, folder: str | None, rounds: int = 2
+    ranks: Ranks, kind: str, batch: int, iter_size: int, start: Any, folder: str | None, rounds: int = 2
 ) -> Any:
     """Two rounds; the checkpoint, the figures, and the accuracy of the last epoch."""
     torch.manual_seed(0)
     network = models.build("resnet10-w16", low_dim=6)
-    placed = device.place(network, CPU, world, sync_bn=kind == "joined")
+    placed = device.place(network, CPU, ranks, sync_bn=kind == "joined")
     network = Precise(placed, kind == "frozen")
-    bank = MemoryBank(SAMPLES, 6, temperature=0.2, momentum=0.5, seed=1, device="cpu", world=world)
+    bank = MemoryBank(SAMPLES, 6, temperature=0.2, momentum=0.5, seed=1, device="cpu", ranks=ranks)
     bank.memory = bank.memory.double()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     state = TrainingState(network, optimizer, bank, Neighbourhoods.none(SAMPLES), 5)
     if start:
         state.restore(start, Path("a.ckpt"), embed=lambda: torch.zeros(()))
     labels, truth = np.arange(SAMPLES) % 3, np.arange(5) % 3
-    test = loader_of(world, 4, train=False, count=5)
+    test = loader_of(ranks, 4, train=False, count=5)
     evaluator = Evaluator(
-        "knn", test=test, test_labels=truth, train_labels=labels, classes=3, k=5, sigma=0.1, device=CPU, world=world
+        "knn", test=test, test_labels=truth, train_labels=labels, classes=3, k=5, sigma=0.1, device=CPU, ranks=ranks
     )
     options = Options(
         network="resnet10-w16",
@@ -266,19 +266,19 @@ def trained(
         ANs_size=2,
         iter_size=iter_size,
     )
-    session = Session(Path(folder) if folder and world.is_first else None, log_tfb=False)
+    session = Session(Path(folder) if folder and ranks.is_rank0 else None, log_tfb=False)
     Trainer(
         options,
         state,
-        loader_of(world, batch, train=True),
+        loader_of(ranks, batch, train=True),
         optim.fixed(0.01),
         Recorder(session, options, protocol=evaluator.name),
         labels=torch.from_numpy(labels),
         evaluate=evaluator,
-        world=world,
+        ranks=ranks,
     ).fit()
     session.close()
-    features = extract(network, loader_of(world, 4, train=False), "features")
+    features = extract(network, loader_of(ranks, 4, train=False), "features")
     return state.checkpoint("resnet10-w16", ""), features
 
 
@@ -307,8 +307,8 @@ def test_a_checkpoint_of_one_number_of_processes_goes_on_with_another(team: Team
     assert_alike(trained(ALONE, "joined", 8, 1, begun, None)[0], whole)
 
 
-def stopped_after_a_round(world: World) -> Any:
-    return trained(world, "joined", 8, 1, None, None, rounds=1)[0]
+def stopped_after_a_round(ranks: Ranks) -> Any:
+    return trained(ranks, "joined", 8, 1, None, None, rounds=1)[0]
 
 
 def test_processes_that_normalise_for_themselves_train_too(team: Team) -> None:
@@ -318,10 +318,10 @@ def test_processes_that_normalise_for_themselves_train_too(team: Team) -> None:
     assert content["history"][-1]["loss"] > 0
 
 
-def normalised(world: World, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def normalised(ranks: Ranks, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Joined batch normalisation of this process's share of (B, C, H, W); its output, gradient and statistics."""
-    own = images[world.among(world.shares(len(images)))].clone().requires_grad_()
-    layer = over_processes(torch.nn.BatchNorm2d(images.shape[1]), world, joined=True).train()
+    own = images[ranks.slice_in(ranks.local_batch_sizes(len(images)))].clone().requires_grad_()
+    layer = over_processes(torch.nn.BatchNorm2d(images.shape[1]), ranks, joined=True).train()
     with torch.autocast("cpu", torch.bfloat16, enabled=images.dtype == torch.bfloat16):
         out = layer(own)
     (out.float().square() * torch.arange(128) / 128).sum().backward()
@@ -350,13 +350,13 @@ def test_joined_statistics_are_of_full_precision_whatever_the_images_are(dtype: 
         torch.testing.assert_close(var, plain.running_var, rtol=1e-5, atol=1e-5)
 
 
-def resumed(world: World, there: Path, samples: int) -> Any:
+def resumed(ranks: Ranks, there: Path, samples: int) -> Any:
     """What a process knows of a checkpoint that only the first one sees."""
-    source, loaded = checkpoint.load_resumed(there if world.is_first else there.parent / "not here.ckpt", world)
-    bank = MemoryBank(samples, 5, temperature=0.1, momentum=0.3, seed=4, device="cpu", world=world)
+    source, loaded = checkpoint.load_resumed(there if ranks.is_rank0 else there.parent / "not here.ckpt", ranks)
+    bank = MemoryBank(samples, 5, temperature=0.1, momentum=0.3, seed=4, device="cpu", ranks=ranks)
     memory = loaded["npc"]["memory"]
     bank.load_state_dict(loaded["npc"])
-    return source, loaded["net"], memory.is_meta, memory.shape, bank.memory, Rows.deal(memory, world).own
+    return source, loaded["net"], memory.is_meta, memory.shape, bank.memory, ShardedRows.scatter(memory, ranks).own
 
 
 @pytest.mark.parametrize("samples", [3, 10])
@@ -374,9 +374,9 @@ def test_a_checkpoint_is_read_by_the_first_process_and_its_rows_are_dealt_out(
         assert torch.equal(torch.cat([answer[part] for answer in answers]), memory)
 
 
-def damaged(world: World, there: Path) -> str:
+def damaged(ranks: Ranks, there: Path) -> str:
     try:
-        checkpoint.load_resumed(there, world)
+        checkpoint.load_resumed(there, ranks)
     except ToldElsewhereError:
         return "elsewhere"
     except UsageError as error:

@@ -9,22 +9,29 @@ from typing import Any
 import pytest
 import torch
 
-from lib.distributed.processes import World
-from lib.distributed.sharded import Rows
+from lib.distributed.processes import Ranks
+from lib.distributed.sharded import ShardedRows
 from patches import parcels_of
 from team import Team
 
 
-def parts_of(world: World, samples: int, parcel: int) -> Any:
+def parts_of(ranks: Ranks, samples: int, parcel: int) -> Any:
     with parcels_of(parcel):
-        return parts_in_parcels(world, samples)
+        return parts_in_parcels(ranks, samples)
 
 
-def parts_in_parcels(world: World, samples: int) -> Any:
-    rows = Rows.deal(torch.arange(2.0 * samples).view(samples, 2), world)
+def parts_in_parcels(ranks: Ranks, samples: int) -> Any:
+    rows = ShardedRows.scatter(torch.arange(2.0 * samples).view(samples, 2), ranks)
     seen = {start: part.clone() for start, part in rows.ring()}
     index = torch.arange(samples).flip(0)[::2]
-    return rows.own, seen, rows.whole(), rows.take(index), world.parts(samples), world.any(world.rank == 1)
+    return (
+        rows.local,
+        seen,
+        rows.gather_to_rank0(),
+        rows.index_select(index),
+        ranks.shard_sizes(samples),
+        ranks.any_rank(ranks.rank == 1),
+    )
 
 
 @pytest.mark.parametrize("parcel", [1, 5, 2**22])
@@ -42,19 +49,19 @@ def test_every_row_is_with_one_process_and_comes_round_to_all(samples: int, parc
     assert torch.equal(answers[0][2], whole)
 
 
-def meetings(world: World, samples: int, parcel: int) -> Any:
+def meetings(ranks: Ranks, samples: int, parcel: int) -> Any:
     """Pairs that met here, and how many others the own rows met elsewhere, by what these wrote down."""
-    rows = Rows.deal(torch.arange(2.0 * samples).view(samples, 2), world)
-    noted, met = torch.zeros(rows.abroad, 3, dtype=torch.long), []
+    rows = ShardedRows.scatter(torch.arange(2.0 * samples).view(samples, 2), ranks)
+    noted, met = torch.zeros(rows.padded_shard_size, 3, dtype=torch.long), []
     with parcels_of(parcel):
-        for visit in rows.visits([noted]):
+        for visit in rows.ring_pairs([noted]):
             numbers = (visit.rows[:, 0] / 2).long()
             assert numbers.tolist() == list(range(visit.start, visit.start + len(visit.rows)))
-            own = range(rows.start, rows.start + len(rows.own))[visit.own]
+            own = range(rows.start, rows.start + len(rows.local))[visit.own]
             met += [(i, j) for i in own for j in numbers[visit.theirs].tolist()]
             visit.tables[0][visit.theirs] += len(own)
     assert (noted == noted[:, :1]).all()
-    return met, noted[: len(rows.own), 0].tolist()
+    return met, noted[: len(rows.local), 0].tolist()
 
 
 @pytest.mark.parametrize("samples", [1, 3, 4, 9, 23])
@@ -71,5 +78,5 @@ def test_rows_of_different_processes_meet_once(samples: int, parcel: int, team: 
     assert samples < 9 or most <= 1.5 * len(pairs) / len(answers)  # the work is shared out
 
 
-def part_of(world: World, samples: int) -> slice:
-    return world.part(samples)
+def part_of(ranks: Ranks, samples: int) -> slice:
+    return ranks.shard(samples)

@@ -18,7 +18,7 @@ from lib.data.loader import Loader
 from lib.errors import UsageError
 from lib.evaluation import evaluate
 from lib.evaluation.classifier import Evaluator
-from lib.evaluation.evaluate import BANK, RECOMPUTED, Row, Subject
+from lib.evaluation.evaluate import BANK, RECOMPUTED, EvaluationInputs, Row
 
 CPU = torch.device("cpu")
 CLASSES, TEST = 4, 60
@@ -47,7 +47,7 @@ def loader_of(first: int, count: int) -> Loader:
     return Loader(images, scaled, batch_size=8, workers=0, seed=None, device=torch.device("cpu"))
 
 
-def subject_of(**changes: Any) -> Subject:
+def subject_of(**changes: Any) -> EvaluationInputs:
     """150 training and 60 test images in four classes that the embeddings roughly tell."""
     draw = np.random.default_rng(0)
     centres = draw.normal(size=(CLASSES, 5))
@@ -58,7 +58,7 @@ def subject_of(**changes: Any) -> Subject:
     test = loader_of(150, TEST)
     constants: dict[str, Any] = {"test": test, "test_labels": test_labels, "train_labels": train_labels}
     constants |= {"classes": CLASSES, "k": 20, "sigma": 0.1, "device": CPU}
-    subject = Subject(
+    inputs = EvaluationInputs(
         network=Staged(rows),
         train=loader_of(0, 150),
         test=test,
@@ -70,38 +70,38 @@ def subject_of(**changes: Any) -> Subject:
         seed=3,
         device=CPU,
     )
-    return replace(subject, **changes)
+    return replace(inputs, **changes)
 
 
-def table_of(subject: Subject) -> np.ndarray:
-    rows = subject.network.rows
+def table_of(inputs: EvaluationInputs) -> np.ndarray:
+    rows = inputs.network.rows
     assert isinstance(rows, torch.Tensor)
     return rows.numpy().astype(np.float64)
 
 
-def knn(subject: Subject, bank: np.ndarray, k: int) -> float:
+def knn(inputs: EvaluationInputs, bank: np.ndarray, k: int) -> float:
     """Top-1 by plain loops."""
-    assert subject.train_labels is not None and subject.test_labels is not None
+    assert inputs.train_labels is not None and inputs.test_labels is not None
     constants: dict[str, Any] = {"classes": CLASSES, "k": k, "sigma": 0.1}
-    scores = [oracles.knn_scores(q, bank, subject.train_labels, **constants) for q in table_of(subject)[150:]]
-    return oracles.accuracy(np.array(scores), subject.test_labels, 1)
+    scores = [oracles.knn_scores(q, bank, inputs.train_labels, **constants) for q in table_of(inputs)[150:]]
+    return oracles.accuracy(np.array(scores), inputs.test_labels, 1)
 
 
 def test_every_protocol_gives_its_rows_from_one_pass_over_each_split() -> None:
-    subject = subject_of()
+    inputs = subject_of()
     options = Options(protocol="knn nn linear cluster", linear_layers="conv1 fc")
-    rows = evaluate.evaluate(subject, options)
+    rows = evaluate.evaluate(inputs, options)
     names = ["weighted kNN (K=20, sigma=0.1)"] * 2 + ["NN"] * 2
     assert [row.protocol for row in rows][:4] == names
     assert [row.features for row in rows] == [
         RECOMPUTED, BANK, RECOMPUTED, BANK,
         f"conv1, {RECOMPUTED}", f"fc, {RECOMPUTED}", f"training images, {RECOMPUTED}",
     ]  # fmt: skip
-    assert subject.network.passes == len(subject.train) + len(subject.test or [])
-    assert subject.memory is not None
-    bank = subject.memory.numpy().astype(np.float64)
-    rows_of_training = table_of(subject)[:150]
-    expected = [knn(subject, source, k) for k in (20, 1) for source in (rows_of_training, bank)]
+    assert inputs.network.passes == len(inputs.train) + len(inputs.test or [])
+    assert inputs.memory is not None
+    bank = inputs.memory.numpy().astype(np.float64)
+    rows_of_training = table_of(inputs)[:150]
+    expected = [knn(inputs, source, k) for k in (20, 1) for source in (rows_of_training, bank)]
     assert [row.figures["top1"] for row in rows[:4]] == pytest.approx(expected)
     assert expected[0] > expected[1] + 0.2
     assert all(("top5" in row.figures) is (row.protocol != "NN") for row in rows[:4])
@@ -118,11 +118,11 @@ def test_a_bank_that_is_missing_or_of_other_images_is_left_out(memory: torch.Ten
 
 
 def test_without_labels_there_is_clustering_alone() -> None:
-    subject = subject_of(train_labels=None, test_labels=None, test=None, classes=0, evaluators=[])
-    (row,) = evaluate.evaluate(subject, Options(protocol="cluster", clusters=3))
+    inputs = subject_of(train_labels=None, test_labels=None, test=None, classes=0, evaluators=[])
+    (row,) = evaluate.evaluate(inputs, Options(protocol="cluster", clusters=3))
     assert set(row.figures) == {"silhouette"} and "3 clusters" in row.protocol
     with pytest.raises(UsageError, match="linear: needs labelled"):
-        evaluate.evaluate(subject, Options(protocol="cluster linear"))
+        evaluate.evaluate(inputs, Options(protocol="cluster linear"))
 
 
 @pytest.mark.parametrize("protocol", ["knn", "nn", "knn nn cluster"])
@@ -131,9 +131,9 @@ def test_without_test_labels_neighbourhoods_and_clusters_are_judged(
     protocol: str, train_labels: np.ndarray | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     classes = 0 if train_labels is None else CLASSES
-    subject = subject_of(train_labels=train_labels, test_labels=None, test=None, classes=classes, evaluators=[])
-    health, clusters = evaluate.evaluate(subject, Options(protocol=protocol, clusters=3, npc_temperature=0.2))
-    rows = table_of(subject)[:150]
+    inputs = subject_of(train_labels=train_labels, test_labels=None, test=None, classes=classes, evaluators=[])
+    health, clusters = evaluate.evaluate(inputs, Options(protocol=protocol, clusters=3, npc_temperature=0.2))
+    rows = table_of(inputs)[:150]
     entropies = [oracles.entropy(row, rows, 0.2) for row in rows]
     assert health.figures["entropy_50"] == pytest.approx(np.median(entropies), abs=1e-5)
     nearest = [oracles.neighbours(rows, sample, 1)[0] for sample in range(150)]

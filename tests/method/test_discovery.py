@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import oracles
 from lib.method.discovery import discover
-from lib.method.entropy import entropy_of, softmax_moments
+from lib.method.entropy import entropy_from_statistics, softmax_statistics
 from lib.method.neighbourhoods import Neighbourhoods
 from patches import blocks_of
 
@@ -118,7 +118,7 @@ def test_entropy_is_finite_where_probabilities_underflow(memory: np.ndarray, tem
 @given(seeds, st.floats(1.0, 1e30))
 def test_the_entropy_of_a_row_is_finite_whatever_its_logits(seed: int, scale: float) -> None:
     logits = torch.from_numpy(np.random.default_rng(seed).normal(size=(3, 8)) * scale).float()
-    entropy = entropy_of(softmax_moments(logits))
+    entropy = entropy_from_statistics(softmax_statistics(logits))
     assert entropy.isfinite().all()
     assert (entropy >= -1e-6).all()
     assert (entropy <= math.log(8) + 1e-6).all()
@@ -130,7 +130,9 @@ def test_the_entropy_of_a_row_does_not_change_when_its_logits_are_shifted() -> N
     for row in logits.exp().tolist():
         expected.append(-sum(w / sum(row) * math.log(w / sum(row)) for w in row))
     for shift in (0.0, 900.0, -900.0):
-        np.testing.assert_allclose(entropy_of(softmax_moments(logits + shift)).numpy(), expected, rtol=1e-9)
+        np.testing.assert_allclose(
+            entropy_from_statistics(softmax_statistics(logits + shift)).numpy(), expected, rtol=1e-9
+        )
 
 
 @pytest.mark.parametrize("block", [1, 7, 35, 49, 50, 10_000])

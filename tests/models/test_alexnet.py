@@ -215,9 +215,9 @@ def test_an_embedding_depends_on_its_own_image_in_inference(case: tuple[str, Ale
     kind, network = case
     x = images(LEAST[kind], 3)
     with torch.no_grad():
-        together, alone = network(x), network(x[1:2])
-    torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(together[0], together[1], atol=1e-2)
+        run_on_all_ranks, alone = network(x), network(x[1:2])
+    torch.testing.assert_close(run_on_all_ranks[1:2], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(run_on_all_ranks[0], run_on_all_ranks[1], atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", BUILD)

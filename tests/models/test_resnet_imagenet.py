@@ -168,9 +168,9 @@ def test_forward_is_the_last_stage(network: torch.nn.Module) -> None:
 def test_an_embedding_depends_on_its_own_image_in_inference(network: torch.nn.Module) -> None:
     x = images(32, 3)
     with torch.no_grad():
-        together, alone = network(x), network(x[1:2])
-    torch.testing.assert_close(together[1:2], alone)
-    assert not torch.allclose(together[0], together[1])
+        run_on_all_ranks, alone = network(x), network(x[1:2])
+    torch.testing.assert_close(run_on_all_ranks[1:2], alone)
+    assert not torch.allclose(run_on_all_ranks[0], run_on_all_ranks[1])
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])

@@ -397,11 +397,11 @@ def test_a_network_comes_with_its_options_or_not_at_all(
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(ValueError, match="half"), atomic_files.write_whole(path) as file:
+    with pytest.raises(ValueError, match="half"), atomic_files.atomic_write(path) as file:
         file.write(b"new")
         raise ValueError("half")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-    with atomic_files.write_whole(path) as file:
+    with atomic_files.atomic_write(path) as file:
         file.write(b"new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]

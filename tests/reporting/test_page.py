@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 
 import oracles
 from lib.reporting import page, plots, test_figures, training_figures
-from lib.reporting.report_data import Discovered, Material
+from lib.reporting.report_data import Discovered, ReportData
 from lib.reporting.report_data import Tested as Judged
 from lib.reporting.training_figures import QUANTILES
 from runs import LIMIT
@@ -72,7 +72,7 @@ def metrics(rounds: int = 4, epochs: int = 3) -> list[dict[str, Any]]:
     return rows
 
 
-def material() -> Material:
+def material() -> ReportData:
     rng = np.random.default_rng(5)
     labels, test_labels = rng.integers(0, 3, N), rng.integers(0, 3, M)
     centres = rng.normal(size=(3, D))
@@ -85,7 +85,7 @@ def material() -> Material:
         k=VOTERS,
         sigma=SIGMA,
     )
-    return Material(
+    return ReportData(
         name=f"run {EVIL}",
         facts={"versions": "python 3", "commit <b>": "<i>x</i>"},
         options={"dataset": "<u>digits</u>", "lr_schedule": None, "long": "y" * 5000},
@@ -175,7 +175,7 @@ def old_report(folder: Path) -> bytes:
     return b"old page"
 
 
-def missing(given: Material, folder: Path) -> dict[str, str]:
+def missing(given: ReportData, folder: Path) -> dict[str, str]:
     """The text of each part that has no picture."""
     shown = Page(page.write(given, folder))
     titles = re.findall(r'<h3>([^<]*)</h3>\s*<p class="missing">', (folder / "report.html").read_text("utf-8"))

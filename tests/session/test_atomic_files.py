@@ -187,10 +187,10 @@ def test_test_classes_take_the_numbers_of_the_training_classes() -> None:
 class FirstPixel(Augmentation):
     """In place of the crop."""
 
-    def cut(self, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    def crop_on_worker(self, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
         return image[:1, :1]
 
-    def finish(self, images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+    def augment_on_device(self, images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
         return images[:, 0, 0]
 
 

@@ -42,9 +42,9 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     folder = tmp_path / "code"
-    (folder / "lib").mkdir(parents=True)
-    (folder / "lib" / "environment.py").write_text("")
-    monkeypatch.setattr(provenance, "__file__", str(folder / "lib" / "environment.py"))
+    (folder / "lib" / "session").mkdir(parents=True)
+    (folder / "lib" / "session" / "provenance.py").write_text("")
+    monkeypatch.setattr(provenance, "__file__", str(folder / "lib" / "session" / "provenance.py"))
     return folder
 
 
@@ -65,7 +65,7 @@ def test_the_commit_is_that_of_the_code_and_a_digest_tells_changed_code_apart(re
     assert provenance.commit() == head
     found = [head]
     for content in ("changed", "changed again", "changed"):
-        (repository / "lib" / "environment.py").write_text(content)
+        (repository / "lib" / "session" / "provenance.py").write_text(content)
         found.append(provenance.commit())
     assert all(re.fullmatch(head + r"\+[0-9a-f]{12}", name) for name in found[1:])
     assert found[1] == found[3] != found[2]
@@ -73,7 +73,7 @@ def test_the_commit_is_that_of_the_code_and_a_digest_tells_changed_code_apart(re
     found.append(provenance.commit())
     (repository / "lib" / "new.py").write_text("and changed itself")
     found.append(provenance.commit())
-    (repository / "lib" / "environment.py").unlink()
+    (repository / "lib" / "session" / "provenance.py").unlink()
     assert len({*found, provenance.commit()}) == 6
 
 
@@ -83,7 +83,7 @@ def test_asking_for_the_commit_locks_nothing(repository: Path) -> None:
     git(repository, "add", ".")
     git(repository, "commit", "-q", "-m", "one")
     index = repository / ".git" / "index"
-    os.utime(repository / "lib" / "environment.py", (0, 0))  # git status would write down the new time
+    os.utime(repository / "lib" / "session" / "provenance.py", (0, 0))  # git status would write down the new time
     before = index.read_bytes()
     assert provenance.commit() == git(repository, "rev-parse", "HEAD")
     assert index.read_bytes() == before

@@ -365,7 +365,7 @@ def test_a_second_process_is_told_and_changes_nothing(tmp_path: Path) -> None:
     hold = f"""
 import sys
 from pathlib import Path
-from lib.session import Session
+from lib.session.run_folder import Session
 session = Session(Path({str(tmp_path)!r}), log_tfb=False)
 session.write_metrics({{"round": 0, "epoch": 0}})
 print("held", flush=True)

@@ -15,7 +15,7 @@ from lib.config.parser import read_options
 from lib.training import trainer
 from lib.training.optim import build_schedule
 from lib.training.recorder import Recorder
-from lib.training.setup import Setting
+from lib.training.setup import RunContext
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PARTS = {"cifar10-cpu", "cifar10", "cifar100", "svhn", "imagenet", "cub200", "dogs", "folder", "digits"}
@@ -63,19 +63,19 @@ def test_each_config_trains_a_step_by_its_own_command(
     loss_of = trainer.batch_loss
     monkeypatch.setattr(Recorder, "epoch_finished", lambda self, record, accuracy: records.append(record))
     monkeypatch.setattr(trainer, "batch_loss", lambda *words: losses.append((found := loss_of(*words))[0]) or found)
-    seen: list[Setting] = []
+    seen: list[RunContext] = []
     train = main.train
-    monkeypatch.setattr(main, "train", lambda setting: seen.append(setting) or train(setting))
+    monkeypatch.setattr(main, "train", lambda context: seen.append(context) or train(context))
     samples = {"imagenet": 12, "folder": 12, "cub200": 8, "dogs": 8, "digits": 1437}.get(name, 20)
     words = (
         f"--data-root {tmp_path} --batch-size {samples} --max-round 1 --max-epoch 1 --workers-num 0 --debug --seed 1"
     )
     assert main.main(["--cfgs", *files, *words.split()]) == 0
-    (setting,), (record,), (loss,) = seen, records, losses
-    assert setting.options.dataset == name and len(setting.splits.train) == samples
-    assert setting.splits.test is not None and setting.splits.test.labels is not None
-    pixels = setting.options.size if isinstance(setting.options.size, int) else setting.options.size[0]
-    (images, _), *_ = setting.loader(setting.splits.train, train=True).epoch()
+    (context,), (record,), (loss,) = seen, records, losses
+    assert context.options.dataset == name and len(context.splits.train) == samples
+    assert context.splits.test is not None and context.splits.test.labels is not None
+    pixels = context.options.size if isinstance(context.options.size, int) else context.options.size[0]
+    (images, _), *_ = context.loader(context.splits.train, train=True).epoch()
     assert images.shape == (samples, 3, pixels, pixels)
     expected = {"imagenet": 224, "cub200": 224, "dogs": 224, "digits": 8, "folder": 32}.get(name, 32)
     assert pixels == {"cifar10-cpu": 16}.get(config.stem, expected)

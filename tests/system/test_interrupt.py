@@ -15,7 +15,7 @@ import pytest
 
 import runs
 from lib.distributed import signals
-from lib.distributed.signals import Interrupts, Stopped
+from lib.distributed.signals import Stopped, StopSignals
 from runs import (
     LIMIT,
     altered,
@@ -211,12 +211,12 @@ def test_a_folder_that_goes_away_under_the_run_is_said(back: bool, whole: Path, 
 
 def test_within_a_shield_things_are_finished_first() -> None:
     done: list[int] = []
-    with pytest.raises(Stopped) as stopped, Interrupts() as interrupts:
-        with interrupts.shield():
-            with interrupts.shield():
+    with pytest.raises(Stopped) as stopped, StopSignals() as signals:
+        with signals.defer():
+            with signals.defer():
                 signal.raise_signal(signal.SIGTERM)
                 done.append(1)
-            assert interrupts.asked()
+            assert signals.is_stop_requested()
             done.append(2)
         done.append(3)
     assert done == [1, 2] and stopped.value.signal == signal.SIGTERM
@@ -224,7 +224,7 @@ def test_within_a_shield_things_are_finished_first() -> None:
 
 def test_outside_a_shield_it_stops_at_once_and_the_handlers_come_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped), Interrupts():
+    with pytest.raises(Stopped), StopSignals():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -232,9 +232,9 @@ def test_outside_a_shield_it_stops_at_once_and_the_handlers_come_back() -> None:
 def test_a_second_ctrl_c_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(signals.time, "monotonic", lambda: now)
-    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts, interrupts.shield():
+    with pytest.raises(KeyboardInterrupt), StopSignals() as stop, stop.defer():
         signal.raise_signal(signal.SIGINT)
-        assert interrupts.asked()
+        assert stop.is_stop_requested()
         now += signals.BOUNCE
         signal.raise_signal(signal.SIGINT)  # its echo
         now += 0.1

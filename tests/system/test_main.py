@@ -372,7 +372,7 @@ def test_a_run_on_a_gpu_ends_with_its_report_and_exports(
         return content.as_subclass(DeviceTensor) if isinstance(content, torch.Tensor) else content
 
     monkeypatch.setattr(
-        outputs, "finish", lambda setting, recorder, final, *more: finish(setting, recorder, on_device(final), *more)
+        outputs, "finish", lambda context, recorder, final, *more: finish(context, recorder, on_device(final), *more)
     )
     out = [tmp_path / name for name in ("features.npz", "net.safetensors", "neighbours.csv")]
     exports = ["--export-features", "--export-model", "--export-neighbourhoods"]
@@ -700,7 +700,7 @@ def test_an_image_that_is_gone_is_told_without_the_traceback_of_a_worker(
 def test_memory_that_ran_out_is_told(
     error: Exception, start: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(setting: object) -> None:
+    def fail(context: object) -> None:
         raise error
 
     monkeypatch.setattr(outputs, "test", fail)
@@ -710,7 +710,7 @@ def test_memory_that_ran_out_is_told(
 def test_an_error_of_the_program_without_a_session_shows_its_traceback(
     start: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(setting: object) -> None:
+    def fail(context: object) -> None:
         raise RuntimeError("shapes do not fit\x1b[31m")
 
     monkeypatch.setattr(outputs, "test", fail)

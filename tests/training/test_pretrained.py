@@ -134,7 +134,7 @@ def test_every_form_is_taken_wholly(writer: str, form: str, wrapped: bool, tmp_p
     path.write_bytes(WRITERS[writer](FORMS[form](state)))
     assert (b"module." in path.read_bytes()) is wrapped
     found = load_pretrained(mine, path)
-    assert sorted(found.loaded) == sorted(theirs.state_dict()) and not found.dropped and not found.fresh
+    assert sorted(found.loaded) == sorted(theirs.state_dict()) and not found.unexpected_keys and not found.missing_keys
     assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in mine.state_dict().items())
     again = small(3)
     checkpoint.load_network(again, checkpoint.load(path), path)
@@ -207,14 +207,14 @@ def test_storages_of_a_gpu_come_to_the_cpu(tmp_path: Path) -> None:
 def test_safetensors_are_known_by_what_they_hold(name: str, tmp_path: Path) -> None:
     theirs, mine = small(1), small(2)
     safetensors.torch.save_file(theirs.state_dict(), tmp_path / name, {"format": "pt"})
-    assert not load_pretrained(mine, tmp_path / name).fresh
+    assert not load_pretrained(mine, tmp_path / name).missing_keys
     assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in mine.state_dict().items())
 
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_pytorch_s_files_may_have_any_ending(writer: str, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(WRITERS[writer](small(1).state_dict()))
-    assert not load_pretrained(small(2), tmp_path / "a.safetensors").fresh
+    assert not load_pretrained(small(2), tmp_path / "a.safetensors").missing_keys
 
 
 def test_a_run_s_content_comes_with_its_other_keys_and_weights_alone_without(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_torchvision_s_weights_lose_their_head_and_it_is_said(tmp_path: Path, sa
     network = models.build("imagenet-resnet18", low_dim=16)
     before = network.fc.weight.clone()
     found = load_pretrained(network, tmp_path / "resnet18-f37072fd.pth")
-    assert set(found.dropped) == {"fc.weight", "fc.bias"} == set(found.fresh)
+    assert set(found.unexpected_keys) == {"fc.weight", "fc.bias"} == set(found.missing_keys)
     own = network.state_dict()
     assert all(torch.equal(own[name], value) for name, value in theirs.items() if not name.startswith("fc."))
     assert torch.equal(network.fc.weight, before)
@@ -265,7 +265,7 @@ def test_the_path_that_is_taken_away_is_said(tmp_path: Path, said: list[str]) ->
 def test_fresh_tensors_before_the_head_bring_no_warning_either(tmp_path: Path, said: list[str]) -> None:
     state = {name: value for name, value in small(1).state_dict().items() if not name.startswith("conv.")}
     (tmp_path / "a.pth").write_bytes(new(state))
-    assert load_pretrained(small(2), tmp_path / "a.pth").fresh == ["conv.weight", "conv.bias"]
+    assert load_pretrained(small(2), tmp_path / "a.pth").missing_keys == ["conv.weight", "conv.bias"]
     assert not any(line.startswith("WARNING") for line in said)
 
 
@@ -276,14 +276,16 @@ def test_the_convolutions_of_an_alexnet_trained_on_gpus_are_found(prefix: str) -
     own = network.state_dict()
     theirs = {prefix + name.replace("features.", "features.module."): value for name, value in own.items()}
     found = match(network, theirs)
-    assert sorted(found.loaded) == sorted(own) and not found.dropped and found.prefix == prefix
+    assert sorted(found.loaded) == sorted(own) and not found.unexpected_keys and found.prefix == prefix
 
 
 @pytest.mark.parametrize("prefix", ["module.", "module.encoder_q.", "backbone.", "a.b.c.d."])
 def test_a_path_before_every_name_is_taken_away(prefix: str) -> None:
     theirs = {prefix + name: value for name, value in small(1).state_dict().items()}
     found = match(small(2), {**theirs, "queue": torch.zeros(5)})
-    assert found.prefix == prefix and not found.fresh and found.dropped == {"queue": "not in this network"}
+    assert (
+        found.prefix == prefix and not found.missing_keys and found.unexpected_keys == {"queue": "not in this network"}
+    )
 
 
 def test_of_two_networks_in_a_file_the_one_that_fits_better_is_taken() -> None:
@@ -296,7 +298,7 @@ def test_of_two_networks_in_a_file_the_one_that_fits_better_is_taken() -> None:
     }
     student = {f"student.{name}": value for name, value in state.items()}
     found = match(small(2), {**student, **teacher})
-    assert found.prefix == "student." and set(found.dropped) == set(teacher)
+    assert found.prefix == "student." and set(found.unexpected_keys) == set(teacher)
     assert all(torch.equal(value, state[name]) for name, value in found.loaded.items())
 
 
@@ -305,7 +307,7 @@ def test_names_lead_nowhere_where_the_shapes_are_others() -> None:
     wider = {f"teacher.{name}": value[None] for name, value in state.items()}
     fitting = {f"student.{name}": value for name, value in state.items() if name != "conv.bias"}
     found = match(small(2), {**wider, **fitting})
-    assert found.prefix == "student." and found.fresh == ["conv.bias"]
+    assert found.prefix == "student." and found.missing_keys == ["conv.bias"]
 
 
 @pytest.mark.parametrize("there", range(9))
@@ -323,7 +325,7 @@ def test_less_than_half_of_the_tensors_is_refused(there: int, tmp_path: Path) ->
         assert all(torch.equal(value, before[name]) for name, value in mine.state_dict().items())
     else:
         found = load_pretrained(mine, tmp_path / "a.pth")
-        assert found.fresh == TENSORS[there:] and set(found.dropped) == {"other.weight"}
+        assert found.missing_keys == TENSORS[there:] and set(found.unexpected_keys) == {"other.weight"}
         now = mine.state_dict()
         assert all(torch.equal(now[name], state[name] if name in kept else before[name]) for name in TENSORS)
 
@@ -344,13 +346,13 @@ def test_weights_of_nothing_are_refused(form: str, tmp_path: Path) -> None:
 
 def test_a_counter_that_counts_nothing_is_left_out() -> None:
     found = match(small(2), {**small(1).state_dict(), "bn.num_batches_tracked": torch.tensor(3.0)})
-    assert found.dropped == {"bn.num_batches_tracked": "of type float32"} and not found.fresh
+    assert found.unexpected_keys == {"bn.num_batches_tracked": "of type float32"} and not found.missing_keys
 
 
 def test_counters_that_old_files_lack_are_not_missed(tmp_path: Path, said: list[str]) -> None:
     state = {name: value for name, value in small(1).state_dict().items() if name in TENSORS}
     (tmp_path / "a.pth").write_bytes(old(state))
-    assert load_pretrained(small(2), tmp_path / "a.pth").fresh == []
+    assert load_pretrained(small(2), tmp_path / "a.pth").missing_keys == []
     assert len(said) == 1 and "8 of 8" in said[0]
 
 
@@ -394,21 +396,25 @@ def test_values_that_are_no_weights_are_left_out_with_the_reason(kind: str, tmp_
     mine = small(2)
     before = mine.conv.weight.clone()
     found = load_pretrained(mine, tmp_path / "a.pth")
-    assert list(found.dropped) == ["conv.weight"] and found.fresh == ["conv.weight"] and found.dropped["conv.weight"]
+    assert (
+        list(found.unexpected_keys) == ["conv.weight"]
+        and found.missing_keys == ["conv.weight"]
+        and found.unexpected_keys["conv.weight"]
+    )
     assert torch.equal(mine.conv.weight, before)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_are_left_out() -> None:
     nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])  # PyTorch 2.6 reads them from files
-    assert match(small(2), {**small(1).state_dict(), "conv.weight": nested}).dropped == {
+    assert match(small(2), {**small(1).state_dict(), "conv.weight": nested}).unexpected_keys == {
         "conv.weight": "no plain tensor"
     }
 
 
 def test_names_that_are_no_text_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / "a.pth").write_bytes(new({"state_dict": {**small(1).state_dict(), 5: torch.zeros(1)}}))
-    assert set(load_pretrained(small(2), tmp_path / "a.pth").dropped) == {"5"}
+    assert set(load_pretrained(small(2), tmp_path / "a.pth").unexpected_keys) == {"5"}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import models
-from lib.distributed.processes import World
+from lib.distributed.processes import Ranks
 from lib.errors import UsageError
 from lib.method.loss import neighbourhood_loss
 from lib.method.memory_bank import MemoryBank
@@ -31,7 +31,7 @@ def state_of() -> TrainingState:
 
 def rehearsed(state: TrainingState, **changes: Any) -> str:
     named = {"batch_size": 16, "size": (8, 8), **changes}
-    return rehearse(state, neighbourhood_loss, World(), **named)
+    return rehearse(state, neighbourhood_loss, Ranks(), **named)
 
 
 def test_it_changes_nothing() -> None:
@@ -71,13 +71,13 @@ def test_memory_that_runs_out_is_told_before_anything_is_written(
 def test_a_batch_that_fits_is_found_by_halving(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
 
-    def step(state: TrainingState, loss: Any, world: World, batch_size: int, *others: Any) -> None:
+    def step(state: TrainingState, loss: Any, ranks: Ranks, batch_size: int, *others: Any) -> None:
         tried.append(batch_size)
         if batch_size > 6:
             raise torch.OutOfMemoryError("CUDA")
 
     monkeypatch.setattr(rehearsal, "_step", step)
-    assert rehearsal._largest_fitting(state_of(), neighbourhood_loss, World(), 20, (8, 8), None) == 5
+    assert rehearsal._largest_fitting(state_of(), neighbourhood_loss, Ranks(), 20, (8, 8), None) == 5
     assert tried == [20, 10, 5]
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import datasets
 from lib.config.options import Options
-from lib.distributed.processes import World
+from lib.distributed.processes import Ranks
 from lib.errors import NonFiniteLossError, UsageError
 from lib.evaluation.classifier import Accuracy
 from lib.method.discovery import discover
@@ -434,7 +434,7 @@ def test_the_summary_leaves_out_what_needs_labels() -> None:
 )
 def test_too_few_samples_are_refused_with_the_option_that_mends_it(changes: dict[str, int], words: list[str]) -> None:
     images = datasets.ImageSet(np.zeros((SAMPLES, 8, 8, 3), np.uint8))
-    setting = SimpleNamespace(options=Options(**changes), splits=datasets.Splits(images), world=World())
+    context = SimpleNamespace(options=Options(**changes), splits=datasets.Splits(images), ranks=Ranks())
     with pytest.raises(UsageError) as refused:
-        build.check_sizes(setting)
+        build.check_sizes(context)
     assert all(word in str(refused.value) for word in words)

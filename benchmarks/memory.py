@@ -1,4 +1,4 @@
-"""Peak memory of the step before the first and of an epoch, and of a discovery over N = 1,281,167 samples, simulated."""
+"""Peak memory of one step and of an epoch, and of a discovery over N = 1,281,167 samples, simulated."""
 
 from __future__ import annotations
 

@@ -20,13 +20,16 @@ import numpy as np
 
 from datasets import inventory
 from datasets.images import (
+    RAW_ENDINGS,
     DataError,
     ImageFiles,
     ImageSet,
     Request,
     Splits,
     UnreadableImageError,
+    check_whole,
     clip,
+    formats,
     quiet,
     read_rgb,
     size_of,
@@ -36,8 +39,21 @@ from datasets.inventory import Inventory, Listing, Names
 IN_MEMORY = 2**30
 """Bytes of decoded pixels up to which a split is held in memory."""
 
-IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Endings of image files, in any case: those of torchvision's ``ImageFolder``."""
+IMAGE_ENDINGS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".dib", ".tif", ".tiff",
+    ".webp", ".gif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".avif", ".heic", ".heif", *RAW_ENDINGS,
+)  # fmt: skip
+"""Endings of image files, in any case. What has one and cannot be read is an unreadable image."""
+
+OTHER_ENDINGS = (
+    ".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".html",
+    ".htm", ".css", ".js", ".py", ".ipynb", ".sh", ".log", ".db", ".sqlite", ".lst", ".pdf", ".doc", ".docx", ".xls",
+    ".xlsx", ".xmp", ".aae", ".npy", ".npz", ".mat", ".pkl", ".h5", ".hdf5", ".parquet", ".zip", ".tar", ".gz", ".tgz",
+    ".bz2", ".xz", ".7z", ".rar", ".md5", ".sha256", ".lnk", ".url",
+)  # fmt: skip
+"""Endings, in any case, of what usually lies beside images and is none: text, tables, archives, system files."""
+OTHER_NAMES = ("license", "readme")
+"""As ``OTHER_ENDINGS``, whole names."""
 
 TOGETHER = 64  # files a thread takes at once: a future for each of a million would cost more than the list
 
@@ -81,9 +97,9 @@ class Reader:
         pixels: list[Any] = []
         if in_memory or files.sizes is None:
             whole = partial(read_rgb, upright=boxes is None)
-            pixels = self._each(whole if in_memory else _is_whole, names, f"reading {part} images")
+            pixels = self._each(whole if in_memory else check_whole, names, f"reading {part} images")
             bad = [i for i, image in enumerate(pixels) if _bad(image)]
-            sizes[bad], reasons = 0, {names[i]: str(pixels[i]) for i in bad}
+            sizes[bad], reasons = 0, {**reasons, **{names[i]: str(pixels[i]) for i in bad}}
         if files.sizes is None and not in_memory:
             self._remember(replace(files, sizes=sizes, reasons=reasons))
         self.skipped += reasons.items()
@@ -159,10 +175,14 @@ def open_root(request: Request, expected: str, mend: str) -> Path:
 def below(root: Path, folder: str) -> Inventory:
     """Every image below a folder of the root, in order; hidden files and links that lead in circles are left out.
 
+    An image is what has one of ``IMAGE_ENDINGS``, or is found to be one by its content. Of ``OTHER_ENDINGS`` nothing
+    is opened. What remains is listed in ``reasons``.
+
     Raises:
         OSError: a folder may not be read.
     """
-    return inventory.take(root, folder, partial(_walk, root, folder))
+    key = f"{folder} {' '.join(formats())}"  # another Pillow, or pillow-heif, reads other files
+    return inventory.take(root, key, partial(_walk, root, folder))
 
 
 def listed(root: Path, names: Sequence[str], source: str, mend: str) -> Inventory:
@@ -220,21 +240,27 @@ def joined(folder: str, names: Sequence[str]) -> list[str]:
     return [str(Path(folder, name)) for name in names]
 
 
-def is_image(name: str) -> bool:
-    """Whether a file's name is an image's, and not hidden."""
-    return _visible(name) and name.lower().endswith(IMG_EXTENSIONS)
-
-
 def _walk(root: Path, folder: str) -> Listing:
     names: list[str] = []
     looked_into: list[str] = []
+    reasons: dict[str, str] = {}
     for here, folders, files in os.walk(root / folder, followlinks=True, onerror=_raise):
         real = Path(here).resolve()  # a link to a folder above would go round for ever
         folders[:] = sorted(n for n in folders if _visible(n) and Path(here, n).resolve() not in (real, *real.parents))
         inside = os.path.relpath(here, root)
         looked_into.append(inside)
-        names += [name if inside == "." else f"{inside}{os.sep}{name}" for name in sorted(files) if is_image(name)]
-    return Listing(names, looked_into)
+        for file in sorted(files):
+            name = file if inside == "." else f"{inside}{os.sep}{file}"
+            if file.lower().endswith(IMAGE_ENDINGS) and _visible(file):
+                names.append(name)
+            elif _visible(file) and not file.lower().endswith(OTHER_ENDINGS) and file.lower() not in OTHER_NAMES:
+                try:
+                    with quiet():
+                        size_of(root / name)
+                    names.append(name)
+                except UnreadableImageError as error:
+                    reasons[name] = str(error)
+    return Listing(names, looked_into, reasons)
 
 
 def _check_list(root: Path, names: Sequence[str], source: str, mend: str) -> Listing:
@@ -262,10 +288,6 @@ def _raise(error: OSError) -> None:
 
 def _bad(result: Any) -> bool:
     return isinstance(result, UnreadableImageError)
-
-
-def _is_whole(path: Path) -> None:
-    read_rgb(path, smallest=True)
 
 
 def _inside(boxes: np.ndarray, sizes: np.ndarray, names: Sequence[str]) -> np.ndarray:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasets.files import IMG_EXTENSIONS, Reader, below, class_folders, open_root, renumber
-from datasets.images import DataError, Request, Splits
+from datasets.files import Reader, below, class_folders, open_root, renumber
+from datasets.images import DataError, Request, Splits, formats
+from datasets.inventory import Inventory
 
 EXPECTED = "train/<class>/ and test/<class>/ with images, or images without class folders"
 
@@ -29,11 +30,11 @@ def load(request: Request) -> Splits:
             raise DataError(f"{root}: holds a test folder but no train folder; put training images in {root / 'train'}")
         reader.notes.append(f"{root} has no train folder: every image below it is taken, without labels")
         found = below(root, ".")
-        _some(root, len(found.names))
+        _some(root, found)
         return reader.splits(reader.read("training", found), None)
     found = below(root, "train")
     classes = class_folders(root, "train", found)
-    _some(root, len(found.names))
+    _some(root, found)
     split = next((name for name in ("test", "val") if (root / name).is_dir()), None)
     if split is None:
         return reader.splits(reader.read("training", found, classes=classes), None)
@@ -45,6 +46,9 @@ def load(request: Request) -> Splits:
     return reader.splits(train, reader.read("test", tests, classes=test_classes if classes else None))
 
 
-def _some(root: Path, images: int) -> None:
-    if not images:
-        raise DataError(f"{root}: no image found; it should hold {EXPECTED} (endings: {' '.join(IMG_EXTENSIONS)})")
+def _some(root: Path, found: Inventory) -> None:
+    if not found.names:
+        left = "; ".join(f"{name} is left out ({why})" for name, why in list(found.reasons.items())[:1])
+        raise DataError(
+            f"{root}: no image found; it should hold {EXPECTED}, as {', '.join(formats())} files{left and '; ' + left}"
+        )

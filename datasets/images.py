@@ -9,16 +9,33 @@ import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF")
 """What a file may be, whatever it is called. Pillow opens more, such as PostScript, which is a program, and runs."""
+
+RAW_ENDINGS = (
+    ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".iiq", ".kdc", ".mos", ".mrw", ".nef", ".nrw",
+    ".orf", ".pef", ".raf", ".raw", ".rw2", ".sr2", ".srf", ".srw", ".x3f",
+)  # fmt: skip
+"""Endings of camera raw files. Many are TIFF files whose first image is a thumbnail, which Pillow would return."""
+
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+"""What bytes 8 to 12 of a HEIC file may be, after ``ftyp``."""
+
+LARGE = 2**26
+"""Pixels above which an image is decoded at half its height and width: 67 million, 8192 x 8192."""
+
+STRIP = 2**20
+"""Pixels that are converted at a time."""
 
 Progress = Callable[[Iterable[Any], str, int, str], Iterable[Any]]
 """Shows how far an iteration has come; takes the items, what is being done, how many they are, and of what."""
@@ -200,17 +217,30 @@ class UnreadableImageError(Exception):
     """A file that is no image, or a damaged one; the message is the reason."""
 
 
-def read_rgb(path: Path, *, smallest: bool = False, upright: bool = True) -> np.ndarray:
-    """Decodes an image file of ``FORMATS`` to RGB.
+@cache
+def formats() -> tuple[str, ...]:
+    """Those of ``FORMATS`` that this Pillow knows, and HEIF where the package pillow-heif is installed."""
+    Image.init()
+    found = tuple(name for name in FORMATS if name in Image.OPEN)
+    try:
+        import_module("pillow_heif").register_heif_opener()
+    except Exception:  # not installed, or broken
+        return found
+    return (*found, "HEIF")
+
+
+def read_rgb(path: Path, *, upright: bool = True) -> np.ndarray:
+    """Decodes an image file of ``formats()`` to RGB.
 
     Pillow refuses those of more than 179 million pixels as decompression bombs, before it decodes any of them. 16-bit
     grey keeps its upper eight bits, transparency is dropped (as torchvision's loader does), of several frames the
-    first is taken.
+    first is taken. An image of more than ``LARGE`` pixels is returned at half its height and width, rounded up: a JPEG
+    file is decoded at that size, of others 2 x 2 pixels are averaged.
 
     Args:
         path: the file.
-        smallest: JPEG files may be decoded at an eighth of their size, to check that they are whole.
-        upright: apply the orientation of EXIF; bounding boxes count the pixels as they are stored.
+        upright: apply the orientation of EXIF; otherwise the pixels are as they are stored, and never halved, for
+            bounding boxes that count them.
 
     Returns:
         uint8 array (H, W, 3).
@@ -218,15 +248,22 @@ def read_rgb(path: Path, *, smallest: bool = False, upright: bool = True) -> np.
     Raises:
         UnreadableImageError: with the reason.
     """
-    try:
-        with _open(path) as image:
-            if smallest:
-                image.draft("RGB", (1, 1))
-            return np.array(_rgb(ImageOps.exif_transpose(image) if upright else image))
-    except UnreadableImageError:
-        raise
-    except Exception as error:  # damaged files make the decoders raise nearly anything
-        raise UnreadableImageError(_reason(error)) from None
+    with _reasons(path), _open(path) as image:
+        width, height = image.size
+        halved = upright and width * height > LARGE
+        if halved:
+            image.draft("RGB", (width // 2, height // 2))  # does nothing unless the file is a JPEG
+        if upright:
+            ImageOps.exif_transpose(image, in_place=True)
+        return _pixels(image, 2 if halved and width * height == image.width * image.height else 1)
+
+
+def check_whole(path: Path) -> None:
+    """Whether ``read_rgb`` can decode a file, in less time and memory; UnreadableImageError with the reason if not."""
+    with _reasons(path), _open(path) as image:
+        image.draft("RGB", (1, 1))  # JPEG files are decoded at an eighth of their size
+        image.load()
+        _rgb(image.crop((0, 0, 1, 1)))
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -242,25 +279,56 @@ def read_picture(path: Path) -> np.ndarray:
 
 def size_of(path: Path) -> tuple[int, int]:
     """(W, H) as the file's header says; UnreadableImageError with the reason where there is none."""
-    try:
-        with _open(path) as image:
-            width, height = image.size
-            return width, height
-    except Exception as error:  # as in read_rgb
-        raise UnreadableImageError(_reason(error)) from None
+    with _reasons(path), _open(path) as image:
+        width, height = image.size
+        return width, height
 
 
 def _open(path: Path) -> Image.Image:
     if path.exists() and not path.is_file():  # opening a named pipe blocks until it is written to
         raise UnreadableImageError("not a regular file")
-    return Image.open(path, formats=FORMATS)
+    if path.suffix.lower() in RAW_ENDINGS:
+        raise UnreadableImageError("camera raw files are not read; convert them to JPEG or TIFF")
+    return Image.open(path, formats=formats())
 
 
-def _reason(error: Exception) -> str:
-    if type(error).__name__ == "UnidentifiedImageError":
+@contextmanager
+def _reasons(path: Path) -> Iterator[None]:
+    """Turns what the decoders raise into an UnreadableImageError."""
+    try:
+        yield
+    except UnreadableImageError:
+        raise
+    except Exception as error:  # damaged files make the decoders raise nearly anything
+        raise UnreadableImageError(_reason(error, path)) from None
+
+
+def _reason(error: Exception, path: Path) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        start = b""
+        with suppress(OSError), path.open("rb") as file:
+            start = file.read(12)
+        if start[4:8] == b"ftyp" and start[8:] in HEIF_BRANDS and "HEIF" not in formats():
+            return "HEIC needs the package pillow-heif: pip install pillow-heif"
         return "not an image that Pillow knows"
     text = str(error).splitlines()[0] if str(error) else ""
     return text or type(error).__name__
+
+
+def _pixels(image: Image.Image, reduce: int) -> np.ndarray:
+    """The RGB pixels (H, W, 3) of an image, each the mean of ``reduce`` x ``reduce`` of them.
+
+    In strips: a conversion as a whole takes three copies of the image beside the result.
+    """
+    image.load()
+    rows = max(1, STRIP // image.width) * reduce
+    result = np.empty((-(-image.height // reduce), -(-image.width // reduce), 3), np.uint8)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        strip = image if rows >= image.height else image.crop((0, top, image.width, bottom))
+        strip = _rgb(strip)
+        result[top // reduce : -(-bottom // reduce)] = np.asarray(strip.reduce(reduce) if reduce > 1 else strip)
+    return result
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -270,4 +338,4 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if "transparency" in image.info:  # of a palette: Pillow asks for this step in between
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,17 @@ class Names(Sequence[str]):
 
 @dataclass(frozen=True)
 class Listing:
-    """Image files below a folder: their names, and the folders that were looked into, relative to the root."""
+    """Image files below a folder.
+
+    Attributes:
+        names: of the images, relative to the root.
+        folders: those that were looked into.
+        reasons: other files that should be named, and why they are left out.
+    """
 
     names: Sequence[str]
     folders: Sequence[str]
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Inventory:
         names: N file names relative to the root.
         folders: those that were looked into.
         sizes: (N, 2) width and height of int32, zeros where a file cannot be read; None: not opened yet.
-        reasons: why, by name, of those that cannot be read.
+        reasons: why, by name, of those that cannot be read, and of other files that are left out.
         changed: (F,) when each folder was last changed, in nanoseconds; None: too short ago to be remembered.
     """
 
@@ -98,7 +105,7 @@ def take(root: Path, key: str, listing: Callable[[], Listing]) -> Inventory:
     found = listing()
     changed = _times(root, found.folders)
     settled = changed is not None and bool((changed < begun - SETTLED).all())
-    return Inventory(key, Names(found.names), found.folders, None, {}, changed if settled else None)
+    return Inventory(key, Names(found.names), found.folders, None, found.reasons, changed if settled else None)
 
 
 def remember(root: Path, inventory: Inventory) -> None:

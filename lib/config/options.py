@@ -298,6 +298,12 @@ class Options(BaseModel):
         "checkpoint, or a session's folder for its latest, to go on from; without --cfgs the session's options hold",
         this_run=True,
     )
+    keep: Annotated[Literal["all", "best", "last"], BeforeValidator(_lower)] = _option(
+        "all",
+        "session",
+        "checkpoints that stay beside the latest and the one before it: the best of every round (all), that of the "
+        "current round (best), or none (last)",
+    )
     restart: Switch = _option(False, "session", "with --resume: go on in a new session", this_run=True)
     test_only: Switch = _option(
         False,

@@ -108,8 +108,9 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> list[Row]:
             " ".join(needing),
         )
     probed = options.linear_layers if "linear" in options.protocol else ()
-    train = _features(inputs, inputs.train, probed, "training features")
+    # the test images first: there are fewer, and a disk without room for the features is noticed sooner
     test = _features(inputs, inputs.test, probed, "test features") if labelled and inputs.test else {}
+    train = _features(inputs, inputs.train, probed, "training features")
     rows: list[Row] = []
     for evaluator in inputs.evaluators:
         rows += _neighbours(inputs, evaluator, train["embedding"], test["embedding"])

@@ -1,16 +1,22 @@
 """The linear probe: how well a linear classifier tells the classes from the features of a stage.
 
-As Zhang et al., "Split-Brain Autoencoders", 2017: the network stays as it is, the maps of each stage are pooled to
-about 9,000 numbers, and multinomial logistic regression is trained on them. Here the features are taken once, with
-the test transform, standardised by the training images' mean and deviation and kept; Zhang et al. train on random
-crops of the images, which gives higher figures and takes a pass of the network for every epoch.
+The protocol of Zhang et al., "Colorful Image Colorization", 2016, and "Split-Brain Autoencoders", 2017, which the
+published columns follow: the network stays as it is, the maps of each stage are pooled to about 9,000 numbers, and
+multinomial logistic regression is trained on them. Their AlexNet has 96, 256, 384, 384, 256 channels, pooled to grids
+of 10, 6, 5, 5, 6, which is 9,600, 9,216, 9,600, 9,600, 9,216 numbers; the one here has 64, 192, 384, 256, 256 channels,
+pooled to 12, 7, 5, 6, 6, which is 9,216, 9,408, 9,600, 9,216, 9,216. Here the features are taken once, with the test
+transform, standardised by the training images' mean and deviation and kept; Zhang et al. train on random crops of the
+images, which gives higher figures and takes a pass of the network for every epoch.
 
 Letters: N samples, n of this process, B batch, b of it that this process has, F features, C classes.
 """
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +31,7 @@ from lib.evaluation.features import Batches
 from lib.session.console import logger, progress
 
 POOLED = 9000
-"""Numbers that a map is pooled to at most, where one position does not take more."""
+"""Numbers that a map is pooled to, as nearly as a square grid allows."""
 EPOCHS, BATCH, RATE, MOMENTUM, DECAY = 100, 256, 0.1, 0.9, 1e-4
 """SGD with Nesterov momentum; the rate goes to zero along half a cosine, and is divided by the features' number over
 100 where that is more than one: the steepest direction of standardised features grows with it."""
@@ -48,11 +54,14 @@ class Probed:
 
 
 def pool(maps: torch.Tensor) -> torch.Tensor:
-    """Maps (B, C, h, w) averaged to g x g positions with C g^2 <= POOLED, g at most h and w; vectors stay: (B, F)."""
+    """Maps (B, C, h, w) averaged to g x g positions, g the integer nearest to sqrt(POOLED / C) and at most h and w.
+
+    Vectors (B, F) stay as they are.
+    """
     if maps.dim() == 2:
         return maps
     channels, height, width = maps.shape[1:]
-    grid = max(1, min(height, width, math.isqrt(POOLED // channels)))
+    grid = max(1, min(height, width, round(math.sqrt(POOLED / channels))))
     return F.adaptive_avg_pool2d(maps, grid).flatten(1)
 
 
@@ -72,7 +81,7 @@ def extract_stages(
         for each layer (n, F), in host memory as float32, or in a temporary file as float16.
 
     Raises:
-        UsageError: the network has no such stage; lists those it has.
+        UsageError: the network has no such stage (lists those it has), or the disk has no room for the features.
     """
     was_training = network.training
     stages_of: Callable[[torch.Tensor], dict[str, torch.Tensor]] = network.stages  # type: ignore[assignment]
@@ -95,11 +104,29 @@ def extract_stages(
 
 
 def _storage(samples: int, width: int, layer: str) -> torch.Tensor:
+    """Where a layer's features (samples, width) go; UsageError where they need a file and the disk has no room for it.
+
+    The room is reserved: writing to a mapped file on a full disk would kill the process (SIGBUS).
+    """
     if 4 * samples * width <= IN_MEMORY:
         return torch.empty(samples, width)
-    logger().info("%s: %.0f GB of features are kept in a temporary file as float16", layer, 2e-9 * samples * width)
+    size, folder = 2 * samples * width, tempfile.gettempdir()
+    there = shutil.disk_usage(folder).free
+    refusal = UsageError(
+        f"--linear-layers {layer}: its features take {size / 1e6:,.0f} MB in a temporary file, and {folder} has "
+        f"{there / 1e6:,.0f} MB left; set TMPDIR to a folder with more room, or name fewer layers"
+    )
+    if size > there:
+        raise refusal
     with tempfile.TemporaryFile() as file:  # stays as long as it is mapped
-        return torch.from_numpy(np.memmap(file, np.float16, "w+", shape=(samples, width)))
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise refusal from None  # a quota, or another process that writes there
+        logger().info("%s: %.0f MB of features are kept in a temporary file as float16", layer, size / 1e6)
+        return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=(samples, width)))
 
 
 def probe(

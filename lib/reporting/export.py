@@ -29,6 +29,8 @@ from lib.session.atomic_files import check_ending, check_place, new_files, reaso
 from lib.session.console import SUMMARY, logger
 
 Colour = tuple[float, float, float]
+EXAMPLE = 64
+"""Pixels of the example that is exported, at least; the exporter takes an edge that shrinks to 1 for a constant."""
 USE = ("network", "low_dim", "resize", "size", "means", "stds", "npc_temperature")
 """The options that it takes to use a network."""
 
@@ -118,7 +120,8 @@ def save_model(path: Path, network: torch.nn.Module, options: Options, *, means:
     """Writes the network, as its ending asks, and beside it ``<stem>.yaml``, the options it takes to use it.
 
     ``.safetensors``: parameters and statistics by name, with ``network`` and ``low_dim`` as metadata. ``.onnx``:
-    ``images`` (B, 3, H, W) of ``options.size`` -> ``embeddings`` (B, D), with the weights inside, for any B.
+    ``images`` (B, 3, H, W) -> ``embeddings`` (B, D), with the weights inside, for any B and any H and W that the
+    network takes.
 
     Args:
         path: the file.
@@ -147,22 +150,60 @@ def _safetensors(network: torch.nn.Module, options: Options) -> bytes:
     return safetensors.torch.save(tensors, metadata)
 
 
+class _AdaptiveAveragePool(torch.nn.Module):
+    """``AdaptiveAvgPool2d`` as two products with matrices of averages, made from the map's size when it runs.
+
+    The exporter writes the module itself for the map's size at export alone.
+
+    Args:
+        grid: edge g of the output, in positions.
+    """
+
+    def __init__(self, grid: int) -> None:
+        super().__init__()
+        self._grid = grid
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) -> (B, C, g, g)."""
+        return self._averages(maps.shape[2]) @ maps @ self._averages(maps.shape[3]).t()
+
+    def _averages(self, edge: int) -> torch.Tensor:
+        """(g, edge): row i averages the positions from floor(i edge / g) up to ceil((i + 1) edge / g)."""
+        cell = torch.arange(self._grid, dtype=torch.float32)[:, None]  # ONNX has no floor of integers
+        position = torch.arange(edge, dtype=torch.float32)
+        first, end = torch.floor(cell * edge / self._grid), torch.ceil((cell + 1) * edge / self._grid)
+        inside = ((position >= first) & (position < end)).float()
+        return inside / inside.sum(dim=1, keepdim=True)
+
+
+def _with_any_size(network: torch.nn.Module) -> torch.nn.Module:
+    """A copy on the CPU, in evaluation mode, whose export takes images of any size that the network takes."""
+    network = copy.deepcopy(network).cpu().eval()
+    for name, module in list(network.named_modules()):
+        if isinstance(module, torch.nn.AdaptiveAvgPool2d) and isinstance(grid := module.output_size, int) and grid > 1:
+            network.set_submodule(name, _AdaptiveAveragePool(grid))
+    return network
+
+
 def _onnx(network: torch.nn.Module, options: Options) -> bytes:
     """The network as an ONNX file; UsageError where the exporter fails."""
-    height, width = height_and_width(options.size)
-    network = copy.deepcopy(network).cpu().eval()
+    height, width = (max(EXAMPLE, edge) for edge in height_and_width(options.size))
+    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     try:
         with _quiet_exporter():
             program = torch.onnx.export(
-                network,
+                _with_any_size(network),
                 (torch.zeros(2, 3, height, width),),  # a batch of one would be taken for the only size
                 dynamo=True,
                 input_names=["images"],
                 output_names=["embeddings"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=(sizes,),
                 optimize=True,
             )
             assert program is not None
+            shape = program.model_proto.graph.input[0].type.tensor_type.shape.dim
+            if fixed := [axis for axis in sizes if not shape[axis].dim_param]:  # "AUTO" may make constants of them
+                raise ValueError(f"axes {fixed} of the images became constants")
             content: bytes = program.model_proto.SerializeToString()
     except Exception as error:  # its parts raise nearly anything
         cause: BaseException = error

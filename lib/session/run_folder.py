@@ -7,7 +7,8 @@ sessions/NAME/
     starts.jsonl         a JSON line for each start: versions, commit, hardware, seed, data, network
     checkpoint/          {round:04d}-{anchors:05d}.ckpt, the best of each round; latest.ckpt, every epoch, and
                          previous.ckpt, the one before it
-    neighbours/          {round:04d}-{anchors:05d}.png, anchors beside their neighbours
+    neighbours/          {round:04d}-{anchors:05d}.png, anchors beside their neighbours; .ckpt, what the discovery
+                         found, unless the best checkpoints of all rounds are kept
     tfboard/             TensorBoard events: global/, and a folder for each round
 """
 
@@ -54,7 +55,12 @@ class Session:
     """
 
     def __init__(
-        self, folder: Path | None, *, start: tuple[int, int] = (0, 0), log_file: bool = True, log_tfb: bool = True
+        self,
+        folder: Path | None,
+        *,
+        start: tuple[int, int] = (0, 0),
+        log_file: bool = True,
+        log_tfb: bool = True,
     ) -> None:
         self.folder = folder
         self._start = start

@@ -30,6 +30,8 @@ from lib.session.locate import LATEST, PREVIOUS, locate
 from lib.training import pretrained
 
 Checkpoint = dict[str, Any]
+DISCOVERY = ("ANs_discovery", "epoch", "round", "step")
+"""The parts of a checkpoint that tell what the discovery of its round found."""
 
 
 @dataclass
@@ -135,6 +137,9 @@ class TrainingState:
             self.acc, best = (None if loaded.get(key) is None else float(loaded[key]) for key in ("acc", "best_acc"))
             self.best_acc = self.acc if best is None else best
             earlier = loaded.get("health")
+            if earlier is not None and earlier["rows"] is None:  # as ``without_copies`` left it
+                rows = diagnostics.measured(self.bank.samples).to(self.bank.memory.device)
+                earlier = {**earlier, "rows": self.bank.rows.index_select(rows)}
             self.health = (
                 None if earlier is None else diagnostics.State.from_state_dict(earlier, self.bank.memory.device)
             )
@@ -183,6 +188,40 @@ def save(content: Checkpoint, path: Path) -> None:
                 raise
             raise OSError(0, str(error)) from None  # PyTorch's word for a full disk
         pretrained.append_checksum(file)
+
+
+def without_copies(content: Checkpoint) -> Checkpoint:
+    """A checkpoint of the end of an epoch without the rows of the memory bank that are in it twice, for ``health``."""
+    if content.get("health") is None:
+        return content
+    return {**content, "health": {**content["health"], "rows": None}}
+
+
+def save_discovery(content: Checkpoint, path: Path) -> None:
+    """Writes what ``discoveries`` reads of a checkpoint: its neighbourhoods, but no network, optimiser or memory bank.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    save({"net": {}, **{name: content[name] for name in DISCOVERY if name in content}}, path)
+
+
+def drop_bests(folder: Path, but: Path | None) -> None:
+    """Removes the best checkpoints of a session's rounds but one; what their discoveries found stays.
+
+    Raises:
+        OSError: a file cannot be written or removed.
+    """
+    for path in sorted((folder / "checkpoint").glob("[0-9]*.ckpt")):
+        if path == but:
+            continue
+        record = folder / "neighbours" / path.name
+        try:
+            if not record.exists():
+                save_discovery(load(path), record)
+            path.unlink()
+        except UsageError as error:
+            logger().warning("%s; it is not removed", error)
 
 
 def make_latest(path: Path) -> None:
@@ -249,14 +288,20 @@ def discoveries(folder: Path | None, current: Checkpoint, samples: int) -> list[
     """What the discovery of each round found, in order of rounds.
 
     Args:
-        folder: a session's, whose best checkpoints of earlier rounds are read; None: none are.
+        folder: a session's, whose best checkpoints of earlier rounds are read, or what ``save_discovery`` left in
+            their place; None: none are.
         current: a checkpoint.
         samples: N.
 
     Raises:
         UsageError: a checkpoint is damaged, or of other samples.
     """
-    paths = sorted((folder / "checkpoint").glob("[0-9]*.ckpt")) if folder else []
+    # the later take precedence, so a checkpoint over what stands in for it
+    paths = (
+        [path for kind in ("neighbours", "checkpoint") for path in sorted((folder / kind).glob("[0-9]*.ckpt"))]
+        if folder
+        else []
+    )
     found: dict[int, Neighbourhoods] = {}
     for where, content in [*((path, load(path)) for path in paths), (folder, current)]:
         if "ANs_discovery" not in content:

@@ -120,23 +120,31 @@ class Recorder:
         )
 
     def save(self, state: TrainingState, is_best: bool) -> None:
-        """Writes the latest checkpoint, and the best of the round where this is it (without labels: the last).
+        """Writes the latest checkpoint, and the best of the round where this is it (without labels: the last), as far
+        as ``--keep`` keeps it.
 
         Call it on every rank. Where a file cannot be written the log says so, the last good ones stay, and the next
         epoch tries again.
         """
-        content = state.checkpoint(self.options.network, self.session.name)
-        anchors = state.neighbourhoods.num_anchors
-        best = self.session.of_round("checkpoint", state.round, anchors, "ckpt") if is_best else None
+        session, anchors = self.session, state.neighbourhoods.num_anchors
+        content = state.checkpoint(self.options.network, session.name)
+        best, discovery = (
+            session.of_round(kind, state.round, anchors, "ckpt") for kind in ("checkpoint", "neighbours")
+        )
         self.unsaved = None
-        for path in (self.session.latest(), best):
+        for path in (session.latest(), best if is_best and self.options.keep != "last" else None):
             if path:
                 try:
                     with self.signals.defer():
-                        checkpoint.save(content, path)
+                        checkpoint.save(checkpoint.without_copies(content) if path == best else content, path)
                 except OSError as error:
                     self.unsaved = f"{path}: could not be saved: {reason(error)}"
                     logger().warning("%s; the last good one stays, and the next epoch tries again", self.unsaved)
+        if session.folder and best and discovery and self.options.keep != "all" and not self.unsaved:
+            with self.signals.defer(), session.spare("what the discovery found"):
+                if is_best or not discovery.exists():
+                    checkpoint.save_discovery(content, discovery)
+                checkpoint.drop_bests(session.folder, best if self.options.keep == "best" else None)
 
     def summary(self, history: list[dict[str, Any]]) -> str:
         """The table of all rounds and how its figures came about; columns without a figure are left out."""

@@ -35,6 +35,9 @@ from lib.session.run_folder import of_job
 from lib.training import checkpoint, pretrained
 from lib.training.checkpoint import Checkpoint
 
+EXAMPLES = 10
+"""Files, and reasons, that are named when many are left out."""
+
 
 @dataclass(frozen=True)
 class RunContext:
@@ -184,15 +187,24 @@ def load_data(options: Options) -> datasets.Splits:
         splits = datasets.hold_out(splits, options.val_fraction)
     for note in splits.notes:
         logger().info("%s", note)
-    for name, why in splits.skipped:
-        logger().warning("unreadable, left out: %s: %s", name, why)
-    if splits.skipped:
-        logger().warning("%d unreadable images were left out; --strict-data refuses them", len(splits.skipped))
+    warn_of_skipped(splits.skipped)
     if splits.train.labels is None:
         logger().info("the training images have no labels: accuracy and consistency are not computed")
     elif splits.test is None or splits.test.labels is None:
         logger().info("there are no labelled test images: accuracy is not computed")
     return splits
+
+
+def warn_of_skipped(skipped: Sequence[tuple[str, str]]) -> None:
+    """Says which files were left out and why; many of one reason, or many reasons, by examples."""
+    names_of: dict[str, list[str]] = {}
+    for name, why in skipped:
+        names_of.setdefault(why, []).append(name)
+    for why, names in list(names_of.items())[:EXAMPLES]:
+        more = f" and {len(names) - EXAMPLES} more" if len(names) > EXAMPLES else ""
+        logger().warning("unreadable, left out: %s%s: %s", ", ".join(names[:EXAMPLES]), more, why)
+    if skipped:
+        logger().warning("%d unreadable images were left out; --strict-data refuses them", len(skipped))
 
 
 def load_network(context: RunContext) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile, features
 
 import datasets
-from datasets import DataError, ImageSet, Splits, files
+from datasets import DataError, ImageSet, Splits, files, images
 from datasets.images import ImageFiles
 
 
@@ -371,3 +374,127 @@ def test_a_named_pipe_among_the_images_is_left_out(
     assert splits.skipped == (("train/a/1.png", "not a regular file"),)
     with pytest.raises(DataError, match="not a regular file"):
         datasets.load("folder", tmp_path, strict=True)
+
+
+def encoded(kind: str) -> bytes:
+    """A picture of 16 x 16 pixels in a format of Pillow's."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 10, 10)).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("in_memory", [0, 2**30])
+def test_what_pillow_decodes_is_taken_whatever_its_ending(
+    in_memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "IN_MEMORY", in_memory)
+    kinds = {"a.jfif": "JPEG", "b.gif": "GIF", "c.jp2": "JPEG2000", "d.JPE": "JPEG", "e.dat": "PNG", "f": "WEBP"}
+    kinds |= {"g.eps": "PNG", "h.tif.1": "TIFF"} | ({"i.avif": "AVIF"} if features.check("avif") else {})
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for name, kind in kinds.items():
+        (tmp_path / "train" / "a" / name).write_bytes(encoded(kind))
+    train = read(tmp_path, strict=True).train
+    assert list(train.names or []) == [f"train/a/{name}" for name in sorted(kinds)]
+    assert all(np.abs(image.astype(int) - (200, 10, 10)).max() < 20 for image in train.images)
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.fixture
+def without_heif(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if pillow-heif were not installed."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # type: ignore[arg-type]  # importing it fails
+    images.formats.cache_clear()
+    yield
+    images.formats.cache_clear()
+
+
+@pytest.mark.usefixtures("without_heif")
+@pytest.mark.parametrize("in_memory", [0, 2**30])
+def test_pictures_that_cannot_be_read_are_named_whatever_their_ending(
+    in_memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "IN_MEMORY", in_memory)
+    put(tmp_path, "train/a/1.png")
+    raw = encoded("TIFF")  # Pillow reads the thumbnail of a raw file as if it were the photograph
+    contents = {"a/2.HEIC": HEIC, "a/3.heif": HEIC, "a/4.CR2": raw, "a/5.eps": POSTSCRIPT, "6.xyz": b"?", "a/7": b""}
+    for name, content in contents.items():
+        (tmp_path / "train" / name).write_bytes(content)
+    splits = read(tmp_path)
+    assert by_name(splits.train) == {"train/a/1.png": "a"}  # 6.xyz lies beside the class folders, and is no image
+    reasons = dict(splits.skipped)
+    assert sorted(reasons) == sorted(f"train/{name}" for name in contents)
+    assert all("pip install pillow-heif" in reasons[f"train/a/{name}"] for name in ("2.HEIC", "3.heif"))
+    assert "raw" in reasons["train/a/4.CR2"]
+    assert all("not an image" in reasons[f"train/{name}"] for name in ("a/5.eps", "6.xyz", "a/7"))
+    assert "6 unreadable" in refusal(tmp_path, strict=True)
+
+
+QUIET = [
+    "notes.TXT",
+    "labels.json",
+    "list.csv",
+    "Thumbs.db",
+    ".DS_Store",
+    "README",
+    "a.xmp",
+    "all.tar.gz",
+    ".hidden.heic",
+]
+
+
+def test_text_tables_archives_and_system_files_are_no_errors(tmp_path: Path) -> None:
+    put(tmp_path, "train/a/1.png")
+    for name in QUIET:
+        for folder in ("train", "train/a"):
+            (tmp_path / folder / name).write_bytes(b"P3 this is no image")
+    splits = read(tmp_path, strict=True)
+    assert by_name(splits.train) == {"train/a/1.png": "a"} and splits.skipped == ()
+
+
+def test_a_folder_without_an_image_tells_of_a_file_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "movie.mov").write_bytes(b"?")
+    text = refusal(tmp_path)
+    assert "no image found" in text and "movie.mov" in text
+
+
+def heif_stand_in() -> SimpleNamespace:
+    """pillow-heif, as far as it is used: it registers an opener, whose files are uniformly green here."""
+
+    class Green(ImageFile.ImageFile):
+        format = "HEIF"
+
+        def _open(self) -> None:
+            self._size, self._mode = (16, 16), "RGB"
+
+        def load(self) -> Any:
+            self.im = Image.new("RGB", self.size, (0, 255, 0)).im
+            return Image.Image.load(self)
+
+    def register() -> None:
+        Image.register_open("HEIF", Green, lambda start: start[4:12] == b"ftypheic")
+
+    return SimpleNamespace(register_heif_opener=register)
+
+
+@pytest.mark.usefixtures("without_heif")
+def test_heic_files_are_read_where_pillow_heif_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, "train/a/1.png")
+    (tmp_path / "train" / "a" / "2.heic").write_bytes(HEIC)
+    assert len(read(tmp_path).train) == 1
+    monkeypatch.setattr(Image, "OPEN", {**Image.OPEN})
+    monkeypatch.setitem(sys.modules, "pillow_heif", heif_stand_in())
+    images.formats.cache_clear()
+    train = read(tmp_path, strict=True).train
+    assert (train.images[1] == (0, 255, 0)).all() and train.images[1].shape == (16, 16, 3)
+
+
+def test_heic_files_of_pillow_heif_s_own_are_read(tmp_path: Path) -> None:
+    pytest.importorskip("pillow_heif")
+    put(tmp_path, "train/a/1.png")
+    images.formats()
+    Image.new("RGB", (64, 48), (200, 10, 10)).save(tmp_path / "train" / "a" / "2.heic", format="HEIF")
+    train = read(tmp_path, strict=True).train
+    assert train.images[1].shape == (48, 64, 3) and np.abs(train.images[1].astype(int) - (200, 10, 10)).max() < 10

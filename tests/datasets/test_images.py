@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import struct
+import sys
 import zlib
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
+import runs
+from datasets import images
 from datasets.images import (
     DataError,
     ImageFiles,
     ImageSet,
     Splits,
     UnreadableImageError,
+    check_whole,
     hold_out,
     read_picture,
     read_rgb,
@@ -241,15 +245,15 @@ def photograph(path: Path) -> bytes:
     return path.read_bytes()
 
 
-@pytest.mark.parametrize("smallest", [False, True])
+@pytest.mark.parametrize("read", [read_rgb, check_whole])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.5, 0.9])
 @pytest.mark.parametrize("ending", ["jpg", "png"])
-def test_a_file_cut_short_is_refused(share: float, smallest: bool, ending: str, tmp_path: Path) -> None:
+def test_a_file_cut_short_is_refused(share: float, read: Callable[[Path], Any], ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"image.{ending}"
     whole = photograph(path)
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(UnreadableImageError) as refused:
-        read_rgb(path, smallest=smallest)
+        read(path)
     assert str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -288,20 +292,20 @@ def test_a_file_that_would_run_a_program_is_refused_and_runs_nothing(
     assert proof.exists()  # the trap is a real one
 
 
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
 def test_a_decompression_bomb_is_refused_before_it_goes_off(tmp_path: Path) -> None:
     """30,000 x 30,000 pixels in a file of 150 kB: 2.7 GB of RGB."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     side, pack = 30_000, zlib.compressobj(9)
     rows = b"".join([*(pack.compress(bytes(1 + side // 8)) for _ in range(side)), pack.flush()])
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    content = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", rows) + png_chunk(b"IEND", b"")
     path = tmp_path / "a.png"
     path.write_bytes(content)
     assert len(content) < 150_000
-    for read in (read_rgb, partial(read_rgb, smallest=True), size_of):
+    for read in (read_rgb, check_whole, size_of):
         with pytest.raises(UnreadableImageError, match=r"900000000 pixels\) exceeds limit of 178956970 pixels"):
             read(path)
     with pytest.raises(DataError, match="exceeds limit"):
@@ -334,7 +338,7 @@ def test_a_file_that_is_not_there_or_a_folder_is_refused(read: object, tmp_path:
 
 def test_a_quick_check_accepts_what_a_full_reading_accepts(tmp_path: Path) -> None:
     photograph(tmp_path / "image.jpg")
-    assert read_rgb(tmp_path / "image.jpg", smallest=True).shape == (8, 8, 3)
+    check_whole(tmp_path / "image.jpg")
     assert read_rgb(tmp_path / "image.jpg").shape == (64, 64, 3)
 
 
@@ -406,3 +410,98 @@ def test_nothing_to_hold_out_is_refused() -> None:
     ):
         with pytest.raises(DataError, match="val_fraction"):
             hold_out(splits, fraction)
+
+
+def in_mode(mode: str, width: int, height: int) -> Image.Image:
+    """Noise in a mode of Pillow's."""
+    draw = np.random.default_rng(5)
+    if mode == "I;16":
+        return Image.fromarray(draw.integers(0, 2**16, (height, width)).astype(np.uint16))
+    noise = Image.fromarray(draw.integers(0, 256, (height, width, 4)).astype(np.uint8))
+    return noise if mode == "RGBA" else noise.convert("RGB").convert(mode)
+
+
+@pytest.mark.parametrize("strip", [1, 50, 120, 10_000])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_conversion_in_strips_gives_the_pixels_of_a_conversion_as_a_whole(
+    mode: str, strip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "STRIP", strip)
+    path = tmp_path / f"image.{'tiff' if mode == 'CMYK' else 'png'}"
+    image = in_mode(mode, 17, 23)
+    if mode == "P":
+        image.save(path, transparency=bytes(range(256)))
+    else:
+        image.save(path)
+    with Image.open(path) as opened:
+        assert opened.mode == mode
+    expected = np.asarray(image) >> 8 if mode == "I;16" else np.asarray(image.convert("RGB"))
+    assert (read_rgb(path) == expected.reshape(23, 17, -1)).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_very_large_image_is_halved(
+    mode: str, orientation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "STRIP", 50)
+    exif = Image.Exif()
+    exif[274] = orientation
+    image = in_mode(mode, 17, 23)
+    image.save(tmp_path / "image.png", exif=exif)
+    monkeypatch.setattr(images, "LARGE", 17 * 23)
+    whole = read_rgb(tmp_path / "image.png")
+    assert whole.shape[:2] == ((23, 17) if orientation == 1 else (17, 23))
+    monkeypatch.setattr(images, "LARGE", 17 * 23 - 1)
+    assert (read_rgb(tmp_path / "image.png") == np.asarray(Image.fromarray(whole).reduce(2))).all()
+    stored = np.asarray(image.convert("RGB"))
+    assert (read_rgb(tmp_path / "image.png", upright=False) == stored).all()  # boxes count its pixels
+    assert size_of(tmp_path / "image.png") == (17, 23)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_very_large_jpeg_is_decoded_at_half_its_size(
+    orientation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    smooth = Image.fromarray(RGB).resize((102, 68), Image.Resampling.BICUBIC)
+    smooth.save(tmp_path / "image.jpg", exif=exif, quality=95)
+    whole = read_rgb(tmp_path / "image.jpg")
+    monkeypatch.setattr(images, "LARGE", 102 * 68 - 1)
+    halved = read_rgb(tmp_path / "image.jpg")
+    assert halved.shape == ((34, 51, 3) if orientation == 1 else (51, 34, 3))
+    assert np.abs(halved.astype(int) - np.asarray(Image.fromarray(whole).reduce(2)).astype(int)).mean() < 1.5
+
+
+MEASURED = """
+import re, sys
+from pathlib import Path
+from datasets.images import check_whole, quiet, read_rgb
+
+def peak():
+    # not getrusage, whose peak begins with that of the process that started this one
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+before = peak()
+with quiet():
+    check_whole(Path(sys.argv[1])) if sys.argv[2] == "check" else print(read_rgb(Path(sys.argv[1])).shape)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize(("what", "most"), [("check", 400), ("read", 500)])
+def test_a_very_large_image_takes_little_more_memory_than_pillow_does(what: str, most: int, tmp_path: Path) -> None:
+    """Of 9,000 x 9,000 pixels, which are 309 MiB in Pillow; three copies and an array besides took 1,087 MiB."""
+    side, pack = 9_000, zlib.compressobj(1)
+    rows = b"".join([*(pack.compress(bytes(1 + 3 * side)) for _ in range(side)), pack.flush()])
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    path = tmp_path / "a.png"
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", rows) + png_chunk(b"IEND", b"")
+    )
+    process = runs.start(str(path), what, program=("-c", MEASURED))
+    *shape, peak = runs.output_of(process).splitlines()
+    assert process.returncode == 0 and shape == ([] if what == "check" else ["(4500, 4500, 3)"])
+    assert 300 < float(peak) < most

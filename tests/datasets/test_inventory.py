@@ -65,7 +65,7 @@ class Opened:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.paths: list[Path] = []
-        for name in ("read_rgb", "size_of"):
+        for name in ("read_rgb", "check_whole", "size_of"):
             monkeypatch.setattr(files, name, self.counting(getattr(files, name)))
 
     def counting(self, work: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,6 +120,21 @@ def test_a_second_load_opens_no_file_and_tells_the_same(root: Path, opened: Open
     assert opened.by(lambda: load(root)) == 0
     assert content(load(root)) == first
     assert [name for name, _ in first[1]] == ["train/a/bad.png"]
+
+
+def test_files_that_are_left_out_are_told_of_again_until_another_format_is_read(
+    root: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "train" / "a" / "6.xyz").write_bytes(b"no image")
+    made.age(root)
+    first = content(load(root))
+    assert sorted(name for name, _ in first[1]) == ["train/a/6.xyz", "train/a/bad.png"]
+    assert opened.by(lambda: load(root)) == 0
+    assert content(load(root)) == first
+    monkeypatch.setattr(files, "formats", lambda: ("PNG", "HEIF"))
+    assert opened.by(lambda: load(root)) == 8
+    (root / "train" / "a" / "6.xyz").write_bytes((root / "train" / "b" / "1.png").read_bytes())  # its folder stays
+    assert "train/a/6.xyz" in list(load(root).train.names or [])
 
 
 @pytest.mark.parametrize("name", ["imagenet", "cub200", "dogs"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from sklearn.preprocessing import StandardScaler
 import datasets
 import made
 import models
+import runs
 from lib.data.loader import Loader
 from lib.errors import UsageError
 from lib.evaluation import linear_probe
@@ -104,7 +107,8 @@ def test_of_few_classes_and_few_samples_the_top_five_are_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "grid"), [((64, 55, 60), 11), ((192, 27, 27), 6), ((9001, 4, 4), 1), ((64, 8, 3), 3), ((2, 5, 5), 5)]
+    ("shape", "grid"),
+    [((64, 55, 60), 12), ((192, 27, 27), 7), ((9001, 4, 4), 1), ((40_000, 4, 4), 1), ((64, 8, 3), 3), ((2, 5, 5), 5)],
 )
 def test_maps_are_averaged_to_about_nine_thousand_numbers(shape: tuple[int, ...], grid: int) -> None:
     maps = torch.rand(2, *shape, generator=torch.Generator().manual_seed(1))
@@ -116,6 +120,18 @@ def test_maps_are_averaged_to_about_nine_thousand_numbers(shape: tuple[int, ...]
         columns = range(j * width // grid, -(-(j + 1) * width // grid))
         mean = sum(maps[1, channel, r, c].item() for r in rows for c in columns) / (len(rows) * len(columns))
         assert pooled[1].reshape(channels, grid, grid)[channel, i, j].item() == pytest.approx(mean, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("channels", "numbers"),
+    [
+        ([96, 256, 384, 384, 256], [9600, 9216, 9600, 9600, 9216]),  # as published
+        ([64, 192, 384, 256, 256], [9216, 9408, 9600, 9216, 9216]),  # models/alexnet.py
+    ],
+)
+def test_the_stages_of_alexnet_are_pooled_as_by_zhang_et_al(channels: list[int], numbers: list[int]) -> None:
+    maps = [torch.zeros(1, count, edge, edge) for count, edge in zip(channels, (55, 27, 13, 13, 13), strict=True)]
+    assert [pool(stage).shape[1] for stage in maps] == numbers
 
 
 def test_vectors_stay_as_they_are() -> None:
@@ -150,6 +166,49 @@ def test_several_stages_come_from_one_pass_in_the_order_of_the_samples(
     assert found["conv1"].dtype == (torch.float32 if in_memory else torch.float16)
     torch.testing.assert_close(found["conv1"].float(), pixels.flatten(1), atol=0 if in_memory else 1e-3, rtol=0)
     assert found["fc"].dtype == torch.float32 and torch.equal(found["fc"], pixels.flatten(1)[:, :2])
+
+
+class Usage(NamedTuple):
+    """What ``shutil.disk_usage`` returns."""
+
+    total: int
+    used: int
+    free: int
+
+
+def test_features_that_the_disk_has_no_room_for_are_refused_before_they_are_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size = 25 * 48 * 2
+    monkeypatch.setattr(linear_probe, "IN_MEMORY", 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9 - size, size))
+    assert extract_stages(Counting(), loader_of(IMAGES), ["conv1"], "x")["conv1"].shape == (25, 48)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9 - size + 1, size - 1))
+    with pytest.raises(UsageError, match=r"^--linear-layers conv1: .* 0 MB in a temporary file, .* TMPDIR"):
+        extract_stages(Counting(), loader_of(IMAGES), ["conv1"], "x")
+
+
+LIMITED = """
+import resource, sys
+from lib import linear_probe
+from lib.console import UsageError
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000,) * 2)
+linear_probe.IN_MEMORY = 0
+features = linear_probe._storage(100, 50, "conv1")
+features[:] = 1
+try:
+    linear_probe._storage(100, 51, "conv1")
+except UsageError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve room for a file")
+def test_room_for_the_features_is_reserved_so_that_a_quota_is_noticed_before_they_are_written() -> None:
+    """A limit on the size of files stands for the quota."""
+    process = runs.start(program=("-c", LIMITED))
+    shown = runs.output_of(process)
+    assert process.returncode == 0 and "refused: --linear-layers conv1" in shown, shown
 
 
 def test_a_stage_that_is_not_there_is_refused_with_those_that_are() -> None:

@@ -204,7 +204,7 @@ def test_a_line_of_the_log_tells_of_each_file(
 @pytest.mark.parametrize(
     ("name", "size"), [("resnet10", 8), ("alexnet-small", (40, 24)), ("imagenet-resnet18", 33)], ids=str
 )
-def test_onnx_gives_torch_s_embeddings_for_batches_of_any_size(
+def test_onnx_gives_torch_s_embeddings_for_any_batch_and_any_size_of_image(
     tmp_path: Path, name: str, size: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     runtime = pytest.importorskip("onnxruntime")
@@ -220,16 +220,25 @@ def test_onnx_gives_torch_s_embeddings_for_batches_of_any_size(
     assert all(modes(network)) and all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
     session = runtime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    height, width = size if isinstance(size, tuple) else (size, size)
+    edges = size if isinstance(size, tuple) else (size, size)
     (taken,), (given,) = session.get_inputs(), session.get_outputs()
-    assert (taken.name, taken.shape[1:]) == ("images", [3, height, width])
+    assert taken.name == "images" and taken.shape[1] == 3
+    assert all(isinstance(taken.shape[axis], str) for axis in (0, 2, 3)), taken.shape  # any
     assert (given.name, given.shape[1:]) == ("embeddings", [LOW_DIM])
-    for samples in (1, 2, 5):
+    for samples, (height, width) in [(1, edges), (2, edges), (5, edges), (3, (16, 16)), (1, (32, 32)), (2, (23, 48))]:
         images = 2 * torch.randn(samples, 3, height, width) + 0.5
         (embeddings,) = session.run(["embeddings"], {"images": images.numpy()})
         expected = one_by_one(network, images).numpy()
         np.testing.assert_allclose(embeddings, expected, rtol=0, atol=ONNX_TOLERANCE)
         np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=0, atol=ONNX_TOLERANCE)
+
+
+@pytest.mark.parametrize("edge", [1, 3, 6])
+def test_the_pooling_that_is_exported_is_torch_s(edge: int) -> None:
+    for height, width in ((1, 1), (3, 3), (6, 7), (2, 13), (40, 5)):
+        maps = torch.randn(2, 5, height, width)
+        expected = torch.nn.AdaptiveAvgPool2d(edge)(maps)
+        torch.testing.assert_close(export._AdaptiveAveragePool(edge)(maps), expected)
 
 
 class Unknown(torch.nn.Module):
@@ -300,7 +309,7 @@ def test_nothing_is_overwritten(
             export.save_features(tmp_path / name, resnet, parts(), classes=())
         elif name.endswith(".onnx"):
             pytest.importorskip("onnxscript")
-            small = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+            small = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
             export.save_model(tmp_path / name, small, options_of(), **COLOURS)
         else:
             export.save_model(tmp_path / name, resnet, options_of(), **COLOURS)

@@ -16,6 +16,7 @@ import pytest
 import runs
 from lib.distributed import signals
 from lib.distributed.signals import Stopped, StopSignals
+from lib.training import checkpoint
 from runs import (
     LIMIT,
     altered,
@@ -66,6 +67,25 @@ def test_a_run_killed_again_and_again_ends_as_the_one_that_was_not(whole: Path, 
         assert process.returncode == -signal.SIGKILL, shown
     finished(*words)
     assert_alike(session, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize(("place", "calls"), [("save_discovery", 1), ("drop_bests", 8), ("drop_bests", 9)])
+def test_a_run_that_keeps_fewer_checkpoints_is_resumed_from_wherever_it_was_killed(
+    place: str, calls: int, keep: str, whole: Path, tmp_path: Path, new: New
+) -> None:
+    session = tmp_path / "killed"
+    process = start(
+        "lib.training.checkpoint", place, str(calls), *new("killed"), "--keep", keep, program=altered("kill_itself()")
+    )
+    shown = output_of(process)
+    assert process.returncode == -signal.SIGKILL, shown
+    finished("--resume", str(session), "--brief")
+    assert_alike(session, whole)
+    kept = {path.name for path in (session / "checkpoint").iterdir()}
+    assert kept == {"latest.ckpt", "previous.ckpt", *(["0001-00050.ckpt"] if keep == "best" else [])}
+    assert [round for round, _ in checkpoint.discoveries(session, content(session), 100)] == [1]
 
 
 STEP = "lib.training.trainer", "Trainer.backward"

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,10 @@ import runs
 from datasets import files
 from lib.config.options import Options
 from lib.errors import UsageError
+from lib.evaluation import linear_probe
 from lib.reporting import outputs
 from lib.session.console import LogFile
-from lib.training import build, setup
+from lib.training import build, checkpoint, setup
 from lib.training.recorder import Recorder
 from lib.training.trainer import Trainer
 from runs import content, equal, metrics
@@ -231,6 +233,62 @@ def test_going_on_from_an_older_checkpoint_leaves_no_epoch_twice(start: list[str
     assert equal(metrics(session), before)
 
 
+LATEST_TWO = {"latest.ckpt", "previous.ckpt"}
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        ("all", {"0000-00000.ckpt", "0001-00012.ckpt", "0002-00024.ckpt"}),
+        ("best", {"0002-00024.ckpt"}),
+        ("last", set()),
+    ],
+)
+def test_of_a_session_those_checkpoints_are_kept_that_the_user_chooses(
+    keep: str, kept: set[str], start: list[str], tmp_path: Path
+) -> None:
+    table, again = tmp_path / "all.csv", tmp_path / "again.csv"
+    assert main.main([*start, "--session", "all", "--export-neighbourhoods", str(table)]) == 0
+    assert main.main([*start, "--session", "kept", "--keep", keep]) == 0
+    whole, session = (tmp_path / "sessions" / name for name in ("all", "kept"))
+    assert {path.name for path in (session / "checkpoint").iterdir()} == LATEST_TWO | kept
+    assert equal({**content(session), "session": "all"}, content(whole)) and metrics(session) == metrics(whole)
+    for name in sorted(LATEST_TWO | kept):  # whatever is kept can be tested
+        assert main.main(["--resume", str(session / "checkpoint" / name), "--test-only"]) == 0
+    # reports and tables know the discoveries of all rounds
+    assert main.main(["--resume", str(session), "--test-only", "--export-neighbourhoods", str(again)]) == 0
+    assert again.read_bytes() == table.read_bytes()
+    found = [checkpoint.discoveries(folder, content(folder), 24) for folder in (whole, session)]
+    assert [number for number, _ in found[1]] == [1, 2]
+    assert all(torch.equal(one.entropy, other.entropy) for (_, one), (_, other) in zip(*found, strict=True))
+    assert main.main(["--report", str(session)]) == 0
+    # and it is gone on with as ever
+    for folder in (whole, session):
+        assert main.main(["--resume", str(folder), "--max-round", "4"]) == 0
+    assert equal({**content(session), "session": "all"}, content(whole))
+
+
+def test_bests_of_earlier_rounds_go_when_less_is_kept_from_now_on(start: list[str], tmp_path: Path) -> None:
+    main.main(start)
+    session = session_in(tmp_path)
+    before = {path.name: checkpoint.load(path) for path in (session / "checkpoint").glob("0*.ckpt")}
+    assert main.main(["--resume", str(session), "--max-round", "4", "--keep", "last"]) == 0
+    assert {path.name for path in (session / "checkpoint").iterdir()} == LATEST_TWO
+    for name, content_before in before.items():
+        record = checkpoint.load(session / "neighbours" / name)
+        assert equal(record["ANs_discovery"], content_before["ANs_discovery"])
+        assert (session / "neighbours" / name).stat().st_size < 10_000
+    assert [number for number, _ in checkpoint.discoveries(session, content(session), 24)] == [1, 2, 3]
+
+
+def test_a_best_checkpoint_holds_the_rows_of_the_bank_once(start: list[str], tmp_path: Path) -> None:
+    main.main(start)
+    folder = session_in(tmp_path) / "checkpoint"
+    assert checkpoint.load(folder / "latest.ckpt")["health"]["rows"].shape == (24, 8)
+    assert checkpoint.load(folder / "0001-00012.ckpt")["health"]["rows"] is None
+    # the figures after it is gone on with: test_going_on_from_an_older_checkpoint_leaves_no_epoch_twice
+
+
 def test_restart_goes_on_in_a_new_session(start: list[str], tmp_path: Path) -> None:
     main.main([*start, "--session", "old"])
     old = tmp_path / "sessions" / "old"
@@ -283,6 +341,15 @@ def test_several_protocols_make_one_table(start: list[str], tmp_path: Path, caps
         assert word in screen
     assert not (tmp_path / "sessions").exists()
     assert "conv1, fc" in refused([*start, *words.split(), "--linear-layers", "conv9", "--test-only"], capsys)
+
+
+def test_a_linear_probe_that_the_disk_has_no_room_for_is_refused(
+    start: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_probe, "IN_MEMORY", 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    said = refused([*start, "--test-only", "--protocol", "linear", "--linear-layers", "conv1"], capsys)
+    assert "--linear-layers conv1" in said and "TMPDIR" in said
 
 
 def test_held_out_images_are_not_trained_on(
@@ -511,6 +578,18 @@ def test_images_without_class_folders_train_without_anything_that_needs_labels(
     screen = capsys.readouterr().out
     assert screen.count("no labels") == 1 and "top-1" not in screen
     assert len(list((session / "checkpoint").iterdir())) == 5
+
+
+def test_of_many_files_that_are_left_out_for_one_reason_some_are_named(
+    photos: Path, start: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(12):
+        (photos / "train" / "dark" / f"{number:02}.CR2").write_bytes(b"a raw file")
+    assert main.main([*start, "--test-only"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert (
+        len(lines) == 2 and "09.CR2 and 2 more: camera raw files" in lines[0] and lines[1].startswith("12 unreadable")
+    )
 
 
 def test_unreadable_images_are_named_counted_and_left_out_or_refused(

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 RUN = """
 --dataset folder --network resnet10-w16 --resize 8 --size 8 --scale 0.3 1 --low-dim 16 --colorjitter 0.4 0.4 0.4 0.1
 --batch-size 8 --workers-num 2 --max-round 2 --max-epoch 4 --ANs-select-rate 0.5 --base-lr 0.01 --seed 3 --brief
---momentum 0.9 --nesterov --weight-decay 5e-4
+--momentum 0.9 --weight-decay 5e-4
 --ckpt-every 5"""
 TIMES = {"images_per_s", "train_s", "evaluate_s"}
 LIMIT = 600

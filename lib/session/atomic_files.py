@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -109,10 +110,7 @@ def csv_text(value: str) -> str:
     """Text for a cell of a CSV file, with a quote in front where a spreadsheet would take it for a formula.
 
     As OWASP advises, "CSV Injection": what begins with ``=``, ``+``, ``-``, ``@``, a tab or a line break. A number
-    stays as it is.
+    in digits stays as it is; infinity and NaN are names to a spreadsheet.
     """
-    try:
-        float(value)
-    except ValueError:
-        return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else value
-    return value
+    is_formula = value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) and not NUMBER.fullmatch(value)
+    return f"'{value}" if is_formula else value

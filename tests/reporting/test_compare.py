@@ -469,6 +469,19 @@ def test_the_csv_has_the_means_and_deviations_of_the_screen(tmp_path: Path) -> N
     assert [float(row["seconds"]) for row in csv_rows(comparison, "run")] == pytest.approx([33, 39, 45])
 
 
+def test_no_name_in_the_csv_is_a_formula_to_a_spreadsheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sessions = [make(Path("=1+1"), published="@SUM(1)"), make(Path("-a"), published="=2"), make(Path("ü, b"))]
+    comparison = compare.compare(sessions)
+    assert not compare.to_csv(comparison).startswith(b"\xef\xbb\xbf")
+    rows = csv_rows(comparison, "run")
+    assert [(row["session"], row["published"]) for row in rows] == [
+        ("'=1+1", "'@SUM(1)"),
+        ("'-a", "'=2"),
+        ("ü, b", "not set"),
+    ]
+
+
 ODD = [
     "a b",
     "$x$ <b>[red]{0}%s",

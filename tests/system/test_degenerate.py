@@ -25,7 +25,8 @@ pytestmark = pytest.mark.slow
 RUN = """
 --dataset folder --network resnet10-w16 --resize 8 --size 8 --scale 0.3 1 --colorjitter 0.4 0.4 0.4 0.1 --low-dim 4
 --random-grayscale 0.2 --random-horizontal-flip --batch-size 2 --workers-num 0 --max-round 3 --max-epoch 1
---ANs-select-rate 0.5 --base-lr 0.01 --seed 3 --brief --protocol knn nn linear cluster --clusters 2 --report"""
+--ANs-select-rate 0.5 --base-lr 0.01 --seed 3 --brief --protocol knn nn linear cluster --clusters 2 --report
+--momentum 0.9 --weight-decay 5e-4"""
 Picture = Callable[[int], np.ndarray]
 
 

@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 from lib.errors import UsageError
 
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
 
 def beside(path: Path) -> Path:
     """Where a file is written before it takes its name; another place in every process."""

@@ -408,7 +408,8 @@ def test_the_picture_is_written_as_png(tmp_path: Path) -> None:
 
 
 def test_no_name_in_a_table_is_a_formula_to_a_spreadsheet(tmp_path: Path) -> None:
-    names = ["=1+1.png", "+a.png", "-a.png", "@a.png", "\ta.png", "\ra.png", "a=b.png", "-5", "1e5"]
+    formulas = ["=1+1.png", "+a.png", "-a.png", "@a.png", "\ta.png", "\ra.png", "-inf", "+nan", "-1_0", "-5\n"]
+    names = [*formulas, "a=b.png", "-5", "1e5", "+.5E-3", "inf", "ü日本", 'a,"b"', "line\nbreak"]
     bank = measure_rows(len(names))
     images = np.zeros((len(names), 2, 2, 3), np.uint8)
     gallery = retrieval.Gallery(images, names, np.arange(len(names)) % 2, ("=SUM(A1)", "plain"))

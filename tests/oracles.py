@@ -1,4 +1,4 @@
-"""The formulas of METHOD section 1, written out naively in float64; they share no code with the project.
+"""The formulas of docs/method.md, written out naively in float64; they share no code with the project.
 
 Letters: N samples, D embedding, A anchors, K neighbours, B batch, Q queries, C classes.
 """

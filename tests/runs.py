@@ -33,7 +33,10 @@ _started: list[tuple[subprocess.Popen[str], threading.Timer]] = []
 
 
 def start(
-    *words: str, limit: Callable[[], None] | None = None, program: tuple[str, ...] = ("main.py",)
+    *words: str,
+    limit: Callable[[], None] | None = None,
+    program: tuple[str, ...] = ("main.py",),
+    cwd: Path = ROOT,
 ) -> subprocess.Popen[str]:
     """Starts the program in a process group of its own, as a shell does.
 
@@ -43,10 +46,11 @@ def start(
         words: the command line.
         limit: called in the new process before the program, to set limits of the operating system.
         program: what Python runs.
+        cwd: the folder it runs in.
     """
     process = subprocess.Popen(
         [sys.executable, *program, *words],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore:This DataLoader will create"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """Every option of the program: name, type, default, meaning.
 
-``Options`` is the one description: the flags, ``--help``, the checks, the README's table and a session's
+``Options`` is the one description: the flags, ``--help``, the checks, docs/options.md and a session's
 ``config.yaml`` are all made from it (``lib/config/parser.py``). Where the reference wrote tuples and numbers as
 strings they are read as literals, never evaluated.
 """
@@ -138,8 +138,8 @@ def _option(default: Any, group: str, meaning: str, *, this_run: bool = False, *
 class Options(BaseModel):
     """All options, typed and frozen.
 
-    Names and defaults are the reference's; the README's table of differences lists the exceptions. ``None`` means
-    "not set" and the meaning says what happens then.
+    Names and defaults are the reference's; the table of differences in docs/method.md lists the exceptions.
+    ``None`` means "not set" and the meaning says what happens then.
     """
 
     model_config = ConfigDict(

@@ -50,7 +50,7 @@ def _default(name: str) -> str:
 
 
 def options_table() -> str:
-    """The README's table of options (Markdown)."""
+    """The table of options in docs/options.md."""
     rows = ["| option | default | meaning |", "|---|---|---|"]
     group = None
     for name in sorted(Options.model_fields, key=_group_order):

@@ -20,8 +20,8 @@ def neighbourhood_loss(
     """-log of the probability that a sample is classified into its own neighbourhood, batch mean.
 
     loss_i = -log sum_{j in neighbourhood of i} p_ij, p_ij = exp(x_i . m_j / tau) / sum_n exp(x_i . m_n / tau). For an
-    instance sample the neighbourhood is itself and this is the instance loss -log p_ii (METHOD 1, neighbourhood
-    supervision). Log-sum-exp throughout.
+    instance sample the neighbourhood is itself and this is the instance loss -log p_ii (docs/method.md,
+    equations 4 and 7). Log-sum-exp throughout.
 
     The (B, N) logits never exist: blocks of them are made, summed up and forgotten, as attention is computed
     without its matrix (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Dao et al. 2022,

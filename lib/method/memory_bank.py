@@ -15,7 +15,7 @@ from lib.distributed.sharded import ShardedRows
 
 
 class MemoryBank:
-    """One row for each training sample: a running mean of its embeddings, renormalised (METHOD 1).
+    """One row for each training sample: a running mean of its embeddings, renormalised (docs/method.md, equation 3).
 
     The reference ignores the temperature and momentum it is given in favour of its global options; here
     they are honoured.

@@ -1,6 +1,6 @@
 """Learning rate by epoch, and the optimiser it drives.
 
-The schedule starts again in every round (METHOD: it depends on the epoch within the round alone).
+The schedule starts again in every round (docs/method.md, equation 9).
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ PUBLISHED: dict[str, Any] = {
 them, and here they are not set."""
 
 OTHER_DEFAULTS = ("log_file", "log_tfb")
-"""Off in the reference, where only its ``base.yaml`` turns them on; the README declares it."""
+"""Off in the reference, where only its ``base.yaml`` turns them on; docs/method.md declares it."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

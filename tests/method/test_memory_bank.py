@@ -1,4 +1,4 @@
-"""The memory bank against METHOD's formulas."""
+"""The memory bank against equations 2 and 3 of docs/method.md."""
 
 from __future__ import annotations
 

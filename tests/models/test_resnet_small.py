@@ -1,4 +1,4 @@
-"""The small-image ResNets: names and sizes as METHOD has them, and a forward pass written out plainly."""
+"""The small-image ResNets: the reference's names and sizes, and a forward pass written out plainly."""
 
 from __future__ import annotations
 

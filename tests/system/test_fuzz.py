@@ -42,7 +42,7 @@ pytestmark = pytest.mark.slow
 
 CASES = int(os.environ.get("FUZZ", "0"))
 STATUSES = (0, 1, 2, 3)
-"""The README's, without those of signals."""
+"""Those of docs/reliability.md, without those of signals."""
 UNSEEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 """Warnings that Python does not show."""
 FREE = 2**29

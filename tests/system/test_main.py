@@ -92,7 +92,7 @@ def session_in(folder: Path) -> Path:
     return found
 
 
-def test_a_run_leaves_what_the_readme_says(
+def test_a_run_leaves_the_documented_files(
     start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main(start) == 0

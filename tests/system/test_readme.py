@@ -1,8 +1,9 @@
-"""What README says, held against the program."""
+"""What the README and the pages in docs/ say, held against the program."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,27 +12,46 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from datasets import DATASETS
+from lib import ROOMS
 from lib.config.options import Options
 from lib.config.parser import options_table, read_options
 from lib.method.diagnostics import FIGURES, QUANTILES, READING
+from lib.method.loss import LOSSES
 from models import NETWORKS, build
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
+EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
 def test_the_options_table_is_the_program_s_own() -> None:
-    written = re.search(r"<!-- options.*?-->\n(.*?)\n<!-- end of options -->", README, re.DOTALL)
+    written = re.search(r"<!-- options.*?-->\n(.*?)\n<!-- end of options -->", text_of("docs/options.md"), re.DOTALL)
     assert written and written[1] == options_table(), "run the command beside the table and paste what it prints"
 
 
 def test_it_tells_how_to_read_each_health_figure() -> None:
-    assert all(f"| `{name}` | {sentence} |" in README for name, sentence in READING.items())
+    page = text_of("docs/evaluation.md")
+    assert all(f"| `{name}` | {sentence} |" in page for name, sentence in READING.items())
     assert {name.split("_")[0] if name in QUANTILES else name for name in FIGURES} == set(READING)
 
 
-def test_every_data_set_and_network_is_named() -> None:
-    assert all(f"`{name}`" in README for name in [*DATASETS, *NETWORKS])
+def test_every_data_set_network_and_loss_is_named() -> None:
+    for page, names in (("docs/data.md", DATASETS), ("docs/options.md", NETWORKS), ("docs/options.md", LOSSES)):
+        assert not [name for name in names if f"`{name}`" not in text_of(page)], page
+
+
+def test_every_room_and_module_is_named() -> None:
+    rooms = [room for room in ROOMS if (ROOT / "lib" / room).is_dir()]
+    assert re.findall(r"^\| `lib/(\w+)/` \|", text_of("README.md"), re.MULTILINE) == rooms
+    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| (.*) \|$", text_of("docs/architecture.md"), re.MULTILINE)
+    assert [room for room, _ in rows] == rooms
+    for room, files in rows:
+        modules = {path.stem for path in (ROOT / "lib" / room).glob("*.py")} - {"__init__"}
+        assert set(re.findall(r"`(\w+)`", files)) == modules, room
 
 
 def counted(name: str, pixels: int) -> tuple[str, str]:
@@ -45,7 +65,9 @@ def counted(name: str, pixels: int) -> tuple[str, str]:
 
 
 def test_the_table_of_networks_counts_right() -> None:
-    rows = re.findall(r"^\| `([a-z0-9-]+)` \| (\d+) x \2 \| ([\d.]+) \| ([\d.]+) \|$", README, re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([a-z0-9-]+)` \| (\d+) x \2 \| ([\d.]+) \| ([\d.]+) \|$", text_of("docs/options.md"), re.MULTILINE
+    )
     assert [name for name, *_ in rows] == list(NETWORKS)
     for name, pixels, parameters, adds in rows:
         assert counted(name, int(pixels)) == (parameters, adds), name
@@ -56,22 +78,80 @@ def test_the_two_set_up_commands_stand_in_it_once() -> None:
         "pip install -r requirements.txt && python main.py --cfgs configs/base.yaml configs/digits.yaml",
         "pip install -r requirements.txt -r requirements-dev.txt && python -m pytest",
     ):
-        assert README.splitlines().count(command) == 1
+        assert text_of("README.md").splitlines().count(command) == 1
 
 
-def test_every_command_is_one_the_program_accepts() -> None:
-    commands = re.findall(r"python main\.py ([^`\n]*)", README)
-    assert len(commands) >= 5
-    for words in commands:
-        names = re.findall(r"--([A-Za-z-]+)", words)
-        assert all(name.replace("-", "_") in Options.model_fields for name in names), words
-        for path in re.findall(r"configs/\S+\.yaml", words):
-            assert (ROOT / path).is_file(), path
+def commands(text: str) -> list[list[str]]:
+    """The words after `main.py` of every command in a page, in code blocks and in the text."""
+    found = re.findall(r"(?:python|torchrun [^`\n]*) main\.py(?: ([^`\n]*))?", text.replace("\\\n", " "))
+    return [shlex.split(words.split("&&")[0], comments=True) for words in found]
 
 
-def test_every_link_to_a_file_leads_somewhere() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+NEW_NAMES = {"convnet", "arrays", "mean-log"}
+"""Of the examples in docs/extending.md, which tests/system/test_extending.py runs."""
+
+
+@EACH_PAGE
+def test_every_command_is_one_the_program_accepts(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for words in commands(page.read_text(encoding="utf-8")):
+        try:  # a session's options are a file like any other
+            options = read_options(
+                [re.sub(r"^sessions/NAME/config.yaml$", "configs/base.yaml", word) for word in words]
+            )
+        except SystemExit as end:
+            assert words == ["--help"] and not end.code
+            continue
+        assert options.network in {*NETWORKS, *NEW_NAMES}
+        assert options.dataset in {*DATASETS, *NEW_NAMES}
+        assert options.loss in {*LOSSES, *NEW_NAMES}
+
+
+def test_there_are_commands() -> None:
+    assert len(commands(text_of("README.md"))) >= 10
+    assert sum(len(commands(page.read_text(encoding="utf-8"))) for page in PAGES) >= 25
+
+
+@EACH_PAGE
+def test_every_flag_in_the_text_is_an_option(page: Path) -> None:
+    for name in re.findall(r"`--([A-Za-z][A-Za-z0-9-]*)", page.read_text(encoding="utf-8")):
+        assert name == "help" or name.replace("-", "_") in Options.model_fields, name
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@EACH_PAGE
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name) if name else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+@EACH_PAGE
+def test_every_path_in_the_text_exists(page: Path) -> None:
+    folders = "configs|models|datasets|lib|tests|docs|benchmarks"
+    text = re.sub(
+        r"^```(?:python|diff)\n.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
+    for path in re.findall(rf"(?<![\w./<])(?:{folders})/[\w./-]*[\w/]", text):
+        assert (ROOT / path).exists() or path.endswith("NAME.py"), path
+
+
+@EACH_PAGE
+def test_every_function_in_the_text_is_in_its_file(page: Path) -> None:
+    for name, path in re.findall(r"`([\w.]+)`\s+in\s+`([\w/]+\.py)`", page.read_text(encoding="utf-8")):
+        assert re.search(rf"(?:def |class |^){name.split('.')[-1]}\b", text_of(path), re.MULTILINE), f"{name} in {path}"
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = set(re.findall(r"\]\(([^)#]+)", text_of("README.md")))
+    assert not [page.name for page in PAGES[1:] if page.relative_to(ROOT).as_posix() not in linked]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)

@@ -108,7 +108,7 @@ def train(state: TrainingState, batches: Batches, **options: Any) -> float:
 
 
 def plain_epoch(state: TrainingState, batches: Batches, rate: float) -> float:
-    """An epoch as METHOD tells it: softmax over all rows, sum over the neighbourhood, then the update."""
+    """An epoch as docs/method.md describes it: softmax over all rows, sum over the neighbourhood, then the update."""
     found = state.neighbourhoods
     losses = []
     for group in state.optimizer.param_groups:

@@ -25,5 +25,5 @@ def parcels_of(numbers: int) -> Iterator[None]:
     """Rows are drawn and passed on in parcels of so many numbers."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (processes, sharded, memory_bank):
-            patch.setattr(module, "PARCEL", numbers)
+            patch.setattr(module, "CHUNK", numbers)
         yield

@@ -91,13 +91,13 @@ def test_a_run_that_keeps_fewer_checkpoints_is_resumed_from_wherever_it_was_kill
 STEP = "lib.training.trainer", "Trainer.backward"
 PLACES = {
     "in training": (*STEP, 8),
-    "with a checkpoint half written": ("lib.training.pretrained", "seal", 1),
+    "with a checkpoint half written": ("lib.training.pretrained", "append_checksum", 1),
     "with a checkpoint written and not renamed": ("os", "replace", 1),
     "between the names of the last checkpoint": ("os", "link", 1),
     "in the evaluation": ("lib.evaluation.knn", "similarities", 1),
     "in the health figures": ("lib.method.diagnostics", "_hubs", 1),
     "with the metrics written and no checkpoint": ("lib.training.recorder", "Recorder.save", 1),
-    "with the latest checkpoint written and not the best": ("lib.training.pretrained", "seal", 4),
+    "with the latest checkpoint written and not the best": ("lib.training.pretrained", "append_checksum", 4),
     "at the end of a round": ("lib.training.recorder", "Recorder.round_finished", 1),
     "in the discovery": ("lib.method.neighbourhoods", "_positions", 1),
     "with the anchors found and not drawn": ("lib.session.image_grid", "draw", 1),

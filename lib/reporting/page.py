@@ -17,6 +17,9 @@ from lib.reporting.plots import Part
 from lib.reporting.report_data import ReportData
 from lib.session.atomic_files import atomic_write
 
+SECTIONS = ("training", "discovery", "health", "embeddings", "setting")
+HEALTH = ("quantiles", *training_figures.HEALTH, "follows")
+"""Parts of the section ``health``."""
 LIMIT = 5_000_000
 """Bytes that the page stays below."""
 RESOLUTIONS = (150, 110, 80, 55)
@@ -81,6 +84,9 @@ def _page(
     text = template.render(
         name=_cut(material.name),
         material=material,
+        labelled=material.labels is not None,
+        left_out=_left_out(material),
+        sections=[name for name in SECTIONS if name != "health" or any(parts[part].how for part in HEALTH)],
         how={name: part.how for name, part in parts.items()},
         pictures={name: base64.b64encode(data).decode("ascii") for name, data in pictures.items()},
         summary=_summary(material),
@@ -98,41 +104,57 @@ def _cut(value: object) -> str:
     return text if len(text) <= TEXT else f"{text[:TEXT]}…"
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2%}"
+def _left_out(material: ReportData) -> str:
+    """What cannot be shown for want of labels, in a sentence; '' where nothing is missing."""
+    if material.labels is None:
+        return (
+            "The training images have no labels, so accuracy, consistency, mistakes and the confusion matrix are left "
+            "out."
+        )
+    if material.tested is None:
+        return "There are no labelled test images, so accuracy and the confusion matrix are left out."
+    return ""
 
 
 def _summary(material: ReportData) -> dict[str, str]:
-    """The figures at the top, by what they are."""
+    """The figures at the top, by what they are; what is not known is left out."""
     rows = material.metrics
     last = rows[-1] if rows else {}
     seconds = sum((row.get("train_s") or 0) + (row.get("evaluate_s") or 0) for row in rows)
     minutes, rest = divmod(round(seconds), 60)
-    return {
-        "top-1, last epoch": _percent(last.get("top1")),
-        "top-1, best epoch of the last round": _percent(last.get("best_top1")),
-        "published": _cut(material.published) or "none named",
-        "rounds": str(len({row["round"] for row in rows})),
-        "epochs": str(len(rows)),
-        "time of these epochs": f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s",
-    }
+    best = "top-1, best epoch of the last round"
+    figures = {"top-1, last epoch": last.get("top1"), best: last.get("best_top1")}
+    cards = {name: f"{value:.2%}" for name, value in figures.items() if value is not None}
+    if material.published:
+        cards["published"] = _cut(material.published)
+    cards |= {"training images": f"{len(material.features):,}", "rounds": str(len({row["round"] for row in rows}))}
+    cards["epochs"] = str(len(rows))
+    if rows:
+        time = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+        cards["time of these epochs"] = time
+    return cards
 
 
 def _rounds(material: ReportData) -> list[dict[str, str]]:
-    """The last epoch of each round; of very many rounds some."""
+    """The last epoch of each round (of very many rounds some); columns without a figure are left out."""
     ends = {row["round"]: row for row in material.metrics}
     every = -(-len(ends) // 50)
-    samples = len(material.features)
+    shown = list(ends.values())[:: max(1, every)]
+    columns = [
+        ("consistency", "consistency", ".1%"),
+        ("loss", "loss", ".4f"),
+        ("top-1 last", "top1", ".2%"),
+        ("top-1 best", "best_top1", ".2%"),
+        ("top-5 last", "top5", ".2%"),
+        ("held-out last", "val_top1", ".2%"),
+    ]
+    known = [column for column in columns if any(row.get(column[1]) is not None for row in shown)]
     return [
         {
-            "round": str(number),
+            "round": str(row["round"]),
             "epochs": str(row["epoch"] + 1),
-            "anchors": f"{row['anchors']} ({row['anchors'] / samples:.0%})",
-            "consistency": "-" if row.get("consistency") is None else f"{row['consistency']:.1%}",
-            "loss": f"{row['loss']:.4f}" if row.get("loss") is not None else "-",
-            "top-1 last": _percent(row.get("top1")),
-            "top-1 best": _percent(row.get("best_top1")),
-            "top-5 last": _percent(row.get("top5")),
+            "anchors": f"{row['anchors']} ({row['anchors'] / len(material.features):.0%})",
+            **{title: "-" if row.get(key) is None else format(row[key], form) for title, key, form in known},
         }
-        for number, row in list(ends.items())[:: max(1, every)]
+        for row in shown
     ]

@@ -34,8 +34,8 @@ WIDTH = 5.6
 FONT = "DejaVu Sans"
 """Comes with matplotlib, so that a picture is the same on every machine."""
 BLUE, ORANGE, GREY = "#1f6fb4", "#d9730d", "#8a8f98"
-EQUAL, OTHER, UNKNOWN = "#2a9d4e", "#d1342f", "#9a9a9a"
-"""Frame of an image: of the same class, of another one, or nobody knows."""
+EQUAL, OTHER = "#2a9d4e", "#d1342f"
+"""Frame of an image: of the same class, or of another one."""
 THUMBNAIL = 128
 """Pixels of the longer edge to which an image is reduced before it is drawn."""
 NAMED = 30
@@ -53,19 +53,17 @@ class Tile:
     Attributes:
         image: uint8 (H, W, 3).
         name: of its class, '' for none.
-        same: whether it is of the class it should be of; None where nobody knows.
-        framed: an anchor or a test image has no frame.
+        same: whether it is of the class it should be of, which its frame shows; None: no frame.
     """
 
     image: np.ndarray
     name: str
     same: bool | None = None
-    framed: bool = True
 
 
 @dataclass(frozen=True)
 class Part:
-    """A picture and how it came about, or no picture and why there is none."""
+    """A picture and how it came about, or no picture and why there is none; with an empty ``how`` it is left out."""
 
     figure: Figure | None
     how: str
@@ -188,8 +186,11 @@ def _epochs(axes: Axes, rounds: np.ndarray, label: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
 
-def quantiles(values: np.ndarray, rounds: np.ndarray) -> Figure:
-    """The 5, 25, 50, 75 and 95 % quantiles (E, 5) of the entropy; rows that are not finite are left out."""
+def quantiles(values: np.ndarray, rounds: np.ndarray, samples: int) -> Figure:
+    """The 5, 25, 50, 75 and 95 % quantiles (E, 5) of the entropy; rows that are not finite are left out.
+
+    A dashed line shows the greatest possible entropy, ln N of N ``samples``.
+    """
     figure = _figure(3.2)
     axes = figure.add_subplot()
     (at,) = np.isfinite(values).all(axis=1).nonzero()
@@ -197,7 +198,8 @@ def quantiles(values: np.ndarray, rounds: np.ndarray) -> Figure:
     axes.fill_between(at + 1, low, high, color=BLUE, alpha=0.15, lw=0, label="5 to 95 %")
     axes.fill_between(at + 1, lower, upper, color=BLUE, alpha=0.3, lw=0, label="25 to 75 %")
     axes.plot(at + 1, middle, color=BLUE, marker="." if len(rounds) <= 60 else "", label="median")
-    figure.legend(loc="outside lower center", ncols=3)
+    axes.axhline(np.log(samples), color=ORANGE, ls="--", label=f"ln N = {np.log(samples):.2f}")
+    figure.legend(loc="outside lower center", ncols=4, columnspacing=1.2)
     _epochs(axes, rounds, "entropy, nats")
     return figure
 
@@ -210,7 +212,9 @@ def consistency(shares: np.ndarray, values: np.ndarray, rounds: Sequence[int]) -
     every = max(1, -(-len(rounds) // 12))
     for share, value, number in list(zip(shares, values, rounds, strict=True))[::every]:
         axes.annotate(str(number), (share, value), (0, 10), textcoords="offset points", ha="center", va="center")
-    axes.set(xlabel="anchors, share of all samples (numbers: rounds)", ylabel="consistency", xlim=(0, 1.08))
+    axes.set(
+        xlabel="anchors, share of all samples (numbers at the points: rounds)", ylabel="consistency", xlim=(0, 1.08)
+    )
     axes.margins(y=0.25)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1))
@@ -244,7 +248,7 @@ def histograms(found: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> Figure:
 
 
 def follows(pairs: Mapping[str, tuple[np.ndarray, np.ndarray, float]]) -> Figure:
-    """How each health figure goes with the consistency: by name its values, the consistency, and the rank correlation.
+    """The consistency over each health figure: by name its values, the consistency, and the rank correlation.
 
     The correlation is not shown where it is not finite.
     """
@@ -335,9 +339,8 @@ def _paste(axes: Axes, tile: Tile, left: float, top: float, side: float) -> None
     place = (x, x + width, y + height, y)
     axes.imshow(picture, extent=place, aspect="auto", interpolation="nearest" if small else "antialiased")
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
-    if tile.framed:
-        colour = UNKNOWN if tile.same is None else EQUAL if tile.same else OTHER
-        dashes = (0, (2, 1)) if tile.same is False else "-"
+    if tile.same is not None:
+        colour, dashes = (EQUAL, "-") if tile.same else (OTHER, (0, (2, 1)))
         axes.add_patch(Rectangle((x, y), width, height, fill=False, ec=colour, lw=2.5, ls=dashes))
 
 

@@ -74,6 +74,7 @@ class ReportData:
         tested: None without labelled test images.
         finished: the last epoch of the last round is done.
         chooser: what chooses the best epoch.
+        warning: the first sign that training has collapsed, '' where there is none.
     """
 
     name: str
@@ -90,11 +91,12 @@ class ReportData:
     tested: Tested | None
     finished: bool
     chooser: str = "the test labels"
+    warning: str = ""
 
     @property
     def when(self) -> str:
-        """The epoch that memory bank and network are of."""
+        """The epoch after which network and memory bank are shown."""
         if not self.metrics:
             return "before the first epoch"
         last = self.metrics[-1]
-        return f"round {last['round']}, epoch {last['epoch'] + 1}, the last one done"
+        return f"after epoch {last['epoch'] + 1} of round {last['round']}"

@@ -7,26 +7,30 @@ from __future__ import annotations
 
 import csv
 import io
+import unicodedata
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from lib.errors import UsageError
 from lib.method.chunking import block_rows
 from lib.method.discovery import discover
 from lib.method.neighbourhoods import Neighbourhoods
 from lib.method.topk import top_k
+from lib.session import image_grid
 from lib.session.atomic_files import check_ending, check_place, csv_text, new_files, printable
-from lib.session.console import SUMMARY, logger, progress, table
+from lib.session.console import SUMMARY, logger, plural, progress, table
 
 NEVER = -1
 """In place of a round: the sample was not an anchor in any."""
-TILE = 96
-"""Pixels of an image in the picture; smaller ones are magnified."""
+TILE, LINE, LETTERS = 128, 18, 12
+"""Pixels of an image in the picture (smaller ones are magnified), of a line of text, and of the size of its letters."""
 COLUMNS = 10
 """Found images side by side; more go on below."""
 
@@ -131,9 +135,10 @@ def save_neighbourhoods(
         writer.writerows(_lines(embeddings, found.entropy, nearest, rounds, gallery))
         text.detach()  # which flushes, and leaves the file open
     logger().info(
-        "neighbourhoods: %s (%d images, %d neighbours each; %s bytes)",
+        "neighbourhoods: %s (%s, %s each; %s bytes)",
         path,
-        *nearest.shape,
+        plural(nearest.shape[0], "image"),
+        plural(nearest.shape[1], "neighbour"),
         f"{path.stat().st_size:,}",
         extra=SUMMARY,
     )
@@ -213,43 +218,66 @@ def draw(queries: Sequence[Query], indices: torch.Tensor, similarities: torch.Te
 
     Under each found image are its similarity, and its class or else its file or index.
     """
-    font, line = ImageFont.load_default(TILE // 6), TILE // 4
-    gap, width, height = TILE // 12, TILE + TILE // 12, TILE + 2 * line + TILE // 12
+    gap, width, height = TILE // 12, TILE + TILE // 12, TILE + 2 * LINE + TILE // 12
     columns = min(COLUMNS, indices.shape[1])
-    depth = line + gap + height * -(-indices.shape[1] // COLUMNS)  # of a row
+    depth = LINE + gap + height * -(-indices.shape[1] // COLUMNS)  # of a row
     picture = Image.new("RGB", (4 * gap + width * (1 + columns), gap + depth * len(queries)), "white")
     pen = ImageDraw.Draw(picture)
 
     def write(text: str, left: int, top: int, most: int) -> None:
-        pen.text((left, top), _fit(text, font, most), fill="black", font=font)
+        pen.text((left, top), shorten(drawable(text), most), fill="black", font=_font())
 
     for row, shown in enumerate(queries):
         top = gap + row * depth
         write(shown.name, gap, top, picture.width - 2 * gap)
-        picture.paste(_tile(shown.image), (gap, top + line))
+        picture.paste(image_grid.tile(shown.image, TILE), (gap, top + LINE))
         for place, (sample, value) in enumerate(zip(indices[row].tolist(), similarities[row].tolist(), strict=True)):
             below, column = divmod(place, COLUMNS)
-            x, y = 4 * gap + width * (1 + column), top + line + height * below
-            picture.paste(_tile(gallery.images[sample]), (x, y))
+            x, y = 4 * gap + width * (1 + column), top + LINE + height * below
+            picture.paste(image_grid.tile(gallery.images[sample], TILE), (x, y))
             write(f"{_short(value):.3f}", x, y + TILE, TILE)
-            write(gallery.class_of(sample) or Path(_called(sample, gallery)).name, x, y + TILE + line, TILE)
+            write(gallery.class_of(sample) or Path(_called(sample, gallery)).name, x, y + TILE + LINE, TILE)
     return picture
 
 
-def _tile(image: np.ndarray) -> Image.Image:
-    """The image in a white square, its shape kept; the pixels of a small one are meant to be seen."""
-    how = Image.Resampling.NEAREST if max(image.shape[:2]) <= TILE // 2 else Image.Resampling.BICUBIC
-    return ImageOps.pad(Image.fromarray(image), (TILE, TILE), how, color="white")
+def _font_file() -> Path:
+    """DejaVu Sans, with Latin, Greek and Cyrillic letters and more, which comes with matplotlib."""
+    import matplotlib  # takes a tenth of a second to import
+
+    return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
-def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, most: int) -> str:
-    """The text cut to ``most`` pixels, with question marks for letters that the font lacks."""
-    text = printable(text).encode("latin-1", "replace").decode("latin-1")
-    if font.getlength(text) <= most:
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(_font_file(), LETTERS)
+
+
+@cache
+def _characters() -> frozenset[int]:
+    """Code points that the font has."""
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(str(_font_file())).get_charmap())
+
+
+def drawable(text: str) -> str:
+    """The text on one line with its accents composed, and question marks for characters that the font lacks."""
+    text = unicodedata.normalize("NFC", printable(text))
+    return "".join(character if ord(character) in _characters() else "?" for character in text)
+
+
+def shorten(text: str, most: float) -> str:
+    """The text with its middle replaced by an ellipsis where it is wider than ``most`` pixels."""
+
+    def without_middle(kept: int) -> str:
+        return f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}"
+
+    def is_too_wide(kept: int) -> bool:
+        return _font().getlength(without_middle(kept)) > most
+
+    if _font().getlength(text) <= most:
         return text
-    while text and font.getlength(f"{text}...") > most:
-        text = text[:-1]
-    return f"{text}..."
+    return without_middle(max(0, bisect_left(range(len(text)), True, key=is_too_wide) - 1))
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:

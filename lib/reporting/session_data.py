@@ -16,6 +16,7 @@ import torch
 from lib.config.options import Options
 from lib.config.parser import extra
 from lib.errors import UsageError
+from lib.method.collapse import find_collapse
 from lib.reporting.report_data import Discovered, ReportData, Tested
 from lib.session import metrics
 from lib.session.metrics import STARTS
@@ -74,6 +75,13 @@ def material(
         facts=facts(folder),
         options={name: value for name, value in shown.items() if not extra(name)["this_run"]},
         metrics=rows,
+        warning=find_collapse(
+            rows,
+            samples=len(images),
+            size=options.ANs_size,
+            low_dim=options.low_dim,
+            temperature=options.npc_temperature,
+        ),
         protocol=protocol,
         published=options.published or "",
         rounds=[

@@ -14,6 +14,7 @@ from lib.evaluation import knn
 from lib.reporting import plots
 from lib.reporting.plots import Part, Tile
 from lib.reporting.report_data import SEED, ReportData
+from lib.session.console import plural
 
 TESTS, PAIRS = 10_000, 10
 """Test images that are classified, and confused pairs, at most."""
@@ -37,15 +38,15 @@ class Classified:
 
 
 def classify(material: ReportData) -> Classified | str:
-    """Weighted kNN of the test images, or of some where there are many; or why there is none."""
+    """Weighted kNN of the test images, or of some where there are many; or why there is none, '' without labels."""
     tested = material.tested
     if material.labels is None or tested is None or not len(tested.labels):
-        return "This takes labelled training and test images."
+        return ""
     chosen = np.sort(np.random.default_rng(SEED).permutation(len(tested.labels))[:TESTS])
     queries = np.require(tested.features[chosen], np.float32, ["C", "W"])
     bank = np.require(material.features, np.float32, ["C", "W"])  # no copy of what PyTorch can take as it is
     if not (np.isfinite(queries).all() and np.isfinite(bank).all()):
-        return "Some embeddings are not finite numbers."
+        return "Not drawn: some embeddings are not finite numbers."
     arrays = (torch.from_numpy(array) for array in (queries, bank, np.require(material.labels, np.int64, ["C", "W"])))
     scores = knn.weighted_knn(*arrays, classes=len(material.classes), k=tested.k, sigma=tested.sigma).numpy()
     return Classified(chosen, tested.labels[chosen], scores / scores.sum(axis=1, keepdims=True))
@@ -64,7 +65,7 @@ def _basis(material: ReportData, classified: Classified) -> str:
     right, shown = (classified.predicted == classified.labels).sum(), len(classified.labels)
     all_ = len(material.tested.labels)
     some = "" if shown == all_ else f", drawn at random from {all_},"
-    judged = f"{right} of {shown} test images{some} are right ({right / shown:.2%})"
+    judged = f"{right} of {plural(shown, 'test image')}{some} are classified correctly ({right / shown:.2%})"
     return f"{material.tested.protocol}; {judged}; {material.when}."
 
 
@@ -94,7 +95,7 @@ def confused(material: ReportData, classified: Classified | str) -> list[tuple[s
 
 
 def voters(material: ReportData, classified: Classified | str) -> Part:
-    """Test images beside their nearest training images: the surest mistakes, and right ones at random."""
+    """Test images and their nearest training images: correct ones at random, and the most confident mistakes."""
     if isinstance(classified, str):
         return Part(None, classified)
     is_right = classified.predicted == classified.labels
@@ -102,8 +103,9 @@ def voters(material: ReportData, classified: Classified | str) -> Part:
     right = np.random.default_rng(SEED).permutation(right)[:4]
     wrong = wrong[np.argsort(-classified.shares[wrong].max(axis=1), kind="stable")][:4]
     rows = [_row(material, classified, int(place)) for place in (*right, *wrong)]
-    text = f"{len(right)} right ones drawn at random, then the {len(wrong)} mistakes with the most votes."
-    return Part(plots.voters(rows), f"{_basis(material, classified)} Shown: {text}")
+    kinds = [f"{len(right)} correct ones drawn at random"] if len(right) else []
+    kinds += [f"the {plural(len(wrong), 'mistake')} with the largest share of the votes"] if len(wrong) else []
+    return Part(plots.voters(rows), f"{_basis(material, classified)} Shown: {', then '.join(kinds)}.")
 
 
 def _row(material: ReportData, classified: Classified, place: int) -> tuple[list[Tile], str, list[tuple[float, bool]]]:
@@ -112,11 +114,11 @@ def _row(material: ReportData, classified: Classified, place: int) -> tuple[list
     number, truth, shares = int(classified.chosen[place]), int(classified.labels[place]), classified.shares[place]
     similarity = np.asarray(material.features, np.float32) @ np.asarray(tested.features[number], np.float32)  # (N,)
     nearest = np.argsort(-similarity, kind="stable")[: min(8, tested.k)]
-    tiles = [Tile(tested.images[number], "", framed=False)]
+    tiles = [Tile(tested.images[number], "")]
     tiles += [Tile(material.images[near], "", bool(labels[near] == truth)) for near in nearest.tolist()]
     first = [c for c in np.argsort(-shares, kind="stable")[:3].tolist() if shares[c] >= 0.005]
     said = ", ".join(f"{plots.fit(names[c], 1.2, 9)} ({shares[c]:.0%})" for c in first)
-    verdict = "right" if first[0] == truth else "wrong"
+    verdict = "correct" if first[0] == truth else "wrong"
     return (
         tiles,
         f"{plots.fit(names[truth], 1.2, 9)}, {verdict}. Votes: {said}",

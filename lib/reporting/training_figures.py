@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 from lib.reporting import plots
 from lib.reporting.plots import Part, Tile
 from lib.reporting.report_data import SEED, Discovered, ReportData
+from lib.session.console import plural
 
 MAPPED, ROUNDS = 2_000, 6
 """Points of the map, and rounds with a histogram, at most."""
@@ -27,14 +28,14 @@ QUANTILES = ("entropy_05", "entropy_25", "entropy_50", "entropy_75", "entropy_95
 HEALTH = {
     "reciprocal": "reciprocal neighbours",
     "kept": "neighbours kept",
-    "drift": "drift of the bank",
+    "drift": "drift of the memory bank",
     "hubness": "hubness",
-    "orphans": "samples that are nobody's neighbour",
-    "largest_hub": "samples of the largest hub",
+    "orphans": "orphans",
+    "largest_hub": "largest hub",
 }
-SHARES = {"reciprocal", "kept", "orphans", "largest_hub"}
-"""Those that are shares of the samples."""
 """Health figures of an epoch, one number each, and what a plot calls them."""
+SHARES = {"reciprocal", "kept", "orphans", "largest_hub"}
+"""Those that are shares, of the samples or of their neighbours."""
 
 
 def _column(material: ReportData, name: str) -> np.ndarray:
@@ -45,24 +46,29 @@ def _column(material: ReportData, name: str) -> np.ndarray:
 def training(material: ReportData) -> dict[str, Part]:
     """Accuracy and loss over the epochs."""
     if not material.metrics:
-        return dict.fromkeys(("accuracy", "loss"), Part(None, "No epoch is done yet."))
-    rounds, top1, top5, loss = (_column(material, name) for name in ("round", "top1", "top5", "loss"))
-    last, best = np.full(len(rounds), np.nan), np.full(len(rounds), np.nan)
-    for number in np.unique(rounds[np.isfinite(top1)]):
-        epochs = np.flatnonzero((rounds == number) & np.isfinite(top1))
-        chosen = epochs[top1[epochs] == top1[epochs].max()][-1]  # of epochs equally good the last
-        last[epochs[-1]], best[chosen] = top1[epochs[-1]], top1[chosen]
-    accuracy = Part(None, "No accuracy: that takes labelled training and test images.")
-    if np.isfinite(top1).sum() == 1:
-        accuracy = Part(None, f"Only one epoch was judged: top-1 {np.nanmax(top1):.2%}, {material.protocol}.")
-    elif np.isfinite(top1).any():
-        series = {"top-1": top1, **({"top-5": top5} if np.isfinite(top5).any() else {})}
-        marks = {"last epoch of a round": last, "best epoch of a round": best}
-        figure = plots.curves(series, rounds.astype(int), "accuracy", percent=True, marks=marks)
-        accuracy = Part(
-            figure, f"{material.protocol}, after each epoch. The best epoch is chosen by {material.chooser}."
-        )
-    return {"accuracy": accuracy, "loss": _loss(loss, rounds.astype(int))}
+        return {"accuracy": Part(None, ""), "loss": Part(None, "No epoch is done yet.")}
+    rounds = _column(material, "round").astype(int)
+    return {"accuracy": _accuracy(material, rounds), "loss": _loss(_column(material, "loss"), rounds)}
+
+
+def _accuracy(material: ReportData, rounds: np.ndarray) -> Part:
+    top1, top5, held_out = (_column(material, name) for name in ("top1", "top5", "val_top1"))
+    known = np.isfinite(top1)
+    if not known.any():
+        return Part(None, "")
+    if known.sum() == 1:
+        return Part(None, f"Measured after one epoch only: top-1 {top1[known][0]:.2%}, {material.protocol}.")
+    last, chosen = np.full(len(rounds), np.nan), np.full(len(rounds), np.nan)
+    for number in np.unique(rounds[known]):
+        epochs = np.flatnonzero((rounds == number) & known)
+        by = held_out[epochs] if np.isfinite(held_out[epochs]).any() else top1[epochs]
+        best = epochs[by == np.nanmax(by)][-1]  # of epochs that are equally good the last, as in training
+        last[epochs[-1]], chosen[best] = top1[epochs[-1]], top1[best]
+    series = {"top-1": top1, "top-5": top5, "top-1 of held-out images": held_out}
+    series = {name: values for name, values in series.items() if np.isfinite(values).any()}
+    marks = {"last epoch of a round": last, "best epoch of a round": chosen}
+    figure = plots.curves(series, rounds, "accuracy", percent=True, marks=marks)
+    return Part(figure, f"{material.protocol}, after each epoch. The best epoch is chosen by {material.chooser}.")
 
 
 def _loss(loss: np.ndarray, rounds: np.ndarray) -> Part:
@@ -71,22 +77,22 @@ def _loss(loss: np.ndarray, rounds: np.ndarray) -> Part:
     if not finite.any():
         return Part(None, "The loss was not a finite number in any epoch.")
     if finite.sum() == 1:
-        return Part(None, f"Only one epoch has a loss that is a finite number: {loss[finite][0]:.4f}.")
-    left = f" {lost} epochs whose loss was not a finite number are left out." if lost else ""
-    how = f"Mean over the training images of each epoch, while the network learns from them.{left}"
-    return Part(plots.curves({"loss": loss}, rounds, "loss"), how)
+        return Part(None, f"Only one epoch has a finite loss: {loss[finite][0]:.4f}.")
+    left = f" Not shown: {plural(lost, 'epoch')} whose loss was not a finite number." if lost else ""
+    return Part(plots.curves({"loss": loss}, rounds, "loss"), f"Mean over the training images of each epoch.{left}")
 
 
 def discovery(material: ReportData) -> dict[str, Part]:
     """Consistency, entropies and galleries."""
-    names = ("consistency", "entropy", "surest", "random", "mistakes")
+    parts = dict.fromkeys(("consistency", "entropy", "surest", "random", "mistakes"), Part(None, ""))
     if not material.rounds:
-        return dict.fromkeys(names, Part(None, "No discovery yet: the first one is at the start of round 1."))
-    parts = {"consistency": _consistency(material), "entropy": _entropy(material)}
+        last = "this run ended" if material.finished else "this run has not reached round 1 yet"
+        text = f"Anchors are discovered at the start of round 1 and of each later round; {last}"
+        return parts | {"entropy": Part(None, f"{text}{' before' if material.finished else ''}.")}
+    parts |= {"consistency": _consistency(material), "entropy": _entropy(material)}
     found = material.rounds[-1]
     if not found.neighbours.size:
-        none = Part(None, f"Round {found.round} found no anchor with a neighbour.")
-        return parts | dict.fromkeys(names[2:], none)
+        return parts | {"surest": Part(None, f"Round {found.round} found no anchor with a neighbour.")}
     return parts | _galleries(material, found)
 
 
@@ -97,26 +103,26 @@ def _equal(found: Discovered, labels: np.ndarray) -> np.ndarray:
 
 def _consistency(material: ReportData) -> Part:
     if material.labels is None:
-        return Part(None, "No consistency: the training images have no labels.")
+        return Part(None, "")
     rounds = [found for found in material.rounds if found.neighbours.size]
     if not rounds:
-        return Part(None, "No consistency: no round found an anchor with a neighbour.")
+        return Part(None, "No round found an anchor with a neighbour.")
     values = np.array([_equal(found, material.labels).mean() for found in rounds])
     shares = np.array([len(found.anchors) / len(found.entropy) for found in rounds])
     figure = plots.consistency(shares, values, [found.round for found in rounds])
     return Part(
-        figure, "Share of anchor-neighbour pairs of one class, from the memory bank at the start of each round."
+        figure, "Of all pairs of an anchor and a neighbour, found in the memory bank at the start of each round."
     )
 
 
 def _entropy(material: ReportData) -> Part:
     whole = [found for found in material.rounds if np.isfinite(found.entropy).all()]
     if not whole:
-        return Part(None, "No histogram: the entropies are not finite numbers.")
+        return Part(None, "Not drawn: the entropies are not finite numbers.")
     picks = np.unique(np.linspace(0, len(whole) - 1, min(ROUNDS, len(whole))).round().astype(int))
     rounds = [(whole[pick].round, whole[pick].entropy, _is_anchor(whole[pick])) for pick in picks]
     left = len(material.rounds) - len(rounds)
-    how = "From the memory bank at the start of each round." + (f" {left} rounds are not shown." if left else "")
+    how = "Of the memory bank at the start of each round." + (f" Not shown: {plural(left, 'round')}." if left else "")
     return Part(plots.histograms(rounds), how)
 
 
@@ -132,22 +138,28 @@ def _galleries(material: ReportData, found: Discovered) -> dict[str, Part]:
     near = found.neighbours[:, :5]  # (A, K)
     count = 4 * max(1, 8 // (1 + near.shape[1]))
     drawn = np.random.default_rng(SEED).permutation(len(near))[:count]
-    where = f"Discovery at the start of round {found.round}"
+    where = f"Neighbours in the memory bank at the start of round {found.round}"
     parts = {
-        "surest": Part(_gallery(material, found, range(min(count, len(near)))), f"{where}, anchors of lowest entropy."),
-        "random": Part(_gallery(material, found, drawn), f"{where}, anchors drawn at random."),
+        "surest": Part(_gallery(material, found, range(min(count, len(near)))), f"{where}; anchors of lowest entropy."),
+        "random": Part(_gallery(material, found, drawn), f"{where}; anchors drawn at random."),
+        "mistakes": Part(None, ""),
     }
     if material.labels is None:
-        return parts | {"mistakes": Part(None, "Mistakes are not known: the training images have no labels.")}
+        return parts
     equal = _equal(found, material.labels)
     (wrong,) = (~equal[:, : near.shape[1]]).any(axis=1).nonzero()
     if not len(wrong):
-        return parts | {"mistakes": Part(None, f"Round {found.round} made none among its {len(near)} anchors.")}
+        return parts | {
+            "mistakes": Part(None, f"All neighbours found in round {found.round} are of their anchor's class.")
+        }
     order = "lowest entropy"
     if found.similarities is not None:
         alike = np.where(equal, -np.inf, found.similarities)[wrong, : near.shape[1]].max(axis=1)
         wrong, order = wrong[np.argsort(-alike, kind="stable")], "greatest similarity"
-    how = f"{where}, {(~equal).sum()} of {equal.size} pairs are of two classes; shown are those of {order}."
+    how = (
+        f"{where}; {(~equal).sum()} of {plural(equal.size, 'neighbour')} are of another class than their anchor; shown "
+        f"are those of {order}."
+    )
     return parts | {"mistakes": Part(_gallery(material, found, wrong[:count]), how)}
 
 
@@ -155,7 +167,7 @@ def _gallery(material: ReportData, found: Discovered, picks: Sequence[int] | np.
     entries = []
     for pick in picks:
         anchor, labels = int(found.anchors[pick]), material.labels
-        entry = [Tile(material.images[anchor], _name(material, anchor), framed=False)]
+        entry = [Tile(material.images[anchor], _name(material, anchor))]
         for near in found.neighbours[pick, :5].tolist():
             same = None if labels is None else bool(labels[anchor] == labels[near])
             entry.append(Tile(material.images[near], _name(material, near), same))
@@ -171,27 +183,30 @@ def _name(material: ReportData, sample: int) -> str:
 
 
 def health(material: ReportData) -> dict[str, Part]:
-    """What can be known without labels, over the epochs, and how it went with the truth."""
+    """Figures that need no labels, over the epochs, and against the consistency where that is known."""
     rounds = _column(material, "round").astype(int)
     values = np.stack([_column(material, name) for name in QUANTILES], axis=1)  # (E, 5)
     values[~np.isfinite(values).all(axis=1)] = np.nan
-    how = "From the memory bank, after each epoch that has a point; no labels are used."
+    how = "Measured on the memory bank after each epoch, without labels."
     columns = {"median entropy, nats": values[:, 2]}
-    parts = {"quantiles": _too_few(values[:, 2]) or Part(plots.quantiles(values, rounds), how)}
+    parts = {
+        "quantiles": _too_few(values[:, 2], "{:.3g} nats (median)")
+        or Part(plots.quantiles(values, rounds, len(material.features)), how)
+    }
     for name, label in HEALTH.items():
         columns[label] = column = _column(material, name)
-        parts[name] = _too_few(column) or Part(
+        parts[name] = _too_few(column, "{:.2%}" if name in SHARES else "{:.3g}") or Part(
             plots.curves({label: column}, rounds, label, percent=name in SHARES), how
         )
     return parts | {"follows": _follows(material, rounds, columns)}
 
 
-def _too_few(values: np.ndarray) -> Part | None:
-    """Why values (E,) make no line, or None where they do."""
+def _too_few(values: np.ndarray, form: str) -> Part | None:
+    """A part without a picture where values (E,) make no line: the only one in words, or nothing; else None."""
     known = values[np.isfinite(values)]
     if not len(known):
-        return Part(None, "Not recorded by this run.")
-    return Part(None, f"Known after one epoch only: {known[0]:.3g}.") if len(known) == 1 else None
+        return Part(None, "")
+    return Part(None, f"Measured after one epoch only: {form.format(known[0])}.") if len(known) == 1 else None
 
 
 def _follows(material: ReportData, rounds: np.ndarray, columns: Mapping[str, np.ndarray]) -> Part:
@@ -202,8 +217,8 @@ def _follows(material: ReportData, rounds: np.ndarray, columns: Mapping[str, np.
         if len(at) >= 2:
             pairs[label] = (column[at], truth[at], _rank_correlation(column[at], truth[at]))
     if not pairs:
-        return Part(None, "This takes labels, health figures, and two rounds with a discovery.")
-    how = "A point is a round: the figure after its first epoch, and the consistency of its discovery."
+        return Part(None, "")
+    how = "A point is a round: the figure after its first epoch, and the consistency of the neighbours it found."
     return Part(plots.follows(pairs), how)
 
 
@@ -220,9 +235,9 @@ def embedding_map(material: ReportData) -> Part:
     chosen = np.sort(np.random.default_rng(SEED).permutation(samples)[:MAPPED])
     features = np.asarray(material.features[chosen], np.float64)  # (P, D)
     if not np.isfinite(features).all():
-        return Part(None, "No map: some embeddings are not finite numbers.")
+        return Part(None, "Not drawn: some embeddings are not finite numbers.")
     if len(features) < 5 or np.ptp(features, axis=0).max() < 1e-6:
-        return Part(None, "No map: there are fewer than five embeddings, or all are the same.")
+        return Part(None, "Not drawn: there are fewer than five embeddings, or all are the same.")
     before = ""
     if features.shape[1] > 50 and len(features) > 50:
         features, before = PCA(50, random_state=SEED).fit_transform(features), ", after PCA to 50 dimensions"
@@ -231,9 +246,9 @@ def embedding_map(material: ReportData) -> Part:
         points = TSNE(perplexity=perplexity, init="pca", random_state=SEED).fit_transform(features)  # (P, 2)
     labels = None if material.labels is None else material.labels[chosen]
     classes = len(material.classes)
-    left = f" Of {classes} classes the legend names {plots.LEGEND}." if classes > plots.LEGEND else ""
+    left = f" The legend names {plots.LEGEND} of {classes} classes." if classes > plots.LEGEND else ""
     how = (
-        f"{len(features)} of {samples} rows of the memory bank, by t-SNE (perplexity {perplexity:.3g}, from PCA, seed "
-        f"{SEED}){before}; {material.when}.{left}"
+        f"{len(features):,} of {plural(samples, 'embedding')} of the training images (test transform), "
+        f"by t-SNE (perplexity {perplexity:.3g}, started from PCA, seed {SEED}){before}; {material.when}.{left}"
     )
     return Part(plots.embedding_map(points, labels, plots.all_writable(material.classes)), how)

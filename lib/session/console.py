@@ -132,6 +132,11 @@ def progress(items: Iterable[T], what: str, unit: str = "it", total: int | None 
     )
 
 
+def plural(count: int, noun: str) -> str:
+    """'1 neighbour', '2 neighbours'."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Rows as text: the first column to the left, the others to the right."""
     cells = [[str(c) for c in row] for row in [header, *rows]]

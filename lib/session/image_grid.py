@@ -14,7 +14,7 @@ from lib.session.atomic_files import atomic_write
 TILE = 48
 """Pixels of an image in the picture."""
 EQUAL, OTHER, UNKNOWN = "#2a9d4e", "#d1342f", "#9a9a9a"
-"""Frame of a neighbour: of the anchor's class, of another one, or nobody knows."""
+"""Frame of a neighbour: of the anchor's class, of another one, or without labels."""
 
 
 def draw(
@@ -51,16 +51,24 @@ def draw(
         anchor = int(anchors[pick])
         left = gap + (place % columns) * (cell * (1 + shown) + gap)
         top = gap + (place // columns) * (cell + gap // 2)
-        picture.paste(_tile(images[anchor], "white"), (left, top))
+        picture.paste(_framed(images[anchor], "white"), (left, top))
         for number, neighbour in enumerate(neighbours[pick, :shown].tolist()):
             frame = UNKNOWN if labels is None else EQUAL if labels[anchor] == labels[neighbour] else OTHER
-            picture.paste(_tile(images[neighbour], frame), (left + (1 + number) * cell, top))
+            picture.paste(_framed(images[neighbour], frame), (left + (1 + number) * cell, top))
     return picture
 
 
-def _tile(image: np.ndarray, frame: str) -> Image.Image:
-    fitted = ImageOps.pad(Image.fromarray(image), (TILE, TILE), Image.Resampling.BICUBIC, color="white")
-    return ImageOps.expand(fitted, 2, frame)
+def _framed(image: np.ndarray, frame: str) -> Image.Image:
+    return ImageOps.expand(tile(image, TILE), 2, frame)
+
+
+def tile(image: np.ndarray, side: int) -> Image.Image:
+    """The image (H, W, 3) of uint8 in a white square of ``side`` pixels, its proportions kept.
+
+    The pixels of an image of at most half that size stay visible.
+    """
+    method = Image.Resampling.NEAREST if max(image.shape[:2]) <= side // 2 else Image.Resampling.BICUBIC
+    return ImageOps.pad(Image.fromarray(image), (side, side), method, color="white")
 
 
 def save_anchors(
@@ -81,7 +89,6 @@ def save_anchors(
 
 def thumbnails(images: Sequence[np.ndarray], index: Sequence[int]) -> np.ndarray:
     """Chosen images as (n, 3, TILE, TILE) of float32 in [0, 1], with white beside those that are not square."""
-    tiles = [ImageOps.pad(Image.fromarray(images[i]), (TILE, TILE), color="white") for i in index]
-    stacked = np.stack([np.asarray(tile) for tile in tiles])  # (n, TILE, TILE, 3)
+    stacked = np.stack([np.asarray(tile(images[i], TILE)) for i in index])  # (n, TILE, TILE, 3)
     shown: np.ndarray = np.divide(stacked.transpose(0, 3, 1, 2), 255, dtype=np.float32)
     return shown

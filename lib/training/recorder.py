@@ -14,6 +14,7 @@ from lib.config.options import Options
 from lib.distributed.signals import StopSignals
 from lib.evaluation.classifier import Accuracy
 from lib.method import diagnostics
+from lib.method.collapse import find_collapse
 from lib.session import image_grid
 from lib.session.atomic_files import reason
 from lib.session.console import SUMMARY, logger, table
@@ -54,6 +55,8 @@ class Recorder:
         self.labels = labels
         self.unsaved: str | None = None
         self._shown = 0.0
+        self._epochs: list[dict[str, Any]] = []
+        self._has_warned = False
 
     def round_started(self, state: TrainingState) -> None:
         """The picture of anchors with their neighbours, and the scalars of the round; also of a round that is resumed,
@@ -101,6 +104,23 @@ class Recorder:
         scalars = {tag: record[name] for tag, name in tags.items()}
         scalars |= {f"Health/{name}": value for name, value in record.items() if name in diagnostics.FIGURES}
         self.session.write_scalars(scalars, record["epoch"], (record["round"], record["anchors"]))
+        self._warn_of_collapse(record)
+
+    def _warn_of_collapse(self, record: dict[str, Any]) -> None:
+        """Warns once where the epochs up to ``record`` show that training has collapsed."""
+        if self._has_warned:
+            return
+        self._epochs.append(record)
+        sign = find_collapse(
+            self._epochs,
+            samples=len(self.images),
+            size=self.options.ANs_size,
+            low_dim=self.options.low_dim,
+            temperature=self.options.npc_temperature,
+        )
+        if sign:
+            logger().warning("warning: %s", sign)
+            self._has_warned = True
 
     def round_finished(self, state: TrainingState) -> None:
         """The log line of the round and its global scalars."""

@@ -233,6 +233,13 @@ def test_the_summary_shows_last_and_best_and_the_published_figure(written: tuple
     assert "a finished run" in Page(written[0] / "report.html").text
 
 
+def test_a_warning_stands_at_the_top(written: tuple[Path, Drawn], tmp_path: Path) -> None:
+    assert 'class="warning"' not in (written[0] / "report.html").read_text("utf-8")
+    page.write(replace(material(), warning="round 0, epoch 10: all <b>alike</b>"), tmp_path)
+    source = (tmp_path / "report.html").read_text("utf-8")
+    assert source.index("round 0, epoch 10: all &lt;b&gt;alike") < source.index('<dl class="cards">')
+
+
 def test_the_table_of_rounds_has_their_last_epochs(written: tuple[Path, Drawn]) -> None:
     rows = Page(written[0] / "report.html").cells
     assert "top-1 last" in rows[0] and "top-1 best" in rows[0]
@@ -281,11 +288,10 @@ def test_the_galleries_show_surest_random_and_worst(written: tuple[Path, Drawn])
     for args, _ in written[1].calls["gallery"]:
         for first, *others in args[0]:
             label = given.labels[first.image[0, 0, 0]]
-            assert not first.framed and first.name == plots.writable(CLASSES[label], label)
+            assert first.same is None and first.name == plots.writable(CLASSES[label], label)
             assert [tile.same for tile in others] == [given.labels[t.image[0, 0, 0]] == label for t in others]
-            assert all(tile.framed for tile in others)
     wrong = sum(given.labels[a] != given.labels[b] for a, several in near.items() for b in several)
-    assert f"{wrong} of 90 pairs are of two classes" in Page(written[0] / "report.html").parts["The worst mistakes"]
+    assert f"{wrong} of 90 neighbours are of another class" in Page(written[0] / "report.html").parts["Worst mistakes"]
 
 
 def test_confusion_and_confused_pairs_are_those_of_the_votes(written: tuple[Path, Drawn]) -> None:
@@ -300,7 +306,7 @@ def test_confusion_and_confused_pairs_are_those_of_the_votes(written: tuple[Path
     assert shown.tolist() == counts
     right = sum(counts[c][c] for c in range(3))
     page = Page(written[0] / "report.html")
-    assert f"{right} of 25 test images are right ({right / 25:.2%})" in page.parts["Confusion matrix"]
+    assert f"{right} of 25 test images are classified correctly ({right / 25:.2%})" in page.parts["Confusion matrix"]
     assert tested.protocol in page.parts["Confusion matrix"]
     names = [name.encode("utf-8", "backslashreplace").decode() for name in CLASSES]
     expected = {
@@ -347,24 +353,26 @@ def test_health_is_held_against_the_consistency(written: tuple[Path, Drawn]) -> 
     assert list(pairs) == [
         "median entropy, nats",
         "reciprocal neighbours",
-        "drift of the bank",
+        "drift of the memory bank",
         "hubness",
-        "samples that are nobody's neighbour",
-        "samples of the largest hub",
+        "orphans",
+        "largest hub",
     ]
     truth = [0.9, 0.7, 0.8]
     for label, expected in {"reciprocal neighbours": [0.1, 0.2, 0.3], "hubness": [3, 1, 2]}.items():
         values, beside, rank = pairs[label]
         assert values.tolist() == pytest.approx(expected) and beside.tolist() == truth
         assert rank == pytest.approx(spearmanr(expected, truth).statistic)
-    assert np.isnan(pairs["drift of the bank"][2])  # it never changed
+    assert np.isnan(pairs["drift of the memory bank"][2])  # it never changed
 
 
 def test_the_map_is_of_all_samples_and_their_labels(written: tuple[Path, Drawn]) -> None:
     (points, labels, names), _ = written[1].calls["embedding_map"][0]
     assert points.shape == (N, 2) and np.isfinite(points).all() and labels.tolist() == material().labels.tolist()
     assert names == ['<script>alert("1")</script>', "<b>bold&amp;", "class 2"]
-    assert "60 of 60 rows of the memory bank, by t-SNE" in Page(written[0] / "report.html").parts["Map"]
+    text = Page(written[0] / "report.html").parts["Map"]
+    assert "60 of 60 embeddings of the training images (test transform)" in text
+    assert "memory bank" not in text
 
 
 def test_of_many_samples_the_map_and_the_matrix_take_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,8 +380,8 @@ def test_of_many_samples_the_map_and_the_matrix_take_some(tmp_path: Path, monkey
     monkeypatch.setattr(test_figures, "TESTS", 10)
     drawn = Drawn(monkeypatch)
     shown = Page(page.write(material(), tmp_path))
-    assert "20 of 60 rows" in shown.parts["Map"] and len(drawn.calls["embedding_map"][0][0][0]) == 20
-    assert "of 10 test images, drawn at random from 25, are right" in shown.parts["Confusion matrix"]
+    assert "20 of 60 embeddings" in shown.parts["Map"] and len(drawn.calls["embedding_map"][0][0][0]) == 20
+    assert "of 10 test images, drawn at random from 25, are classified correctly" in shown.parts["Confusion matrix"]
     assert drawn.calls["confusion"][0][0][0].sum() == 10
     given = material()
     assert given.tested is not None and given.labels is not None
@@ -393,41 +401,81 @@ def test_the_same_material_gives_the_same_bytes_and_leaves_matplotlib_alone(tmp_
     assert dict(matplotlib.rcParams) == before
 
 
-def test_without_labels_sentences_say_why(tmp_path: Path) -> None:
+def test_without_labels_what_needs_them_is_left_out(tmp_path: Path) -> None:
+    old_report(tmp_path)
     rows = [row | {"top1": None, "top5": None, "best_top1": None, "consistency": None} for row in metrics()]
-    given = replace(material(), labels=None, classes=(), tested=None, metrics=rows, protocol="")
-    said = missing(given, tmp_path)
-    assert set(said) == {
-        "Accuracy",
-        "Consistency of the anchors",
-        "The worst mistakes",
-        "Neighbours kept",
-        "Do they follow the truth?",
-        "Confusion matrix",
-        "Test images and who votes for them",
-    }
-    assert all("label" in said[title] for title in set(said) - {"Neighbours kept"})
+    given = replace(material(), labels=None, classes=(), tested=None, metrics=rows, protocol="", published="")
+    assert not missing(given, tmp_path)
+    page, source = Page(tmp_path / "report.html"), (tmp_path / "report.html").read_text("utf-8")
+    assert list(page.parts) == [
+        *("Training", "Loss", "Discovery", "Entropy and anchor selection", "Most certain anchors", "Random anchors"),
+        *("Health", "Entropy over the epochs", "Reciprocal neighbours", "Drift of the memory bank", "Hubness"),
+        *("Orphans", "Largest hub", "Embeddings", "Map", "Setting", "Run", "Options"),
+    ]
+    cards = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", source))
+    assert set(cards) == {"training images", "rounds", "epochs", "time of these epochs"}
+    assert page.cells[0] == ["round", "epochs", "anchors", "loss"]
+    for word in ("top-1", "Top-1", "test labels", "published", "frame", "nobody"):
+        assert word not in source, word
+    assert page.text.count("have no labels") == 1  # said once, at the top
+    drawn = {path.stem for path in (tmp_path / "report").iterdir()}
+    assert drawn == set("loss entropy surest random quantiles reciprocal drift hubness orphans largest_hub map".split())
+
+
+def test_without_test_images_only_their_parts_are_left_out(tmp_path: Path) -> None:
+    rows = [row | {"top1": None, "top5": None, "best_top1": None} for row in metrics()]
+    assert not missing(replace(material(), tested=None, metrics=rows, protocol=""), tmp_path)
     page = Page(tmp_path / "report.html")
-    assert "chosen by the test labels" not in page.text and "Most confused pairs" not in page.parts
+    assert "Worst mistakes" in page.parts and "Consistency of the anchors" in page.parts
+    assert not {"Accuracy", "Confusion matrix", "Test images and their nearest training images"} & set(page.parts)
+    assert "no labelled test images" in page.text and page.cells[0][3:] == ["consistency", "loss"]
+
+
+def test_the_best_epoch_is_the_one_that_held_out_images_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = Drawn(monkeypatch)
+    held_out = [0.1, 0.2, 0.3, 0.3, 0.2, 0.3, 0.1, 0.5, 0.1, 0.9, 0.8, None]
+    rows = [row | {"val_top1": value} for row, value in zip(metrics(), held_out, strict=True)]
+    with plots.style():
+        training_figures.training(replace(material(), metrics=rows, chooser="held-out training images"))
+    (series, *_), named = drawn.calls["curves"][0]
+    marked = named["marks"]["best epoch of a round"]
+    assert np.flatnonzero(np.isfinite(marked)).tolist() == [2, 5, 7, 9]  # the last one of two that are equally good
+    assert marked[[2, 5, 7, 9]].tolist() == [0.3, 0.44, 0.2, 0.61]  # their test accuracy
+    assert series["top-1 of held-out images"].tolist()[:3] == [0.1, 0.2, 0.3]
+
+
+def test_the_galleries_say_where_their_neighbours_come_from(written: tuple[Path, Drawn]) -> None:
+    shown = Page(written[0] / "report.html")
+    for title in ("Most certain anchors", "Random anchors", "Worst mistakes"):
+        assert "in the memory bank at the start of round 3" in shown.parts[title]
 
 
 def test_in_round_0_sentences_say_what_is_not_yet(tmp_path: Path) -> None:
     old_report(tmp_path)
     given = replace(material(), rounds=(), metrics=metrics()[:1], finished=False, published="")
     said = missing(given, tmp_path)
-    assert "first one is at the start of round 1" in said["The surest anchors"]
-    assert said["Accuracy"].startswith("Only one epoch was judged: top-1 20.00%")
-    assert "5.0000" in said["Loss"] and "one epoch" in said["Drift of the bank"]
+    assert "has not reached round 1 yet" in said["Entropy and anchor selection"]
+    assert said["Accuracy"].startswith("Measured after one epoch only: top-1 20.00%")
+    assert "5.0000" in said["Loss"]
+    assert said["Orphans"] == "Measured after one epoch only: 40.00%."
+    assert said["Drift of the memory bank"] == "Measured after one epoch only: 0.5."
     kept = {path.stem for path in (tmp_path / "report").iterdir()}
     assert kept == {"map", "confusion", "voters"}  # those of the earlier report are gone
     text = Page(tmp_path / "report.html").text
-    assert "goes on or was stopped" in text and "none named" in text
+    assert "still training, or stopped" in text and "published" not in text
 
 
 def test_before_the_first_epoch_there_is_a_report_too(tmp_path: Path) -> None:
     said = missing(replace(material(), rounds=(), metrics=(), tested=None), tmp_path)
-    assert said["Accuracy"] == said["Loss"] == "No epoch is done yet."
-    assert "before the first epoch" in Page(tmp_path / "report.html").parts["Map"]
+    assert said["Loss"] == "No epoch is done yet."
+    shown = Page(tmp_path / "report.html")
+    assert "before the first epoch" in shown.parts["Map"]
+    assert "Health" not in shown.parts and not [a for tag, a in shown.tags if tag == "a" and a["href"] == "#health"]
+
+
+def test_a_run_of_round_0_alone_says_that_it_has_no_anchors(tmp_path: Path) -> None:
+    said = missing(replace(material(), rounds=(), metrics=metrics()[:3]), tmp_path)
+    assert "this run ended before" in said["Entropy and anchor selection"]
 
 
 def test_a_diverged_run_has_a_report_too(tmp_path: Path) -> None:
@@ -436,11 +484,11 @@ def test_a_diverged_run_has_a_report_too(tmp_path: Path) -> None:
     rounds = [replace(found, entropy=np.full(N, np.nan)) for found in given.rounds]
     rows = [row | {"loss": float("nan"), **dict.fromkeys(QUANTILES, float("nan"))} for row in metrics()]
     said = missing(replace(given, features=nothing, rounds=rounds, metrics=rows), tmp_path)
-    for title in ("Loss", "Map", "Confusion matrix", "Entropy and the selection"):
+    for title in ("Loss", "Map", "Confusion matrix", "Entropy and anchor selection"):
         assert "not" in said[title] and "finite" in said[title], title
     rows[0]["loss"], rows[1]["loss"] = 3.0, 2.0
     assert (
-        "10 epochs whose loss was not a finite number"
+        "Not shown: 10 epochs whose loss was not a finite number"
         in training_figures.training(replace(given, metrics=rows))["loss"].how
     )
 
@@ -540,7 +588,7 @@ def test_a_thousand_classes_and_large_photographs_stay_below_the_limit(
     path = page.write(given, tmp_path)
     assert 1_000_000 < path.stat().st_size < 5_000_000
     assert len(photographs.read) < 200
-    assert "Of 1000 classes the legend names 20." in Page(path).parts["Map"]
+    assert "The legend names 20 of 1000 classes." in Page(path).parts["Map"]
 
 
 @pytest.mark.slow
@@ -563,7 +611,8 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 PROBE = """<body style="margin:0"><iframe src="report.html" style="border:0;width:{0}px;height:900px"></iframe><script>
 onload = () => {{ const page = frames[0].document, root = page.documentElement, pictures = [...page.images];
 document.title = [frames[0].innerWidth, root.scrollWidth, pictures.length, pictures.filter(p => p.naturalWidth).length,
-Math.max(...pictures.map(p => p.getBoundingClientRect().right))].join(' ') }}
+Math.max(...pictures.map(p => p.getBoundingClientRect().right)),
+[...page.querySelectorAll('.scroll')].filter(t => t.scrollWidth > t.clientWidth).length].join(' ') }}
 </script>"""
 """A page that shows the report in a frame (a window has a least width) and tells its measures as its title."""
 
@@ -579,6 +628,7 @@ def test_the_page_fits_desktops_and_phones(written: tuple[Path, Drawn], tmp_path
     shown = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=True).stdout
     told = re.search(r"<title>(.*?)</title>", shown)
     assert told, shown
-    inner, scrolled, pictures, loaded, right = map(float, told[1].split())
+    inner, scrolled, pictures, loaded, right, cut = map(float, told[1].split())
     assert inner == width and scrolled <= inner and right <= inner
+    assert not cut  # no column of a table is out of sight
     assert pictures == loaded == DRAWN

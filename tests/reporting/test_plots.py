@@ -75,7 +75,7 @@ def epochs(rounds: int, each: int) -> tuple[np.ndarray, np.ndarray]:
 
 def tiles(count: int, name: str, side: int = 8) -> list[Tile]:
     image = RNG.integers(0, 256, (side, side * 2, 3), dtype=np.uint8)
-    return [Tile(image, name, framed=False), *(Tile(image, name, bool(k % 2)) for k in range(count - 1))]
+    return [Tile(image, name), *(Tile(image, name, bool(k % 2)) for k in range(count - 1))]
 
 
 def histogram_rounds(rounds: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
@@ -92,7 +92,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
         marks={"last epoch of a round": epochs(5, 8)[1], "best epoch of a round": epochs(5, 8)[1]},
     ),
     "60 rounds": lambda: plots.curves({"loss": epochs(60, 30)[1] * 1e6}, epochs(60, 30)[0], "loss"),
-    "quantiles": lambda: plots.quantiles(np.sort(RNG.random((40, 5)), axis=1), epochs(5, 8)[0]),
+    "quantiles": lambda: plots.quantiles(np.sort(RNG.random((40, 5)), axis=1), epochs(5, 8)[0], 50_000),
     "consistency, 1": lambda: plots.consistency(np.array([0.25]), np.array([1.0]), [1]),
     "consistency, 4": lambda: plots.consistency(np.arange(1, 5) / 4, np.array([0.98, 0.96, 0.94, 0.87]), [1, 2, 3, 4]),
     "consistency, 40": lambda: plots.consistency(np.arange(40) / 40, np.linspace(0.9, 0.5, 40), list(range(40))),
@@ -184,6 +184,15 @@ def test_curves_leave_out_what_is_not_finite() -> None:
     assert {"0", "1", "2"} <= {text.get_text() for text in shown_texts(figure)}
 
 
+def test_the_entropy_plot_shows_its_greatest_value() -> None:
+    values = np.sort(RNG.random((4, 5)), axis=1)
+    figure = plots.quantiles(values, np.zeros(4, int), 587)
+    levels = [line.get_ydata()[0] for line in figure.axes[0].lines if line.get_linestyle() == "--"]
+    assert levels == [pytest.approx(np.log(587))]
+    assert figure.axes[0].get_ylim()[1] > np.log(587)
+    assert "ln N = 6.38" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 def test_histograms_count_anchors_and_others_and_show_the_threshold() -> None:
     entropy = np.array([1.0, 1.1, 1.2, 2.0, 2.1, 3.0])
     chosen = np.array([True, True, True, True, False, False])
@@ -209,10 +218,10 @@ def test_the_consistency_is_drawn_over_the_selected_share() -> None:
 
 def test_frames_tell_agreement_and_images_keep_their_proportions() -> None:
     wide = np.zeros((10, 40, 3), np.uint8)
-    figure = plots.gallery([[Tile(wide, "a", framed=False), *(Tile(wide, "b", same) for same in (True, False, None))]])
+    figure = plots.gallery([[Tile(wide, "a"), *(Tile(wide, "b", same) for same in (True, False, None))]])
     axes = figure.axes[0]
     frames = [(to_hex(patch.get_edgecolor()), patch.get_linestyle() == "-") for patch in axes.patches]
-    assert frames == [(plots.EQUAL, True), (plots.OTHER, False), (plots.UNKNOWN, True)]
+    assert frames == [(plots.EQUAL, True), (plots.OTHER, False)]  # and none where labels are not known
     for image in axes.images:
         left, right, bottom, top = image.get_extent()
         assert right - left == pytest.approx(4 * (bottom - top))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lib.method.discovery import discover
 from lib.method.neighbourhoods import Neighbourhoods
 from lib.reporting import retrieval
 from lib.reporting.retrieval import (
+    LINE,
     NEVER,
     TILE,
     Gallery,
@@ -87,6 +89,24 @@ def test_the_table_is_what_plain_loops_find(
         assert [int(cell) for cell in found[::2]] == nearest
         similar = [oracles.dot(memory[sample], memory[j]) for j in nearest]
         assert [float(cell) for cell in found[1::2]] == pytest.approx(similar, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("samples", "size", "said"), [(3, 1, "3 images, 1 neighbour"), (1200, 2, "1,200 images, 2 neighbours")]
+)
+def test_the_log_counts_images_and_neighbours(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    samples: int,
+    size: int,
+    said: str,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("and"), "propagate", True)
+    caplog.set_level(logging.INFO, "and")
+    path = tmp_path / "out.csv"
+    written(path, oracles.rows("random", samples, 4, 0), size, [NEVER] * samples, dummies(samples))
+    assert caplog.messages == [f"neighbourhoods: {path} ({said} each; {path.stat().st_size:,} bytes)"]
 
 
 def test_files_and_classes_stand_with_their_images_whatever_their_letters(tmp_path: Path) -> None:
@@ -347,7 +367,7 @@ def test_the_pixels_of_small_images_are_shown_as_they_are() -> None:
     image = np.random.default_rng(0).integers(0, 255, (8, 8, 3)).astype(np.uint8)
     pixels = np.asarray(drawn([flat(0)], [[0]], Gallery([image])))
     _, left, top, *_ = boxes(drawn([flat(0)], [[0]], Gallery([flat(1)])))[1]
-    assert (pixels[top : top + TILE, left : left + TILE] == np.kron(image, np.ones((12, 12, 1), np.uint8))).all()
+    assert (pixels[top : top + TILE, left : left + TILE] == np.kron(image, np.ones((16, 16, 1), np.uint8))).all()
 
 
 def test_an_image_too_thin_to_be_seen_leaves_the_others_be() -> None:
@@ -359,9 +379,8 @@ def test_an_image_too_thin_to_be_seen_leaves_the_others_be() -> None:
 def strip(picture: Image.Image, place: int, line: int) -> bytes:
     """The pixels of a line of text under an image: 0 the similarity, 1 the class, file or index."""
     _, left, top, *_ = boxes(picture)[place]
-    height = TILE // 4
-    down = top + TILE + line * height
-    return picture.crop((left, down, left + TILE, down + height)).tobytes()
+    down = top + TILE + line * LINE
+    return picture.crop((left, down, left + TILE, down + LINE)).tobytes()
 
 
 def test_under_each_image_stand_its_similarity_and_its_class_file_or_index() -> None:
@@ -391,6 +410,38 @@ def test_names_of_any_length_and_letters_stay_in_their_place(name: str) -> None:
     assert picture.size == other.size and boxes(picture) == boxes(other)
     assert strip(picture, 2, 0) == strip(other, 2, 0) and strip(picture, 2, 1) == strip(other, 2, 1)
     assert (np.asarray(picture)[:, -2:] == 255).all()
+
+
+@pytest.mark.parametrize("names", [("собака", "кошка"), ("été", "ete"), ("Ωμέγα", "?????"), ("łódź", "????")])
+def test_letters_beyond_latin_1_are_drawn(names: tuple[str, str]) -> None:
+    picture = drawn([flat(90)], [[0, 1]], Gallery([flat(0)] * 2, names))
+    assert strip(picture, 1, 1) != strip(picture, 2, 1)
+    missing = drawn([flat(90)], [[0, 1]], Gallery([flat(0)] * 2, ["狗" * len(name) for name in names]))
+    assert strip(picture, 1, 1) != strip(missing, 1, 1)  # neither boxes nor question marks
+
+
+def test_an_accent_of_its_own_is_drawn_as_part_of_its_letter() -> None:
+    composed, apart = (
+        drawn([flat(90)], [[0]], Gallery([flat(0)], [name])) for name in ("\u00e9t\u00e9", "e\u0301te\u0301")
+    )
+    assert composed.tobytes() == apart.tobytes()
+
+
+@pytest.mark.parametrize("name", ["holiday-in-the-mountains-2019-0231.jpg", "W" * 60 + "1.png", "i" * 300 + "1.png"])
+def test_a_name_is_shortened_in_the_middle_to_its_room(name: str) -> None:
+    shortened = retrieval.shorten(name, TILE)
+    start, end = shortened.split("…")
+    assert name.startswith(start) and name.endswith(end) and len(end) - len(start) in (0, 1)
+    width = retrieval._font().getlength
+    assert width(shortened) <= TILE
+    longer = (
+        name[: len(end)] + "…" + name[-len(end) :]
+        if len(start) < len(end)
+        else name[: len(start)] + "…" + name[-len(end) - 1 :]
+    )
+    assert width(longer) > TILE  # no room is wasted
+    assert retrieval.shorten("0231.jpg", TILE) == "0231.jpg"
+    assert retrieval.shorten(name, 1) == "…"
 
 
 def test_letters_that_the_font_lacks_are_question_marks() -> None:

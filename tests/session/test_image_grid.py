@@ -24,9 +24,8 @@ def flat(sample: int, height: int = 8, width: int = 8) -> np.ndarray:
 
 
 def found(anchors: list[int], neighbours: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.tensor(anchors), torch.tensor(neighbours, dtype=torch.long).reshape(
-        len(anchors), len(neighbours[0]) if neighbours else 1
-    )
+    width = len(neighbours[0]) if neighbours else 0
+    return torch.tensor(anchors), torch.tensor(neighbours, dtype=torch.long).reshape(len(anchors), width)
 
 
 def read(picture: Image.Image, size: int = 48) -> list[list[tuple[int, tuple[int, ...]]]]:

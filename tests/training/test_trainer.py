@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +131,27 @@ def plain_epoch(state: TrainingState, batches: Batches, rate: float) -> float:
             state.bank.memory[sample] = mixed / mixed.norm()
         losses += [loss.item() for loss in each]
     return sum(losses) / len(losses)
+
+
+class Collapsed(Net):
+    """Gives every image the same embedding."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(0 * x)
+
+
+@pytest.mark.parametrize("network", [Net, Collapsed])
+def test_a_collapse_is_warned_of_once(
+    network: type[Net], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("and"), "propagate", True)
+    state = state_of()
+    state.network = network()
+    state.optimizer = torch.optim.SGD(state.network.parameters(), lr=0.1)
+    trainer_of(state, max_round=2, max_epoch=8, low_dim=LOW_DIM).fit()
+    said = [message for message in caplog.messages if message.startswith("warning: ")]
+    assert len(said) == (network is Collapsed)
+    assert all("round 1, epoch 2: the embeddings seem to have collapsed" in message for message in said)
 
 
 def test_an_epoch_is_the_plain_loop_with_and_without_anchors() -> None:

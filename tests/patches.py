@@ -15,8 +15,8 @@ from lib.method import chunking, memory_bank
 def blocks_of(numbers: int) -> Iterator[None]:
     """Matrices are worked on in blocks of so many numbers, of any shape."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunking, "CACHED", numbers)
-        patch.setattr(chunking, "LEAST", 1)
+        patch.setattr(chunking, "CPU_BLOCK", numbers)
+        patch.setattr(chunking, "MIN_ROWS", 1)
         yield
 
 
@@ -25,5 +25,5 @@ def parcels_of(numbers: int) -> Iterator[None]:
     """Rows are drawn and passed on in parcels of so many numbers."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (processes, sharded, memory_bank):
-            patch.setattr(module, "PARCEL", numbers)
+            patch.setattr(module, "CHUNK", numbers)
         yield

@@ -1,4 +1,4 @@
-"""The memory bank against METHOD's formulas."""
+"""The memory bank against the update rule, evaluated naively in float64."""
 
 from __future__ import annotations
 

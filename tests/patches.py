@@ -1,4 +1,4 @@
-"""What tests change in the code under test for a while."""
+"""Temporary changes of constants of the code under test."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lib.method import chunking, memory_bank
 
 @contextmanager
 def blocks_of(numbers: int) -> Iterator[None]:
-    """Matrices are worked on in blocks of so many numbers, of any shape."""
+    """Sets the block size to so many elements, without a minimum of rows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunking, "CACHED", numbers)
-        patch.setattr(chunking, "LEAST", 1)
+        patch.setattr(chunking, "CPU_BLOCK", numbers)
+        patch.setattr(chunking, "MIN_ROWS", 1)
         yield
 
 
 @contextmanager
-def parcels_of(numbers: int) -> Iterator[None]:
-    """Rows are drawn and passed on in parcels of so many numbers."""
+def chunks_of(numbers: int) -> Iterator[None]:
+    """Sets the chunk size of drawing and exchanging rows to so many elements."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (processes, sharded, memory_bank):
             patch.setattr(module, "CHUNK", numbers)

@@ -1,1 +1,1 @@
-"""Augmented batches."""
+"""Augmentation and batching."""

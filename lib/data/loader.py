@@ -1,9 +1,9 @@
-"""Batches of a split, on the device: shuffled and augmented, or in order and as they are.
+"""Batches of a split on the device: shuffled and augmented for training, in order for testing.
 
-Images of one size that lie in memory go straight from their index to the batch, without workers. Others are
-decoded and cropped by worker processes; the rest of the augmentation happens on the device.
+A tensor of images of one size is indexed directly, without workers. Other images are decoded and cropped by worker
+processes; the rest of the augmentation runs on the device.
 
-Letters: B batch, b images of it that this process takes, N samples, H, W of an image, h, w that the network sees.
+Letters: B batch size, b images of the batch on this rank, N samples, H x W input size, h x w output size.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from lib.distributed.processes import Ranks
 from lib.seeding import Stream, seed_for
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-"""Images (b, 3, h, w) of this process, normalised and channels-last, and the sample indices (B,) of the whole batch."""
+"""Images (b, 3, h, w) of this rank, normalised and channels-last, and the sample indices (B,) of the whole batch."""
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What a batch is made of.
+    """Samples and random numbers of a batch.
 
     Attributes:
-        index: (B,) samples of the batch, of all processes.
-        own: (b,) those whose images this process takes.
-        draws: (b, ``DRAWS``) the uniform numbers that their augmentation is made of.
+        index: (B,) sample indices of the whole batch.
+        own: (b,) sample indices of this rank's images.
+        random_numbers: (b, ``NUM_RANDOM``), uniform in [0, 1), for the augmentation of this rank's images.
     """
 
     index: np.ndarray
@@ -40,19 +40,19 @@ class BatchPlan:
 
 
 GRACE = 10
-"""Seconds that a worker goes on after SIGTERM."""
+"""Seconds that a worker continues after SIGTERM."""
 
 
 class _BatchPlans(Sampler[BatchPlan]):
-    """What each batch of an epoch is made of.
+    """Yields the plan of each batch of an epoch.
 
-    Knows nothing of the loader: in a cycle of references the workers' queues would go before the workers do.
+    It holds no reference to the loader: in a reference cycle the workers' queues could be freed before the workers.
 
     Args:
         samples: N.
         batch_size: B.
-        seed: shuffles and augments; None: in order.
-        world: the processes, each of which takes its share of every batch, or in order its part of the samples.
+        seed: seed of shuffling and augmentation; None: in order.
+        ranks: the ranks of the run. With a seed each rank takes part of every batch, otherwise batches of its shard.
     """
 
     def __init__(self, samples: int, batch_size: int, seed: int | None, ranks: Ranks) -> None:
@@ -60,13 +60,17 @@ class _BatchPlans(Sampler[BatchPlan]):
         self.ranks = ranks
         self.batch_size = batch_size
         self.seed = seed
-        self.where = 0, 0, 0  # round, epoch and batch that come next; workers that live on are told by this alone
+        self.where = (
+            0,
+            0,
+            0,
+        )  # round, epoch and first batch of the next iteration; read by the persistent workers' sampler
 
     def __iter__(self) -> Iterator[BatchPlan]:
         return self.of(*self.where)
 
     def of(self, round: int, epoch: int, first: int) -> Iterator[BatchPlan]:
-        """The plans of an epoch's batches, from the ``first`` on."""
+        """Plans of the batches of an epoch, from batch ``first`` on."""
         if self.seed is None:
             for start, stop in self.bounds()[first:]:
                 index = np.arange(start, stop)
@@ -74,25 +78,24 @@ class _BatchPlans(Sampler[BatchPlan]):
             return
         order = np.random.default_rng(seed_for(self.seed, Stream.ORDER, round, epoch)).permutation(self.samples)
         for number, (start, stop) in list(enumerate(self.bounds()))[first:]:
-            shares = self.ranks.local_batch_sizes(stop - start)
-            mine = self.ranks.slice_in(shares)
+            local = self.ranks.slice_in(self.ranks.local_batch_sizes(stop - start))
             seed = seed_for(self.seed, Stream.AUGMENTATION, round, epoch, number)
             random_numbers = np.random.default_rng(seed).random((stop - start, NUM_RANDOM))
-            yield BatchPlan(order[start:stop], order[start:stop][mine], random_numbers[mine])
+            yield BatchPlan(order[start:stop], order[start:stop][local], random_numbers[local])
 
     def bounds(self) -> list[tuple[int, int]]:
-        """First and last of each batch. A single image left over joins the batch before it: batch
-        normalisation over one image of one pixel is undefined."""
-        part = slice(0, self.samples) if self.seed is not None else self.ranks.shard(self.samples)
-        start, stop = part.start, part.stop
-        starts = list(range(start, stop, self.batch_size)) or [start]  # one without images, where there are none
+        """Start and stop of each batch. A last batch of one image is merged into the previous one: batch normalisation
+        over a single image of one pixel is undefined."""
+        shard = slice(0, self.samples) if self.seed is not None else self.ranks.shard(self.samples)
+        start, stop = shard.start, shard.stop
+        starts = list(range(start, stop, self.batch_size)) or [start]  # one empty batch for an empty shard
         if len(starts) > 1 and stop - starts[-1] == 1:
             starts.pop()
         return list(zip(starts, [*starts[1:], stop], strict=True))
 
 
 class _Cropped(Dataset[torch.Tensor]):
-    """Whole batches of decoded and cropped images."""
+    """Decoded and cropped images, a batch per item."""
 
     def __init__(self, images: Sequence[np.ndarray], augmentation: Augmentation) -> None:
         self.images = images
@@ -107,19 +110,19 @@ class _Cropped(Dataset[torch.Tensor]):
 
 
 class Loader:
-    """Batches of a split, each ready before it is asked for.
+    """Iterates over the batches of a split; on a GPU each batch is prepared ahead.
 
-    An image's augmentation is a function of the seed, the round, the epoch and its place in the epoch alone: the
-    same whatever the number of workers.
+    The augmentation of an image is a function of the seed, the round, the epoch and its position in the epoch, so it
+    does not depend on the number of workers or ranks.
 
     Args:
-        images: N arrays (H, W, 3) of uint8, or a tensor (N, H, W, 3) of them on the device, which needs no workers.
-        augmentation: of the images.
+        images: N uint8 arrays (H, W, 3), or a uint8 tensor (N, H, W, 3) on the device, which needs no workers.
+        augmentation: the transform.
         batch_size: B.
-        workers: processes that decode and crop; 0: this one does.
-        seed: shuffles and augments; None: in order.
-        device: where the batches are wanted.
-        world: the processes among which each batch, or in order the split, is shared out.
+        workers: number of processes that decode and crop; 0: the main process.
+        seed: seed of shuffling and augmentation; None: in order.
+        device: device of the batches.
+        ranks: the ranks over which each batch, or without a seed the split, is sharded; None: a single process.
     """
 
     def __init__(
@@ -148,33 +151,35 @@ class Loader:
                 num_workers=workers,
                 persistent_workers=workers > 0,
                 pin_memory=device.type == "cuda",
-                worker_init_fn=_leave_signals_to_the_run if workers else None,
-                generator=torch.Generator(),  # its own: it draws a seed for its workers, which nothing here uses
+                worker_init_fn=_ignore_signals if workers else None,
+                generator=torch.Generator(),  # separate: DataLoader draws an unused seed for its workers
             )
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches per epoch."""
         return len(self._plans.bounds())
 
     def epoch(self, round: int = 0, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
-        """Every sample once, in order those of this process; the same seed, round and epoch give the same batches.
+        """Yields every sample once, or without a seed every sample of this rank's shard, in order.
+
+        The same seed, round and epoch give the same batches.
 
         Args:
-            round, epoch: which.
-            first: batch to begin with, for an epoch that goes on.
+            round, epoch: round and epoch, from 0.
+            first: first batch to yield, to resume within an epoch.
         """
         batches = self._batches(round, epoch, first)
-        return _ahead(batches, self.device) if self.device.type == "cuda" else batches
+        return _prefetch(batches, self.device) if self.device.type == "cuda" else batches
 
     def indices(self, round: int, epoch: int, batch: int) -> list[int]:
-        """The samples of a batch."""
+        """Sample indices of the whole batch number ``batch``."""
         return [int(sample) for sample in next(self._plans.of(round, epoch, batch)).index]
 
     def _batches(self, round: int, epoch: int, first: int) -> Iterator[Batch]:
         self._plans.where = round, epoch, first
         cropped: Iterator[torch.Tensor] = iter(()) if isinstance(self._images, torch.Tensor) else iter(self._images)
         for plan in self._plans.of(round, epoch, first):
-            index, own = (torch.from_numpy(part).to(self.device, non_blocking=True) for part in (plan.index, plan.own))
+            index, own = (torch.from_numpy(each).to(self.device, non_blocking=True) for each in (plan.index, plan.own))
             if isinstance(self._images, torch.Tensor):
                 yield self.augmentation(self._images[own], plan.random_numbers), index
             else:
@@ -182,9 +187,11 @@ class Loader:
                 yield self.augmentation.augment_on_device(images, plan.random_numbers), index
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Terminals and schedulers signal every process of a run; the workers end when the run does, which may have to
-    finish a step first. One that fails ends its workers by SIGTERM: so that is obeyed, a while later.
+def _ignore_signals(worker: int) -> None:
+    """Makes a worker ignore SIGINT and SIGUSR1, and exit ``GRACE`` seconds after SIGTERM.
+
+    Terminals and schedulers signal every process of a run, but the main process may have to finish a step that needs
+    the workers. It ends them when it exits, by SIGTERM if it fails.
     """
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):  # Windows has no SIGUSR1
@@ -193,19 +200,19 @@ def _leave_signals_to_the_run(worker: int) -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
 
 
-def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Prepares each batch on a stream of its own, while the GPU still works on the one before."""
-    side = torch.cuda.Stream(device)
+def _prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Prepares the next batch on a separate CUDA stream while the GPU computes on the current one."""
+    prefetch_stream = torch.cuda.Stream(device)
 
     def prepare() -> Batch | None:
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(prefetch_stream):
             return next(batches, None)
 
     batch = prepare()
     while batch is not None:
-        now = torch.cuda.current_stream(device)
-        now.wait_stream(side)
+        current_stream = torch.cuda.current_stream(device)
+        current_stream.wait_stream(prefetch_stream)
         for tensor in batch:
-            tensor.record_stream(now)
+            tensor.record_stream(current_stream)
         yield batch
         batch = prepare()

@@ -1,4 +1,4 @@
-"""What all processes of a run do, or refuse, together."""
+"""Steps that succeed or fail on all ranks together, and checks that all ranks have the same input."""
 
 from __future__ import annotations
 
@@ -11,54 +11,64 @@ from lib.errors import ToldElsewhereError, UsageError
 T = TypeVar("T")
 
 
-def run_on_all_ranks(ranks: Ranks, work: Callable[[], T], refusals: tuple[type[Exception], ...] = ()) -> T:
-    """Does the same in every process, and refuses in all what one refuses, in one sentence.
+def run_on_all_ranks(ranks: Ranks, work: Callable[[], T], usage_errors: tuple[type[Exception], ...] = ()) -> T:
+    """Runs a function on every rank; if it fails on one rank, all ranks raise.
+
+    A collective: call it on every rank.
 
     Args:
-        world: the processes.
-        work: what each does.
-        refusals: exceptions that are refusals, beside ``UsageError``.
+        ranks: the ranks of the run.
+        work: the function.
+        usage_errors: exceptions to treat as a ``UsageError``, in addition to ``UsageError`` itself. All others
+            propagate on the rank that raised them.
+
+    Returns:
+        The result of ``work`` on this rank.
 
     Raises:
-        UsageError: in the first process, with the sentence; in the others it is a ``ToldElsewhereError``.
+        UsageError: with the message of the lowest failed rank, on rank 0.
+        ToldElsewhereError: on the other ranks.
     """
     if ranks.size == 1:
         return work()
-    said = None
+    message = None
     try:
-        done = work()
+        result = work()
     except Exception as error:
-        if not isinstance(error, (UsageError, *refusals)):
+        if not isinstance(error, (UsageError, *usage_errors)):
             raise
-        said = str(error)
-    told = ranks.all_gather_object(said)
-    failed = [rank for rank, sentence in enumerate(told) if sentence is not None]
+        message = str(error)
+    messages = ranks.all_gather_object(message)
+    failed = [rank for rank, text in enumerate(messages) if text is not None]
     if not failed:
-        return done
+        return result
     if not ranks.is_rank0:
-        raise ToldElsewhereError("the first process tells")
-    raise UsageError(told[0] or f"process {failed[0]}: {told[failed[0]]}")
+        raise ToldElsewhereError("rank 0 reports the error")
+    raise UsageError(messages[0] or f"rank {failed[0]}: {messages[failed[0]]}")
 
 
 def assert_equal_across_ranks(ranks: Ranks, facts: Mapping[str, str]) -> None:
-    """Refuses to go on where processes were told, or see, different things.
+    """Raises if a value differs between ranks, such as an option or a fingerprint of the data.
+
+    A collective: call it on every rank.
 
     Args:
-        world: the processes.
-        facts: what should be the same in all, by name.
+        ranks: the ranks of the run.
+        facts: values by name.
 
     Raises:
-        UsageError: with what differs and where, in the first process; otherwise as ``together``.
+        UsageError: names the value and the rank that differs from rank 0; on rank 0.
+        ToldElsewhereError: on the other ranks.
     """
-    everyone = ranks.all_gather_object(dict(facts))
+    all_facts = ranks.all_gather_object(dict(facts))
 
     def compare() -> None:
-        for rank, theirs in enumerate(everyone):
+        for rank, theirs in enumerate(all_facts):
             for name in facts:
-                if theirs[name] != everyone[0][name]:
+                if theirs[name] != all_facts[0][name]:
                     raise UsageError(
-                        f"{name}: process {rank} has {theirs[name]}, and process 0 has {everyone[0][name]}; give all "
-                        "processes the same options and the same data"
+                        f"{name}: rank {rank} has {theirs[name]}, but rank 0 has {all_facts[0][name]}; start all ranks "
+                        "with the same options and the same data"
                     )
 
     run_on_all_ranks(ranks, compare)

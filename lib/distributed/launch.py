@@ -1,4 +1,4 @@
-"""Starting a process for each GPU, and knowing the processes of one start again."""
+"""Launching one process per GPU with PyTorch's elastic launcher, and identifying the job of a process."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from typing import NoReturn
 import psutil
 
 UNEXPECTED = 70
-"""Exit status of an error of the program itself, or of another process of the run; EX_SOFTWARE of sysexits.h."""
+"""Exit status of an internal error or of a failed peer: EX_SOFTWARE of sysexits.h."""
 
 
 def is_launched() -> bool:
-    """Whether a launcher, such as torchrun, started this process."""
+    """Whether a launcher such as torchrun started this process."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
 def restarts() -> int:
-    """How often the launcher has started the processes anew, as ``torchrun --max-restarts`` does."""
+    """Number of times the launcher has restarted the processes (``torchrun --max-restarts``)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def job() -> str:
-    """What tells the processes of one launcher from those of others, restarts included; '' without one."""
+    """Identifier of the job that this process belongs to, stable across restarts; '' without a launcher."""
     if not is_launched():
         return ""
     launcher = psutil.Process(os.getppid())
@@ -39,21 +39,28 @@ def job() -> str:
 
 
 def end(status: int) -> NoReturn:
-    """Ends this process; one of several at once, for in PyTorch 2.6 taking their group apart may wait for ever."""
+    """Exits. A launched process exits without clean-up: in PyTorch 2.6, destroying the process group may hang."""
     if is_launched():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     if status:
-        gc.collect()  # the frames of a failure hold loaders, whose worker processes end when these are freed
+        gc.collect()  # frees loaders held by traceback frames, which ends their workers
     sys.exit(status)
 
 
 def run(program: Path, words: Sequence[str], processes: int) -> int:
-    """Runs a program in several processes on this machine, by PyTorch's elastic launcher; the exit status.
+    """Runs a program in several processes on this machine, with PyTorch's elastic launcher.
 
-    The first of them writes to the screen. The others end within seconds of one that fails, whose status it is; of one
-    that a signal has killed it is 128 and the signal's number, as shells have it.
+    If one process fails, the launcher ends the others within seconds.
+
+    Args:
+        program: path of the Python program.
+        words: its command-line arguments.
+        processes: their number.
+
+    Returns:
+        The exit status: 0, that of the process that failed first, or 128 plus the signal number if a signal killed it.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -61,9 +68,9 @@ def run(program: Path, words: Sequence[str], processes: int) -> int:
 
     from lib.distributed.signals import STATUS
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
-    if hasattr(signal, "SIGUSR1"):  # the launcher passes on all signals but this one
-        signal.signal(signal.SIGUSR1, _ring_exchange)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each process reports its own errors
+    if hasattr(signal, "SIGUSR1"):  # the launcher forwards all signals except this one
+        signal.signal(signal.SIGUSR1, _forward_signal)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
         run_id=uuid.uuid4().hex,
@@ -79,7 +86,7 @@ def run(program: Path, words: Sequence[str], processes: int) -> int:
     except ChildFailedError as error:
         failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
         codes = [failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode for failure in failures]
-        # the others lose the one that failed, or are ended by the launcher
+        # the peers of a failed process fail too, or the launcher terminates them
         consequences = {UNEXPECTED: 1, STATUS[signal.SIGTERM]: 2}
         return min(codes, key=lambda code: consequences.get(code, 0))
     except SignalException as error:
@@ -87,6 +94,7 @@ def run(program: Path, words: Sequence[str], processes: int) -> int:
     return 0
 
 
-def _ring_exchange(number: int, frame: FrameType | None) -> None:
+def _forward_signal(number: int, frame: FrameType | None) -> None:
+    """Signal handler: sends the signal to all child processes."""
     for child in psutil.Process().children():
         child.send_signal(number)

@@ -1,8 +1,8 @@
-"""The processes that train one model together.
+"""Ranks and collectives, a thin layer over ``torch.distributed``.
 
-A process alone is the case G = 1: it talks to nobody, and its part is all there is.
+With a single process (G = 1) the collectives are no-ops and the shard is the whole tensor.
 
-Letters: G processes, N rows, B batch, b images of it of this process, D embedding.
+Letters: G ranks, N rows, B batch size, b images of the batch on this rank, D embedding size.
 """
 
 from __future__ import annotations
@@ -19,24 +19,26 @@ from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)
-"""How long a process waits for another, one of which may still be opening a million images."""
+"""Timeout of collectives. A rank may have to index a million images before it reaches the first one."""
 CHUNK = 2**20
-"""Numbers of rows that are passed on at a time, which come on top of the parts that are held."""
+"""Elements sent per message when shards are exchanged; the size of the extra buffer."""
 GRADIENT_BUCKET = 2**22
-"""Numbers of gradients that are added up at a time: fewer take longer, a fifth with a quarter of them over gloo."""
+"""Elements per all-reduce of gradients. With a quarter of that, the all-reduce takes a fifth longer over gloo."""
 
 
 def is_peer_failure(error: RuntimeError) -> bool:
-    """Whether it tells that another process has ended."""
+    """Whether an error means that another rank has failed or exited."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 class Ranks:
-    """The processes, as the launcher's environment describes them.
+    """The ranks of a run and their collectives, over the default process group.
+
+    ``Ranks()`` is a single process.
 
     Attributes:
-        rank: number of this one, from 0.
-        size: G.
+        rank: rank of this process, 0 to G - 1.
+        size: world size G.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -45,109 +47,118 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """Meets the others, over gloo, and between GPUs over NCCL; alone where no launcher started this process."""
+        """Initialises the process group from RANK, WORLD_SIZE and the like: gloo, and NCCL for GPU tensors.
+
+        Returns a single process if no launcher started this one.
+        """
         ranks = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
         if ranks.size > 1:
             store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
-            # a launcher that starts its processes anew keeps the store, and in it where those before could be reached
+            # a restart reuses the store, which still has the addresses of the previous processes
             store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
             dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=TIMEOUT)
         return ranks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
-        """A copy of what talks to others, such as a network, is of this process alone."""
+        """Copies are single-process: a copied network must not take part in collectives."""
         return Ranks()
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this is rank 0, which writes files and log lines."""
         return self.rank == 0
 
     def shard_sizes(self, samples: int) -> list[int]:
-        """Rows of each process, of N: they differ by one at most, the first ones having more."""
+        """Number of rows per rank, of N: they differ by at most one, the first ranks have more."""
         least, more = divmod(samples, self.size)
         return [least + (rank < more) for rank in range(self.size)]
 
     def shard(self, samples: int, rank: int | None = None) -> slice:
-        """Which of N rows are a process's, by default this one's."""
+        """The rows of a rank, of N; by default of this rank."""
         return self.slice_in(self.shard_sizes(samples), rank)
 
     def local_batch_sizes(self, batch: int) -> list[int]:
-        """How many of B images each process takes: alike, and two at least or none, for batch normalisation."""
+        """Number of images per rank, of B: equal up to one, and 0 or at least 2, as batch normalisation needs.
+
+        Only a batch of one image gives a rank a single image.
+        """
         active = max(1, min(self.size, batch // 2))
         return [batch // active + (rank < batch % active) if rank < active else 0 for rank in range(self.size)]
 
-    def slice_in(self, shares: Sequence[int], rank: int | None = None) -> slice:
-        """Where a process's rows lie, by default this one's, when each has as many as ``shares`` says, in order."""
+    def slice_in(self, sizes: Sequence[int], rank: int | None = None) -> slice:
+        """The rows of a rank, by default of this one, when the ranks have ``sizes`` rows each, in rank order."""
         rank = self.rank if rank is None else rank
-        return slice(sum(shares[:rank]), sum(shares[: rank + 1]))
+        return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
-    def all_gather_batch(self, own: torch.Tensor, shares: Sequence[int]) -> torch.Tensor:
-        """Rows (b, D) of every process, in order, in all: (B, D). The gradient of own rows is that part of the whole's.
+    def all_gather_batch(self, local: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """Concatenates rows of all ranks: (b, D) -> (B, D). Differentiable.
+
+        The gradient of the local rows is their slice of the gradient of the result, which must be the same on every
+        rank; it is not summed.
 
         Args:
-            own: as many as ``shares`` says.
-            shares: rows of each process.
+            local: (b, ...), b = ``sizes[rank]``.
+            sizes: rows of each rank.
         """
-        gathered: torch.Tensor = _Gather.apply(own, self, list(shares))
+        gathered: torch.Tensor = _AllGatherBatch.apply(local, self, list(sizes))
         return gathered
 
-    def all_gather(self, own: torch.Tensor) -> torch.Tensor:
-        """(G, ...) of equal shapes (...)."""
+    def all_gather(self, local: torch.Tensor) -> torch.Tensor:
+        """Stacks tensors (...) of equal shape from all ranks: (G, ...)."""
         if self.size == 1:
-            return own[None]
-        everyone = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(everyone, own.contiguous())
-        return torch.stack(everyone)
+            return local[None]
+        gathered = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(gathered, local.contiguous())
+        return torch.stack(gathered)
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over the processes, in place, which takes a contiguous tensor."""
+        """Sum over the ranks, in place; the tensor must be contiguous."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The greatest over the processes, number by number, in place, which takes a contiguous tensor."""
+        """Elementwise maximum over the ranks, in place; the tensor must be contiguous."""
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
     def all_reduce_sum_with_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over the processes; what any of them makes of it has a gradient for each one's part."""
-        summed: torch.Tensor = _Sum.apply(tensor, self)
+        """Sum over the ranks, out of place and differentiable: the backward pass sums the gradients over the ranks."""
+        summed: torch.Tensor = _AllReduceSum.apply(tensor, self)
         return summed
 
     def all_reduce_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Adds up what each process has found, in buckets, for many small tensors travel slowly."""
+        """Sums the gradients over the ranks, in buckets: few large messages are faster."""
         if self.size == 1:
             return
         bucket: list[torch.Tensor] = []
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        for number, gradient in enumerate(gradients):
+        for i, gradient in enumerate(gradients):
             bucket.append(gradient)
-            if number + 1 == len(gradients) or sum(part.numel() for part in bucket) >= GRADIENT_BUCKET:
-                total = self.all_reduce_sum(torch.cat([part.flatten() for part in bucket]))
-                for part, summed in zip(bucket, total.split([part.numel() for part in bucket]), strict=True):
-                    part.copy_(summed.view_as(part))
+            if i + 1 == len(gradients) or sum(each.numel() for each in bucket) >= GRADIENT_BUCKET:
+                total = self.all_reduce_sum(torch.cat([each.flatten() for each in bucket]))
+                for each, summed in zip(bucket, total.split([each.numel() for each in bucket]), strict=True):
+                    each.copy_(summed.view_as(each))
                 bucket = []
 
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Gives every process the values of the first one."""
+        """Copies the values of rank 0 to all ranks, in place."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether it is so in any process."""
+        """Logical OR of a flag over the ranks."""
         if self.size == 1:
             return flag
-        told = torch.tensor(int(flag))
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-        return bool(told)
+        any_flag = torch.tensor(int(flag))
+        dist.all_reduce(any_flag, dist.ReduceOp.MAX)
+        return bool(any_flag)
 
     def all_gather_object(self, item: T) -> list[T]:
-        """What each process has to tell, in order; anything that can be pickled."""
+        """The picklable objects of all ranks, in rank order."""
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size
@@ -155,34 +166,34 @@ class Ranks:
         return items
 
     def broadcast_object(self, item: T | None) -> T:
-        """What the first process has to tell, in all; anything that can be pickled, which others need not have."""
-        told: list[Any] = [item]
+        """The picklable object of rank 0, on all ranks; the argument of the other ranks is ignored."""
+        items: list[Any] = [item]
         if self.size > 1:
-            dist.broadcast_object_list(told, 0)
-        found: T = told[0]
-        return found
+            dist.broadcast_object_list(items, 0)
+        received: T = items[0]
+        return received
 
 
-class _Gather(torch.autograd.Function):
+class _AllGatherBatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, own: torch.Tensor, ranks: Ranks, shares: list[int]) -> torch.Tensor:
-        ctx.part = ranks.slice_in(shares)
+    def forward(ctx: Any, local: torch.Tensor, ranks: Ranks, sizes: list[int]) -> torch.Tensor:
+        ctx.local_slice = ranks.slice_in(sizes)
         if ranks.size == 1:
-            return own.view_as(own)
-        padded = own.new_zeros(max(shares), *own.shape[1:])
-        padded[: len(own)] = own
-        return torch.cat([rows[:share] for rows, share in zip(ranks.all_gather(padded), shares, strict=True)])
+            return local.view_as(local)
+        padded = local.new_zeros(max(sizes), *local.shape[1:])
+        padded[: len(local)] = local
+        return torch.cat([rows[:size] for rows, size in zip(ranks.all_gather(padded), sizes, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradients[0][ctx.part], None, None
+        return gradients[0][ctx.local_slice], None, None
 
 
-class _Sum(torch.autograd.Function):
+class _AllReduceSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, own: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    def forward(ctx: Any, local: torch.Tensor, ranks: Ranks) -> torch.Tensor:
         ctx.ranks = ranks
-        return ranks.all_reduce_sum(own.clone())
+        return ranks.all_reduce_sum(local.clone())
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -1,6 +1,6 @@
-"""Rows that lie with several processes in parts.
+"""Matrices whose rows are sharded over the ranks, and the ring that passes the shards around.
 
-Letters: G processes, N rows, n rows of this process, m of another, M some rows, D embedding, R rows of a block.
+Letters: G ranks, N rows, n rows of this rank, m rows of another rank, M some rows, D embedding size.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from lib.distributed.processes import CHUNK, Ranks
 
 @dataclass(frozen=True)
 class RingChunk:
-    """A part of another process that has come by.
+    """A shard of another rank, received through the ring by ``ShardedRows.ring_pairs``.
 
     Attributes:
-        start: number of its first row.
-        rows: (m, D), all of it.
-        tables: (m, ...) each, that it has with it.
-        own: which of this process's rows meet it.
-        theirs: which of its rows they meet.
+        start: global index of its first row.
+        rows: (m, D), the whole shard.
+        tables: (m, ...) each; they travel with the shard. What is written to them reaches the owner of the rows.
+        own: the local rows to pair with the shard.
+        theirs: the rows of the shard to pair with the local rows.
     """
 
     start: int
@@ -36,12 +36,12 @@ class RingChunk:
 
 @dataclass(frozen=True)
 class ShardedRows:
-    """N rows, of which each process holds a part.
+    """A matrix (N, D), of which every rank stores a contiguous shard of rows.
 
     Attributes:
-        own: (n, D), this process's, from row ``start`` on.
+        local: (n, D), the shard of this rank, from row ``start`` on.
         samples: N.
-        world: who holds the others.
+        ranks: the ranks that store the shards.
     """
 
     local: torch.Tensor
@@ -50,151 +50,170 @@ class ShardedRows:
 
     @classmethod
     def of(cls, rows: torch.Tensor | ShardedRows) -> ShardedRows:
-        """Rows (N, D) that this process has alone, or those that lie in parts already."""
+        """Wraps a tensor (N, D) as the only shard of a single process; returns ``ShardedRows`` unchanged."""
         return cls(rows, len(rows), Ranks()) if isinstance(rows, torch.Tensor) else rows
 
     @classmethod
-    def scatter(cls, whole: torch.Tensor, ranks: Ranks, device: torch.device | str = "cpu") -> ShardedRows:
-        """Rows (N, D) of the first process in parts, onto a device; others pass a tensor of that shape and type, which
-        need hold no numbers (device "meta").
+    def scatter(cls, full: torch.Tensor, ranks: Ranks, device: torch.device | str = "cpu") -> ShardedRows:
+        """Distributes the rows (N, D) of rank 0 to the ranks.
+
+        Args:
+            full: (N, D). Of the other ranks only shape and dtype are used (a tensor on the device "meta" will do).
+            ranks: the ranks of the run.
+            device: device of the shards.
         """
         if ranks.size == 1:
-            return cls(whole.to(device), len(whole), ranks)
-        part = ranks.shard(len(whole))
-        rows = cls(whole.new_empty(part.stop - part.start, whole.shape[1], device=device), len(whole), ranks)
-        rows.copy_from_rank0(whole)
+            return cls(full.to(device), len(full), ranks)
+        shard = ranks.shard(len(full))
+        rows = cls(full.new_empty(shard.stop - shard.start, full.shape[1], device=device), len(full), ranks)
+        rows.copy_from_rank0(full)
         return rows
 
     @property
     def start(self) -> int:
-        """Number of the first row held here."""
+        """Global index of the first local row."""
         start: int = self.ranks.shard(self.samples).start
         return start
 
     @property
     def shape(self) -> tuple[int, int]:
-        """N, D."""
+        """(N, D)."""
         return self.samples, self.local.shape[1]
 
     @property
     def device(self) -> torch.device:
-        """Where the own ones lie."""
+        """Device of the local shard."""
         return self.local.device
 
     def local_positions(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where rows lie among the own ones, of the same shape as ``index``; 0 where they do not, and whether."""
-        place = index - self.start
-        here = (place >= 0) & (place < len(self.local))
-        return torch.where(here, place, 0), here
+        """Positions in the local shard of global row indices, and a mask of those that are local.
+
+        Both have the shape of ``index``; the position is 0 where the mask is False.
+        """
+        position = index - self.start
+        is_local = (position >= 0) & (position < len(self.local))
+        return torch.where(is_local, position, 0), is_local
 
     def local_rows(self, index: torch.Tensor) -> tuple[Any, torch.Tensor]:
-        """Which of the rows ``index`` (M,) are own ones, as an index of M, and where these lie among the own."""
+        """Selects the local ones of global row indices (M,).
+
+        Returns:
+            An index into the M entries that selects the local ones, and their positions in the local shard.
+        """
         if self.ranks.size == 1:
             return slice(None), index
-        place, here = self.local_positions(index)
-        return here, place[here]
+        position, is_local = self.local_positions(index)
+        return is_local, position[is_local]
 
     def index_select(self, index: torch.Tensor) -> torch.Tensor:
-        """Rows (M, D) of any numbers (M,), the same in every process, in all of them."""
-        which, place = self.local_rows(index)
-        found = self.local.new_zeros(len(index), self.local.shape[1])
-        found[which] = self.local[place]
-        return self.ranks.all_reduce_sum(found)
+        """Rows (M, D) of global indices (M,), on all ranks. A collective: ``index`` must be the same on every rank."""
+        selected, position = self.local_rows(index)
+        rows = self.local.new_zeros(len(index), self.local.shape[1])
+        rows[selected] = self.local[position]
+        return self.ranks.all_reduce_sum(rows)
 
     def ring(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """The parts of all processes with their first rows' numbers, this one's first; to be seen through to the end.
+        """Yields the shards of all ranks with the global index of their first row, the local shard first.
 
-        Each passes on the part it has been passed, in parcels: none ever holds more than two parts and a parcel.
+        Exhaust the iterator: every step is a collective. Each rank sends the shard that it received last to the next
+        rank, ``CHUNK`` elements at a time, so it stores two shards and one chunk. Use a shard before asking for the
+        next: they share one buffer.
         """
         yield self.start, self.local
         size, rank = self.ranks.size, self.ranks.rank
         if size == 1:
             return
-        visiting = self._padded_copy()
+        buffer = self._padded_copy()
         for step in range(1, size):
-            _ring_exchange(visiting, (rank + 1) % size, (rank - 1) % size)
+            _ring_exchange(buffer, (rank + 1) % size, (rank - 1) % size)
             theirs = self.ranks.shard(self.samples, (rank - step) % size)
-            yield theirs.start, visiting[: theirs.stop - theirs.start]
+            yield theirs.start, buffer[: theirs.stop - theirs.start]
 
     def ring_pairs(self, tables: Sequence[torch.Tensor]) -> Iterator[RingChunk]:
-        """The parts of others that come by, for every two rows of different processes to meet once; to be seen through
-        to the end. Each goes half-way round the ring with tables of its own, and at the end these are home.
+        """Yields shards of other ranks such that each pair of rows of two different ranks occurs once, on one rank.
+
+        Every shard travels half-way around the ring together with its tables, which return to their owner at the end.
+        With an even G the last step pairs two ranks with each other: each of them takes half of the pairs. Exhaust the
+        iterator: every step is a collective.
 
         Args:
-            tables: (m, ...) each, m = ``abroad``, in which others write down what concerns the rows of this process;
-                when the iteration ends, they have.
+            tables: (m, ...) each, m = ``padded_shard_size``. Other ranks write results for the local rows to them;
+                they are complete when the iterator is exhausted.
         """
         size, rank = self.ranks.size, self.ranks.rank
         if size == 1:
             return
-        visiting, theirs, half = self._padded_copy(), [table.clone() for table in tables], size // 2
+        buffer, travelling_tables, half = self._padded_copy(), [table.clone() for table in tables], size // 2
         for step in range(1, half + 1):
-            for travelling in (visiting, *theirs):
-                _ring_exchange(travelling, (rank + 1) % size, (rank - 1) % size)
+            for tensor in (buffer, *travelling_tables):
+                _ring_exchange(tensor, (rank + 1) % size, (rank - 1) % size)
             other = (rank - step) % size
-            part = self.ranks.shard(self.samples, other)
-            count, own = part.stop - part.start, slice(0, len(self.local))
-            rows = slice(0, count)
-            if 2 * step == size:  # these two visit each other at the same time, so each takes half of the pairs
-                middle = len(self.local if rank < other else visiting[:count]) // 2
-                own, rows = (slice(0, middle), rows) if rank < other else (own, slice(middle, count))
-            yield RingChunk(part.start, visiting[:count], [table[:count] for table in theirs], own, rows)
-        for table, travelled in zip(tables, theirs, strict=True):
+            shard = self.ranks.shard(self.samples, other)
+            count, own = shard.stop - shard.start, slice(0, len(self.local))
+            theirs = slice(0, count)
+            if 2 * step == size:  # the two ranks receive each other's shard: each takes half of the pairs
+                middle = len(self.local if rank < other else buffer[:count]) // 2
+                own, theirs = (slice(0, middle), theirs) if rank < other else (own, slice(middle, count))
+            yield RingChunk(shard.start, buffer[:count], [table[:count] for table in travelling_tables], own, theirs)
+        for table, travelled in zip(tables, travelling_tables, strict=True):
             _ring_exchange(travelled, (rank - half) % size, (rank + half) % size)
             table.copy_(travelled)
 
     @property
     def padded_shard_size(self) -> int:
-        """Rows m of what goes round with this process's part: those of the largest part; 0 where there is nobody."""
+        """Number of rows of the largest shard, to which shards are padded in the ring; 0 with a single process."""
         return max(self.ranks.shard_sizes(self.samples)) if self.ranks.size > 1 else 0
 
     def _padded_copy(self) -> torch.Tensor:
-        """A copy of the own rows, as many as the largest part has."""
+        """A copy of the local shard, padded with zeros to ``padded_shard_size`` rows."""
         padded = self.local.new_zeros(self.padded_shard_size, self.local.shape[1])
         padded[: len(self.local)] = self.local
         return padded
 
-    def copy_from_rank0(self, whole: torch.Tensor) -> None:
-        """Takes over rows (N, D) of the first process, part after part; what others pass is not looked at."""
+    def copy_from_rank0(self, full: torch.Tensor) -> None:
+        """Overwrites the shards with rows (N, D) of rank 0, in place; ``full`` is ignored on the other ranks."""
         if not self.ranks.is_rank0:
-            for part in _chunks(self.local):
-                coming = torch.empty_like(part)
-                dist.recv(coming, 0)
-                part.copy_(coming)
+            for chunk in _chunks(self.local):
+                received = torch.empty_like(chunk)
+                dist.recv(received, 0)
+                chunk.copy_(received)
             return
-        self.local.copy_(whole[self.ranks.shard(self.samples)])
+        self.local.copy_(full[self.ranks.shard(self.samples)])
         for rank in range(1, self.ranks.size):
-            for part in _chunks(whole[self.ranks.shard(self.samples, rank)]):
-                dist.send(part.to(self.local).contiguous(), rank)
+            for chunk in _chunks(full[self.ranks.shard(self.samples, rank)]):
+                dist.send(chunk.to(self.local).contiguous(), rank)
 
     def gather_to_rank0(self) -> torch.Tensor:
-        """All rows (N, D) in the host's memory of the first process, part after part; of others (0, D)."""
+        """All rows (N, D) in host memory on rank 0, and (0, D) on the other ranks.
+
+        With a single process it returns the local tensor itself, on its device.
+        """
         if self.ranks.size == 1:
             return self.local
         if not self.ranks.is_rank0:
-            for part in _chunks(self.local):
-                dist.send(part.contiguous(), 0)
+            for chunk in _chunks(self.local):
+                dist.send(chunk.contiguous(), 0)
             return self.local.new_empty(0, self.local.shape[1], device="cpu")
-        everyone = torch.empty(self.samples, self.local.shape[1], dtype=self.local.dtype)
-        everyone[: len(self.local)] = self.local
+        full = torch.empty(self.samples, self.local.shape[1], dtype=self.local.dtype)
+        full[: len(self.local)] = self.local
         for rank in range(1, self.ranks.size):
-            for part in _chunks(everyone[self.ranks.shard(self.samples, rank)]):
-                coming = torch.empty_like(part, device=self.local.device)
-                dist.recv(coming, rank)
-                part.copy_(coming)
-        return everyone
+            for chunk in _chunks(full[self.ranks.shard(self.samples, rank)]):
+                received = torch.empty_like(chunk, device=self.local.device)
+                dist.recv(received, rank)
+                chunk.copy_(received)
+        return full
 
 
 def _chunks(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Its rows, as many at a time as are passed on; none of what holds no numbers."""
+    """Views of consecutive rows with about ``CHUNK`` elements each; none if the tensor is empty."""
     return tensor.split(max(1, CHUNK // tensor[0].numel())) if tensor.numel() else []
 
 
 def _ring_exchange(tensor: torch.Tensor, receiver: int, sender: int) -> None:
-    """Sends a tensor to one process and puts what comes from another in its place, in parcels."""
-    for part in _chunks(tensor):
-        coming = torch.empty_like(part)
-        both = [dist.P2POp(dist.isend, part, receiver), dist.P2POp(dist.irecv, coming, sender)]
-        for request in dist.batch_isend_irecv(both):
+    """Sends a tensor to ``receiver`` and overwrites it with the one from ``sender``, in chunks."""
+    for chunk in _chunks(tensor):
+        received = torch.empty_like(chunk)
+        operations = [dist.P2POp(dist.isend, chunk, receiver), dist.P2POp(dist.irecv, received, sender)]
+        for request in dist.batch_isend_irecv(operations):
             request.wait()
-        part.copy_(coming)
+        chunk.copy_(received)

@@ -1,4 +1,4 @@
-"""Stopping a run from outside, between two steps."""
+"""Stopping a run by a signal, between two steps."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ STATUS: dict[signal.Signals, int] = {
     for name, status in {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 0}.items()
     if hasattr(signal, name)  # Windows has no SIGUSR1
 }
-"""Exit status of a run that a signal stopped, as shells have it; of one that SIGUSR1 stopped: 0."""
+"""Exit status of a run that was stopped by a signal: 128 plus its number, and 0 for SIGUSR1."""
 
 
 BOUNCE = 1.0
-"""Seconds within which a second Ctrl-C is the first one's echo."""
+"""Seconds within which a second SIGINT is ignored as a duplicate of the first."""
 
 
 class Stopped(BaseException):
-    """A signal asks the run to stop; what was under way is finished.
+    """Raised when a signal has asked the run to stop; a deferred block has finished.
 
     Attributes:
-        signal: which.
+        signal: the signal.
     """
 
     def __init__(self, which: signal.Signals) -> None:
@@ -37,60 +37,63 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """Turns Ctrl-C, SIGTERM and SIGUSR1 into ``Stopped``, at once or when the shield that is up comes down.
+    """Turns SIGINT (Ctrl-C), SIGTERM and SIGUSR1 into ``Stopped``.
 
-    A second Ctrl-C is a ``KeyboardInterrupt`` at once, unless it comes within ``BOUNCE`` of the first, as it does from
-    launchers, which pass on what the terminal has told everyone. Use it as a context, in the main thread; elsewhere it
-    does nothing, since Python delivers no signals there.
+    With a single process ``Stopped`` is raised at once, or at the end of a ``defer`` block. With several ranks it is
+    raised only in ``raise_if_stopped``, on all of them. A second SIGINT raises ``KeyboardInterrupt`` at once, unless it
+    follows within ``BOUNCE`` seconds: launchers forward the SIGINT that the terminal has already sent to every process.
+
+    Use it as a context manager in the main thread. In other threads it does nothing: Python runs signal handlers in
+    the main thread only.
 
     Args:
-        world: the processes, which stop together where ``check`` is called, and nowhere else; alone: as above.
+        ranks: the ranks of the run; None: a single process.
     """
 
     def __init__(self, ranks: Ranks | None = None) -> None:
         self.ranks = ranks or Ranks()
-        self._since = 0.0
-        self._before: dict[signal.Signals, Any] = {}
+        self._first_time = 0.0
+        self._previous_handlers: dict[signal.Signals, Any] = {}
         self._pending: signal.Signals | None = None
-        self._shields = 0
+        self._defer_depth = 0
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {which: signal.signal(which, self._handle) for which in STATUS}
+            self._previous_handlers = {which: signal.signal(which, self._handle) for which in STATUS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for which, handler in self._before.items():
+        for which, handler in self._previous_handlers.items():
             signal.signal(which, handler)
 
     @contextmanager
     def defer(self) -> Iterator[None]:
-        """What is in the block is finished first."""
-        self._shields += 1
+        """Defers ``Stopped`` to the end of the block."""
+        self._defer_depth += 1
         try:
             yield
         finally:
-            self._shields -= 1
-        if self._pending is not None and not self._shields and self.ranks.size == 1:
+            self._defer_depth -= 1
+        if self._pending is not None and not self._defer_depth and self.ranks.size == 1:
             raise Stopped(self._pending)
 
     def raise_if_stopped(self) -> None:
-        """Stops here if any process is asked to; to be called in all of them."""
+        """Raises ``Stopped`` on all ranks if any of them received a signal. A collective: call it on every rank."""
         if self.is_stop_requested():
             raise Stopped(next(which for which in self.ranks.all_gather_object(self._pending) if which is not None))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._pending is None:
-            self._pending, self._since = signal.Signals(number), time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self._since > BOUNCE:
+            self._pending, self._first_time = signal.Signals(number), time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._first_time > BOUNCE:
             raise KeyboardInterrupt
-        if not self._shields and self.ranks.size == 1:
+        if not self._defer_depth and self.ranks.size == 1:
             raise Stopped(self._pending)
 
     def is_stop_requested(self) -> bool:
-        """Whether any process is asked to stop; to be called in all of them."""
+        """Whether any rank received a signal. A collective: call it on every rank."""
         return self.ranks.any_rank(self._pending is not None)
 
     def finish_stopping(self) -> None:
-        """The stop has been taken note of: what follows may finish, unless Ctrl-C comes again."""
-        self._shields += 1
+        """Defers further signals until the process exits, except a second SIGINT."""
+        self._defer_depth += 1

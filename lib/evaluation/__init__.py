@@ -1,1 +1,1 @@
-"""How embeddings are judged."""
+"""Evaluation of embeddings: weighted kNN, linear probe, clustering."""

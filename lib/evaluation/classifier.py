@@ -1,6 +1,6 @@
-"""How embeddings are judged: weighted kNN and nearest neighbour.
+"""Accuracy of the test images by weighted kNN or the nearest neighbour.
 
-Letters: N training samples, M test images, m of this process, D embedding, C classes.
+Letters: N training samples, M test images, m test images of this rank, D embedding size, C classes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from lib.session.console import logger
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of right answers among the test images.
+    """Accuracy on the test images, in [0, 1].
 
-    ``top5`` counts the five best classes; None for the nearest neighbour, which names one class alone.
+    ``top5`` is None for the nearest neighbour, which predicts a single class.
     """
 
     top1: float
@@ -33,18 +33,18 @@ class Accuracy:
 
 
 class Evaluator:
-    """Classifies the test images by their similarity to the training samples' features.
+    """Classifies the test images by their similarity to the features of the training samples.
 
     Args:
         protocol: 'knn' or 'nn'.
-        test: the test images in order.
-        test_labels: their classes.
-        train_labels: (N,) classes of the training samples.
+        test: loader of the test images, in order.
+        test_labels: (M,) class indices.
+        train_labels: (N,) class indices.
         classes: C.
-        k: voters of the weighted kNN, cut to N.
-        sigma: width of their weights.
-        device: where the network is.
-        world: the processes; each classifies its part of the test images.
+        k: K, number of neighbours that vote, reduced to N if it is larger.
+        sigma: temperature of the vote weights exp(s / sigma).
+        device: device of the network.
+        ranks: the ranks of the run, each of which classifies its shard of the test images; None: a single process.
     """
 
     def __init__(
@@ -75,21 +75,24 @@ class Evaluator:
             self._scores = knn.weighted_knn
             self._constants = {"classes": classes, "k": voters, "sigma": sigma}
             if voters < k:
-                logger().info("kNN: K = %d is cut to the %d training samples there are", k, voters)
+                logger().info("kNN: K = %d is reduced to the number of training samples, %d", k, voters)
             if classes < 5:
-                logger().info("kNN: top-5 counts all of the %d classes, so it is 100 %% by construction", classes)
+                logger().info("kNN: with %d classes the top-5 accuracy is 100 %% by construction", classes)
 
     def __call__(self, network: torch.nn.Module, train_features: torch.Tensor | ShardedRows) -> Accuracy:
-        """Accuracy of the test images, the same in every process.
+        """Extracts the features of the test images and classifies them.
 
         Args:
-            network: images to embeddings; run in inference mode.
-            train_features: (N, D) memory bank, or features recomputed with the test transform.
+            network: maps images to embeddings; it runs in evaluation mode.
+            train_features: (N, D), the memory bank or features computed with the test transform.
+
+        Returns:
+            The accuracy over all test images, the same on every rank.
         """
         return self.classify(features.extract(network, self._test, "test features"), train_features)
 
     def classify(self, queries: torch.Tensor, train_features: torch.Tensor | ShardedRows) -> Accuracy:
-        """Accuracy of the test images by the features (m, D) of this process's, against the training images' (N, D)."""
+        """Accuracy from features of this rank's test images (m, D) and of the training samples (N, D)."""
         scores = self._scores(queries, train_features, self._train_labels, **self._constants)
         top1, top5 = (knn.top_k_accuracy(scores, self._test_labels, k, self._ranks) for k in (1, 5))
         return Accuracy(top1, None if self._scores is knn.nearest_neighbour else top5)

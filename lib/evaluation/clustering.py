@@ -1,6 +1,6 @@
-"""k-means on embeddings, and how well its clusters are the classes.
+"""k-means on embeddings, and the agreement of its clusters with the classes.
 
-Letters: N samples, D embedding, C classes, G clusters.
+Letters: N samples, D embedding size, C classes, G clusters.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from lib.errors import UsageError
 from lib.session.console import logger
 
 STARTS = 10
-"""Starts of k-means, of which the one with the smallest sum of squares counts."""
-WHOLE = 50_000
-"""Samples up to which k-means runs on all at once, and by batches above."""
+"""Initialisations of k-means; the result with the smallest inertia is used."""
+FULL_BATCH = 50_000
+"""Largest number of samples for full-batch k-means; mini-batch k-means is used above."""
 BATCH = 4096
-JUDGED = 10_000
-"""Samples that the silhouette is taken over at most: it compares every pair."""
+"""Batch size of mini-batch k-means."""
+SILHOUETTE_SAMPLES = 10_000
+"""Maximum number of samples of the silhouette, which compares every pair."""
 
 
 @dataclass(frozen=True)
 class Clustering:
-    """Clusters, and what they are worth.
+    """Cluster assignments and their scores.
 
     Attributes:
-        name: the protocol with its constants.
-        clusters: (N,) the cluster of each sample.
-        figures: ``nmi`` (normalised mutual information, arithmetic mean), ``ari`` (adjusted Rand index) and
-            ``accuracy`` (share of samples in the class that their cluster stands for, clusters and classes paired
-            one to one as fits best); without labels ``silhouette``, from -1 to 1.
+        name: description of the protocol with its constants.
+        clusters: (N,) cluster index of each sample.
+        figures: with labels ``nmi`` (normalised mutual information, arithmetic mean), ``ari`` (adjusted Rand index) and
+            ``accuracy`` (share of samples whose cluster is matched to their class by the best one-to-one assignment);
+            without labels ``silhouette``, in [-1, 1].
     """
 
     name: str
@@ -41,44 +42,46 @@ class Clustering:
 
 
 def cluster(embeddings: np.ndarray, labels: np.ndarray | None, *, clusters: int, seed: int) -> Clustering:
-    """k-means, judged by the labels, or without them by how apart the clusters lie.
+    """Runs k-means and scores the clusters by the labels or, without labels, by the silhouette.
 
     Args:
         embeddings: (N, D), unit length.
-        labels: (N,), or None.
+        labels: (N,) class indices, or None.
         clusters: G.
-        seed: of the starts.
+        seed: seed of the initialisations.
 
     Raises:
-        UsageError: there are fewer samples than clusters, or embeddings that are no numbers.
+        UsageError: there are fewer samples than clusters, or an embedding is NaN or infinite.
     """
-    from sklearn.cluster import KMeans, MiniBatchKMeans  # takes a second to import, which others need not wait for
+    from sklearn.cluster import KMeans, MiniBatchKMeans  # the import takes a second
     from sklearn.exceptions import ConvergenceWarning
 
     if clusters > len(embeddings):
         raise UsageError(
-            f"--protocol cluster: {len(embeddings)} images cannot make {clusters} clusters; set --clusters, or leave "
-            "the protocol out"
+            f"--protocol cluster: {len(embeddings)} images are too few for {clusters} clusters; lower --clusters or "
+            "leave the protocol out"
         )
     if not np.isfinite(embeddings).all():
         raise UsageError(
-            "--protocol cluster: some embeddings are not finite numbers; choose another checkpoint, or leave the "
+            "--protocol cluster: some embeddings are NaN or infinite; choose another checkpoint or leave the "
             "protocol out"
         )
-    whole = len(embeddings) <= WHOLE
-    method = KMeans if whole else partial(MiniBatchKMeans, batch_size=BATCH)
+    full_batch = len(embeddings) <= FULL_BATCH
+    method = KMeans if full_batch else partial(MiniBatchKMeans, batch_size=BATCH)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # at each start, where fewer images differ than clusters
+        warnings.simplefilter("ignore", ConvergenceWarning)  # raised if there are fewer distinct images than clusters
         found: np.ndarray = method(clusters, n_init=STARTS, random_state=seed % 2**32).fit_predict(embeddings)
-    if (kinds := len(np.unique(found))) < clusters:
-        logger().warning("k-means: %d of the %d clusters are empty, as images are alike", clusters - kinds, clusters)
-    kind = "k-means" if whole else "k-means by batches"
-    name = f"{kind} ({clusters} clusters, best of {STARTS} starts)"
-    return Clustering(name, found, _unsupervised(embeddings, found, seed) if labels is None else against(labels, found))
+    if (used := len(np.unique(found))) < clusters:
+        logger().warning(
+            "k-means: %d of the %d clusters are empty, because images are identical", clusters - used, clusters
+        )
+    algorithm = "k-means" if full_batch else "mini-batch k-means"
+    name = f"{algorithm} ({clusters} clusters, best of {STARTS} starts)"
+    return Clustering(name, found, _silhouette(embeddings, found, seed) if labels is None else scores(labels, found))
 
 
-def against(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
-    """The figures of clusters (N,) that labels (N,) give."""
+def scores(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
+    """NMI, ARI and accuracy of cluster indices (N,) with respect to labels (N,)."""
     from scipy.optimize import linear_sum_assignment
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
     from sklearn.metrics.cluster import contingency_matrix
@@ -92,11 +95,11 @@ def against(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
     }
 
 
-def _unsupervised(embeddings: np.ndarray, clusters: np.ndarray, seed: int) -> dict[str, float]:
+def _silhouette(embeddings: np.ndarray, clusters: np.ndarray, seed: int) -> dict[str, float]:
     from sklearn.metrics import silhouette_score
 
-    drawn = np.random.default_rng(seed).permutation(len(embeddings))[:JUDGED]
-    kinds = len(np.unique(clusters[drawn]))
-    if not 2 <= kinds < len(drawn):
-        return {}  # it compares clusters, and needs two, and one with two members
-    return {"silhouette": float(silhouette_score(embeddings[drawn], clusters[drawn]))}
+    subset = np.random.default_rng(seed).permutation(len(embeddings))[:SILHOUETTE_SAMPLES]
+    used = len(np.unique(clusters[subset]))
+    if not 2 <= used < len(subset):
+        return {}  # undefined: it needs two clusters, one of them with two members
+    return {"silhouette": float(silhouette_score(embeddings[subset], clusters[subset]))}

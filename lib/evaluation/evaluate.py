@@ -1,6 +1,6 @@
-"""A test run: every protocol that is asked for, in one table and in ``evaluation.json``.
+"""Evaluation of a network by every protocol of the options; results as a table and as JSON.
 
-Letters: N training samples, M test images, D embedding.
+Letters: N training samples, M test images, D embedding size.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ TITLES = {
     "hubness": "hubness",
     "largest_hub": "largest hub",
 }
-"""Figure -> its column."""
+"""Name of a figure -> column title."""
 SHARES = {"top1", "top5", "best_top1", "accuracy", "reciprocal", "orphans", "largest_hub"}
-"""Figures shown in per cent."""
+"""Figures that are printed as percentages."""
 LABELLED = {"knn", "nn", "linear"}
-"""Protocols that need labelled training and test images."""
+"""Protocols that require labelled training and test images."""
 
 
 @dataclass(frozen=True)
 class EvaluationInputs:
-    """What is judged.
+    """Network, data and settings of an evaluation.
 
     Attributes:
-        network: images to embeddings.
-        train, test: the images in order, with the test transform; test is None where there are none.
-        train_labels, test_labels: (N,) and (M,), or None.
-        classes: their number, 0 without labels.
-        memory: (N, D) of the checkpoint, of which the first process has the numbers, or None.
-        world: the processes that share the work.
-        evaluators: kNN and NN over the test images, as far as they are asked for.
-        seed: of the linear probe's order and k-means' starts.
-        device: where the network is.
+        network: maps images to embeddings.
+        train, test: loaders with the test transform, in order; test is None without test images.
+        train_labels, test_labels: class indices (N,) and (M,), or None.
+        classes: number of classes, 0 without labels.
+        memory: (N, D), the memory bank of the checkpoint, or None; the values are needed on rank 0 only.
+        evaluators: kNN and NN evaluators, as the options ask for.
+        seed: seed of the linear probe and of k-means.
+        device: device of the network.
+        ranks: the ranks of the run.
     """
 
     network: torch.nn.Module
@@ -78,7 +78,7 @@ class EvaluationInputs:
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of one protocol: how they came about, and their values by the names of ``TITLES``."""
+    """Result of one protocol: description, source of the features, and figures by the names of ``TITLES``."""
 
     protocol: str
     features: str
@@ -86,35 +86,39 @@ class Row:
 
 
 def evaluate(inputs: EvaluationInputs, options: Options) -> list[Row]:
-    """The figures of every protocol of the options; each split passes the network once.
+    """Evaluates every protocol of the options, with one forward pass over each split.
 
-    The reference's figures of record come from the memory bank, in training; its test run would recompute. The two
-    differ, so both are shown. Without labels, k-means and figures of the neighbourhoods take the place of kNN and NN.
+    The published kNN accuracy of the reference uses the memory bank as training features; its test run would recompute
+    them. The two differ, so both are reported. Without labels, clustering and statistics of the neighbourhoods replace
+    kNN and NN. A collective: call it on every rank.
+
+    Returns:
+        One row per protocol and source of features; clustering appears on rank 0 only.
 
     Raises:
-        UsageError: the linear probe is asked for without labels, or the network has no such stage.
+        UsageError: the linear probe is requested without labels, or for a stage that the network does not have.
     """
     labelled = inputs.train_labels is not None and inputs.test_labels is not None
     needing = [name for name in options.protocol if name in LABELLED and not labelled]
     if "linear" in needing:
         raise UsageError(
-            "--protocol linear: needs labelled training and test images, and they are not there; without labels use "
-            "--protocol cluster"
+            "--protocol linear needs labelled training and test images, but there are none; use --protocol cluster "
+            "without labels"
         )
     if needing:
         logger().warning(
-            "--protocol %s needs labelled training and test images, and they are not there; what can be told without "
-            "them is shown instead",
+            "--protocol %s needs labelled training and test images, but there are none; label-free figures are "
+            "reported instead",
             " ".join(needing),
         )
     probed = options.linear_layers if "linear" in options.protocol else ()
-    # the test images first: there are fewer, and a disk without room for the features is noticed sooner
+    # test images first: there are fewer of them, so a full disk is noticed sooner
     test = _features(inputs, inputs.test, probed, "test features") if labelled and inputs.test else {}
     train = _features(inputs, inputs.train, probed, "training features")
     rows: list[Row] = []
     for evaluator in inputs.evaluators:
-        rows += _neighbours(inputs, evaluator, train["embedding"], test["embedding"])
-    rows += [_linear(inputs, layer, train[layer], test[layer]) for layer in probed]
+        rows += _knn_rows(inputs, evaluator, train["embedding"], test["embedding"])
+    rows += [_linear_probe_row(inputs, layer, train[layer], test[layer]) for layer in probed]
     where = f"training images, {RECOMPUTED}"
     clusters = inputs.classes or options.clusters
     if needing:
@@ -126,14 +130,14 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> list[Row]:
         rows.append(Row(f"neighbourhoods (k={size}, tau={temperature:g})", where, shown))
     if "cluster" in options.protocol or needing:
         embeddings = ShardedRows(train["embedding"], inputs.train.samples, inputs.ranks).gather_to_rank0().cpu().numpy()
-        if inputs.ranks.is_rank0:  # k-means is quick, and scikit-learn knows one process only
+        if inputs.ranks.is_rank0:  # k-means takes little time, and scikit-learn runs in one process
             found = clustering.cluster(embeddings, inputs.train_labels, clusters=clusters, seed=inputs.seed)
             rows.append(Row(found.name, where, found.figures))
     return rows
 
 
 def _features(inputs: EvaluationInputs, batches: Loader, layers: Sequence[str], what: str) -> dict[str, torch.Tensor]:
-    """Stages by name, and ``embedding``, which is the stage ``fc``, of the images of this process."""
+    """Features of this rank's images: the stages by name, and ``embedding`` (the stage ``fc``)."""
     if not layers:
         return {"embedding": features.extract(inputs.network, batches, what)}
     wanted = list(dict.fromkeys([*layers, "fc"]))
@@ -141,21 +145,21 @@ def _features(inputs: EvaluationInputs, batches: Loader, layers: Sequence[str], 
     return {**found, "embedding": found["fc"].to(inputs.device).float()}
 
 
-def _neighbours(inputs: EvaluationInputs, evaluator: Evaluator, train: torch.Tensor, test: torch.Tensor) -> list[Row]:
+def _knn_rows(inputs: EvaluationInputs, evaluator: Evaluator, train: torch.Tensor, test: torch.Tensor) -> list[Row]:
     sources = {RECOMPUTED: ShardedRows(train, inputs.train.samples, inputs.ranks)}
     if inputs.memory is not None and inputs.memory.shape == sources[RECOMPUTED].shape:
         sources[BANK] = ShardedRows.scatter(inputs.memory, inputs.ranks, inputs.device)
     rows = []
-    for source, rows_of_training in sources.items():
-        got = evaluator.classify(test, rows_of_training)
-        figures = {"top1": got.top1} if got.top5 is None else {"top1": got.top1, "top5": got.top5}
+    for source, train_features in sources.items():
+        accuracy = evaluator.classify(test, train_features)
+        figures = {"top1": accuracy.top1} if accuracy.top5 is None else {"top1": accuracy.top1, "top5": accuracy.top5}
         rows.append(Row(evaluator.name, source, figures))
     return rows
 
 
-def _linear(inputs: EvaluationInputs, layer: str, train: torch.Tensor, test: torch.Tensor) -> Row:
+def _linear_probe_row(inputs: EvaluationInputs, layer: str, train: torch.Tensor, test: torch.Tensor) -> Row:
     assert inputs.train_labels is not None and inputs.test_labels is not None
-    got = linear_probe.probe(
+    result = linear_probe.probe(
         ShardedRows(train, len(inputs.train_labels), inputs.ranks),
         torch.from_numpy(inputs.train_labels),
         ShardedRows(test, len(inputs.test_labels), inputs.ranks),
@@ -165,23 +169,25 @@ def _linear(inputs: EvaluationInputs, layer: str, train: torch.Tensor, test: tor
         device=inputs.device,
         what=f"linear probe on {layer}",
     )
-    figures = {"top1": got.top1, "top5": got.top5, "best_top1": got.best_top1}
-    return Row(got.name, f"{layer}, {RECOMPUTED}", figures)
+    figures = {"top1": result.top1, "top5": result.top5, "best_top1": result.best_top1}
+    return Row(result.name, f"{layer}, {RECOMPUTED}", figures)
 
 
 def text(rows: Sequence[Row]) -> str:
-    """The table of a test run; columns that no protocol fills are left out."""
+    """Formats the rows as a table; columns without values are omitted."""
     shown = [name for name in TITLES if any(name in row.figures for row in rows)]
     cells = [
         [f"{row.features}: {row.protocol}", *(_cell(name, row.figures.get(name)) for name in shown)] for row in rows
     ]
     lines = table(["features: protocol", *(TITLES[name] for name in shown)], cells)
     if "best_top1" in shown:
-        lines += "\nlinear probe: top-1 and top-5 of its last epoch; best: of its best epoch, chosen by the test labels"
+        lines += (
+            "\nlinear probe: top-1 and top-5 after the last epoch; best: at the best epoch, chosen by the test labels"
+        )
     if "reciprocal" in shown:
         lines += (
-            "\nentropy in nats; reciprocal: images that are among the nearest of their nearest neighbour; orphans: "
-            "images that are nearest to no other; largest hub: images that have the same image as a neighbour"
+            "\nentropy in nats; reciprocal: share of images among the nearest of their nearest neighbour; orphans: "
+            "share of images that are no neighbour of any other; largest hub: share of images with the same neighbour"
         )
     return lines
 
@@ -193,8 +199,10 @@ def _cell(name: str, value: float | None) -> str:
 
 
 def save(rows: Sequence[Row], path: Path, facts: dict[str, Any]) -> None:
-    """Writes the figures with what they are of as JSON, whole or not at all; a place that cannot be written to costs
-    a warning, for the figures have been shown."""
+    """Writes the rows and ``facts`` about the run to a JSON file, atomically.
+
+    A file that cannot be written causes a warning, not an error: the results have been printed.
+    """
     content = {**facts, "results": [{"protocol": r.protocol, "features": r.features, **r.figures} for r in rows]}
     try:
         with atomic_write(path) as file:

@@ -1,4 +1,4 @@
-"""Embeddings of a whole split. Letters: N samples, n of this process, D embedding."""
+"""Embeddings of a split. Letters: N samples, n samples of this rank, B batch size, D embedding size."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from lib.session.console import progress
 
 
 class Batches(Protocol):
-    """What ``lib/data/loader.py`` makes of a split: N ``samples``, in parts over the processes of a ``world``."""
+    """A loader of a split, such as ``lib.data.loader.Loader``: N ``samples``, sharded over ``ranks``."""
 
     samples: int
     ranks: Ranks
 
     def epoch(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Images (B, 3, h, w) and their sample indices (B,), until every sample has come once."""
+        """Yields images (B, 3, h, w) and sample indices (B,), every sample of this rank once."""
 
     def __len__(self) -> int: ...
 
 
 @torch.no_grad()
 def extract(network: torch.nn.Module, batches: Batches, what: str) -> torch.Tensor:
-    """The network's outputs for every sample of this process, in order; batch normalisation in inference mode.
+    """Computes the network's outputs for every sample of this rank, in sample order, in evaluation mode.
 
     Args:
-        network: images to embeddings; its mode is left as it was.
-        batches: the split, in any order, on the device of the network.
-        what: what the progress bar says.
+        network: maps images to embeddings; its training mode is restored afterwards.
+        batches: the split in any order, on the device of the network.
+        what: label of the progress bar.
 
     Returns:
-        (n, D) on the device of the batches; n = N where a process is alone.
+        (n, D) on the device of the batches; n = N with a single process.
     """
     was_training = network.training
     network.eval()
-    parts, order = [], []
+    outputs, indices = [], []
     for images, index in progress(batches.epoch(), what, "batch", total=len(batches)):
-        parts.append(network(images))
-        order.append(index)
+        outputs.append(network(images))
+        indices.append(index)
     network.train(was_training)
-    features, place = torch.cat(parts), torch.cat(order)
+    features, position = torch.cat(outputs), torch.cat(indices)
     result = torch.empty_like(features)
-    result[place - place.min() if len(place) else place] = features
+    result[position - position.min() if len(position) else position] = features
     return result

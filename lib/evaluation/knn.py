@@ -1,6 +1,6 @@
-"""Classifiers without parameters: weighted kNN and the nearest neighbour.
+"""Non-parametric classifiers: weighted kNN and the nearest neighbour.
 
-Letters: Q queries, N samples, D embedding, K nearest, C classes.
+Letters: Q queries of this rank, N samples, D embedding size, K nearest, C classes.
 """
 
 from __future__ import annotations
@@ -17,49 +17,50 @@ from lib.method.topk import TopK
 def weighted_knn(
     queries: torch.Tensor, bank: torch.Tensor | ShardedRows, labels: torch.Tensor, *, classes: int, k: int, sigma: float
 ) -> torch.Tensor:
-    """Scores of each class: the k most similar samples vote with weight exp(s / sigma).
+    """Class scores: score_c = sum of exp(s_j / sigma) over those of the K most similar samples j that have class c.
 
-    The greatest similarity of a query is subtracted first: the same ranking, and no overflow however
-    small sigma is.
+    The largest similarity of a query is subtracted from all s_j. This keeps the ranking and prevents overflow for small
+    sigma. A collective: call it on every rank.
 
     Args:
-        queries: (Q, D), unit length; each process has its own.
+        queries: (Q, D), unit length; Q may differ between ranks.
         bank: (N, D), unit length.
-        labels: (N,) classes of the bank's rows.
+        labels: (N,) class indices of the rows of the bank.
         classes: C.
-        k: voters, cut to N.
-        sigma: width of the weights.
+        k: K, reduced to N if it is larger.
+        sigma: temperature of the vote weights.
 
     Returns:
-        (Q, C), the greatest first choice.
+        (Q, C) scores; the class of the largest score is the prediction.
     """
     rows = ShardedRows.of(bank)
     best = TopK.empty(len(queries), min(k, rows.samples), queries)
-    for first, part in rows.ring():
-        for block, similarity in similarities(queries, part, "kNN"):
+    for first, shard in rows.ring():
+        for block, similarity in similarities(queries, shard, "kNN"):
             best.update(similarity, block.start, first)
     weights = ((best.similarities - best.similarities[:, :1]) / sigma).exp()  # (Q, K)
-    scores = queries.new_zeros(len(queries) * classes)  # in one row, which GPUs can add up in one order
-    place = torch.arange(len(queries), device=queries.device)[:, None] * classes + labels[best.samples]
-    return scores.scatter_add_(0, place.flatten(), weights.flatten()).view(-1, classes)
+    scores = queries.new_zeros(len(queries) * classes)  # flat: scatter_add_ is deterministic on GPUs in one dimension
+    position = torch.arange(len(queries), device=queries.device)[:, None] * classes + labels[best.samples]
+    return scores.scatter_add_(0, position.flatten(), weights.flatten()).view(-1, classes)
 
 
 def nearest_neighbour(
     queries: torch.Tensor, bank: torch.Tensor | ShardedRows, labels: torch.Tensor, *, classes: int
 ) -> torch.Tensor:
-    """Scores (Q, C): one for the class of the most similar sample, zero for the others."""
+    """Class scores (Q, C): 1 for the class of the most similar sample, 0 for the others; as ``weighted_knn``."""
     return weighted_knn(queries, bank, labels, classes=classes, k=1, sigma=1.0)
 
 
 def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int, ranks: Ranks | None = None) -> float:
-    """Share of queries whose class is among the k of greatest score (all, where there are fewer than k).
+    """Top-k accuracy in [0, 1]; 1 if there are at most k classes.
 
     Args:
         scores: (Q, C).
-        labels: (Q,).
-        world: the processes over whose queries the share is taken; None: this one alone.
+        labels: (Q,) class indices.
+        k: number of predictions per query.
+        ranks: the ranks whose queries are averaged over; None: a single process.
     """
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices  # (Q, k)
-    right = (best == labels[:, None]).any(dim=1).sum()
-    right, asked = (ranks or Ranks()).all_reduce_sum(torch.stack([right, right.new_tensor(len(labels))]))
-    return float(right.item() / asked.item())
+    correct = (best == labels[:, None]).any(dim=1).sum()
+    correct, total = (ranks or Ranks()).all_reduce_sum(torch.stack([correct, correct.new_tensor(len(labels))]))
+    return float(correct.item() / total.item())

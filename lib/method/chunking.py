@@ -1,4 +1,4 @@
-"""How much of a matrix that is too large to be held is worked on at a time."""
+"""Block sizes for matrices that are too large to be stored, and products computed block by block."""
 
 from __future__ import annotations
 
@@ -8,32 +8,42 @@ import torch
 
 from lib.session.console import progress
 
-CACHED = 2**20
-"""Numbers of a block on a CPU (4 MiB of float32): what is computed from it finds it in the cache."""
-ON_GPU = 2**26
-"""Numbers of a block on a GPU (256 MiB of float32): its kernels take longer than it takes to launch them."""
-LEAST = 64
-"""Rows of a block at least: products of fewer are slow, as all of the other factor is read for them."""
+CPU_BLOCK = 2**20
+"""Elements of a block on a CPU (4 MiB of float32): later passes over the block find it in the cache."""
+GPU_BLOCK = 2**26
+"""Elements of a block on a GPU (256 MiB of float32): large enough for kernels to outlast their launch."""
+MIN_ROWS = 64
+"""Minimum rows of a block. Thinner products are slow, because each of them reads all of the other factor."""
 
 
 def block_size(device: torch.device) -> int:
-    """How many float32 numbers to work on at a time, where a matrix is too large to be held.
+    """Number of float32 elements to process at a time.
 
-    It depends on the kind of device alone and never on how much memory is free: sums over other blocks are rounded
-    differently, and a run has to give the same bits whatever else runs beside it, also after a resume.
+    It depends on the type of the device only, never on free memory: another block size rounds sums differently, and
+    a run has to give the same bits whatever else runs on the machine, also after it is resumed.
     """
-    return ON_GPU if device.type == "cuda" else CACHED
+    return GPU_BLOCK if device.type == "cuda" else CPU_BLOCK
 
 
 def block_rows(columns: int, device: torch.device) -> int:
-    """How many rows of a matrix of so many columns to work on at a time."""
-    return max(LEAST, block_size(device) // columns)
+    """Number of rows to process at a time of a matrix with ``columns`` columns; at least ``MIN_ROWS``."""
+    return max(MIN_ROWS, block_size(device) // columns)
 
 
 def similarities(rows: torch.Tensor, others: torch.Tensor, what: str) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Similarities (R, S) of blocks of rows to others (S, D), all in the same memory; a bar says what for."""
+    """Yields the product ``rows @ others.T`` in blocks of rows.
+
+    Args:
+        rows: (M, D).
+        others: (S, D).
+        what: label of the progress bar.
+
+    Yields:
+        The slice of ``rows`` (R of them) and their similarities (R, S). All blocks share one buffer: use a block
+        before asking for the next.
+    """
     step = block_rows(max(1, len(others)), others.device)
-    room = rows.new_empty(min(step, len(rows)), len(others))
+    buffer = rows.new_empty(min(step, len(rows)), len(others))
     for start in progress(range(0, len(rows) if len(others) else 0, step), what, "block"):
         block = slice(start, min(start + step, len(rows)))
-        yield block, torch.mm(rows[block], others.t(), out=room[: block.stop - start])
+        yield block, torch.mm(rows[block], others.t(), out=buffer[: block.stop - start])

@@ -1,9 +1,10 @@
-"""Whether training is healthy, told from the memory bank alone, without labels.
+"""Health of a run, measured on the memory bank without labels.
 
-Measured are all samples up to ``ROWS``, and of more a fixed sample of that many, each against all N: an epoch
-of a million images pays for two products (S, D) x (D, N), not for a discovery.
+Up to ``ROWS`` samples are measured, or a fixed random subset of that size, each against all N. So an epoch of a million
+images costs two products (S, D) x (D, N), far less than a discovery.
 
-Letters: N samples, G processes, D embedding, S measured samples, M some samples, K neighbours, P partners.
+Letters: N samples, G ranks, D embedding size, S measured samples, M queries, K neighbours, P distinct nearest
+neighbours.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from lib.method.entropy import empty_statistics, entropy_from_statistics, merge_
 from lib.method.topk import TopK
 
 ROWS = 2**13
-"""Samples measured at most; a share of them is within 1.1 points of that of all samples, 19 times of 20."""
+"""Maximum number of measured samples. Shares are within 1.1 points of their values over all samples (95 %)."""
 SEED = 0
-"""Of the sample of rows, the same in every run."""
+"""Seed of the random subset, the same in every run."""
 QUANTILES = {"entropy_05": 0.05, "entropy_25": 0.25, "entropy_50": 0.5, "entropy_75": 0.75, "entropy_95": 0.95}
-"""Figure -> quantile of the entropy."""
+"""Name of a figure -> quantile of the entropy."""
 FIGURES = (*QUANTILES, "reciprocal", "kept", "drift", "hubness", "largest_hub", "orphans")
-"""The figures of an epoch."""
+"""Names of the figures of an epoch."""
 READING = {
     "entropy": "The entropy of a sample's similarities, in nats, from 0 (like itself alone) to ln N (like all alike): "
     "the quantiles should fall and stay apart, as the samples of lowest entropy become anchors; all near ln N, the "
@@ -46,18 +47,18 @@ READING = {
     "largest_hub": "The share of samples that have the same one sample as a neighbour: times N it is a handful of "
     "samples as a rule, and at some per cent that sample deserves a look, as it may be blank or damaged.",
 }
-"""Figure -> how to read it, in a sentence; ``entropy`` stands for its quantiles."""
+"""Name of a figure -> how to interpret it, in one sentence; ``entropy`` covers its quantiles."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What the next measurement compares with.
+    """What the next measurement is compared with.
 
     Attributes:
-        round: that was measured.
-        rows: (S, D) copies of the measured rows.
+        round: round of this measurement.
+        rows: (S, D) copies of the measured rows of the bank.
         nearest: (S, K) their neighbours.
-        before: (S, K) their neighbours at the last measurement of the round before; None where there was none.
+        before: (S, K) their neighbours at the last measurement of the previous round; None if there was none.
     """
 
     round: int
@@ -66,60 +67,67 @@ class State:
     before: torch.Tensor | None
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, so that a resumed run has the figures of one that was never interrupted."""
+        """For checkpoints: a resumed run reports the same figures as an uninterrupted one."""
         return {"round": self.round, "rows": self.rows, "nearest": self.nearest, "before": self.before}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], device: torch.device | str = "cpu") -> State:
-        """From what ``state_dict`` gave.
+        """Inverse of ``state_dict``.
 
         Raises:
-            ValueError: the parts are none of a state; KeyError: one is missing.
+            KeyError: an entry is missing.
+            ValueError: a tensor has the wrong shape or type.
         """
         rows, nearest, before = state["rows"], state["nearest"], state["before"]
         tables = [nearest] if before is None else [nearest, before]
-        for part in (rows, *tables):
-            if not isinstance(part, torch.Tensor) or part.dim() != 2 or len(part) != len(rows):
-                raise ValueError("the health's rows and neighbours are not of one size")
+        for tensor in (rows, *tables):
+            if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2 or len(tensor) != len(rows):
+                raise ValueError("health state: rows and neighbours must be matrices of equal length")
         if any(table.dtype != torch.long for table in tables):
-            raise ValueError("the health's neighbours are no indices")
-        place = None if before is None else before.to(device)
-        return cls(int(state["round"]), rows.to(device), nearest.to(device), place)
+            raise ValueError("health state: neighbours must be int64 indices")
+        before = None if before is None else before.to(device)
+        return cls(int(state["round"]), rows.to(device), nearest.to(device), before)
 
 
 @torch.no_grad()
 def measure(
     memory: torch.Tensor | ShardedRows, previous: State | None, *, round: int, temperature: float, size: int
 ) -> tuple[dict[str, float | None], State]:
-    """The figures of an epoch, to be read as ``READING`` says.
+    """Computes the figures of an epoch; ``READING`` tells how to interpret them.
 
-    Entropy as in discovery. ``reciprocal``: the nearest neighbour of i has i among its own K nearest. ``kept``:
-    of the K neighbours that a sample had at the last measurement of the round before, those it has now; None in
-    the first round measured. ``drift`` since the last measurement, None in the first. ``largest_hub``: the
-    measured samples that have the most popular of all N among their K. ``hubness`` and ``orphans`` are of how
-    often each measured sample is among the K nearest of the others, these alone: counts over all N would be
-    thinned out where S < N. Hubness is S_Nk of Radovanovic et al. 2010, "Hubs in Space", equation 2; 0 where all
-    counts are equal. All that concerns neighbours is None where a sample is alone. Equal similarities are ranked
-    arbitrarily. O(S N D) time, O(S (D + K)) memory and two blocks. The same in every process.
+    - Entropy: quantiles over the measured samples, defined as in discovery.
+    - ``reciprocal``: share of samples i that are among the K nearest of their nearest neighbour.
+    - ``kept``: share of the K neighbours at the last measurement of the previous round that are still neighbours;
+      None in the first measured round.
+    - ``drift``: mean of 1 - cosine between a row and the same row at the last measurement; None at the first.
+    - ``largest_hub``: share of measured samples that have the most frequent neighbour (of all N) among their K.
+    - ``hubness``, ``orphans``: skewness of the counts of how often a sample is among the K nearest of the others, and
+      the share of zero counts, within the measured samples; counts over all N would be thinned out if S < N. Hubness
+      is S_Nk of Radovanovic et al. 2010, "Hubs in Space", equation 2, and 0 if all counts are equal.
+
+    Figures of neighbours are None for a single sample. Equal similarities are ranked arbitrarily. O(S N D) time,
+    O(S (D + K)) memory and two blocks.
 
     Args:
         memory: (N, D), the bank at the end of an epoch.
-        previous: what the last measurement returned; one of other rows counts as None.
-        round: of the epoch.
+        previous: state returned by the last measurement; ignored if its rows have another shape.
+        round: the current round.
         temperature: tau.
-        size: K, cut to the others that there are.
+        size: K, reduced to the number of other samples if it is larger.
 
     Returns:
-        The figures by name, and what to pass on to the next measurement.
+        The figures by name and the state for the next measurement, the same on every rank.
     """
     bank = ShardedRows.of(memory)
     rows = measured(bank.samples).to(bank.device)
     own = bank.index_select(rows)  # (S, D), a copy
-    look = partial(_look, temperature=temperature)
-    entropy, nearest = look(bank, rows, size=min(size, bank.samples - 1))
-    among = nearest  # (S, K), by place in ``rows``
+    search = partial(_entropy_and_nearest, temperature=temperature)
+    entropy, nearest = search(bank, rows, size=min(size, bank.samples - 1))
+    among = nearest  # (S, K), positions in ``rows``
     if len(rows) < bank.samples:
-        _, among = look(ShardedRows.of(own), torch.arange(len(rows), device=rows.device), size=min(size, len(rows) - 1))
+        _, among = search(
+            ShardedRows.of(own), torch.arange(len(rows), device=rows.device), size=min(size, len(rows) - 1)
+        )
     if previous and previous.rows.shape != own.shape:
         previous = None
     before = None if previous is None else previous.nearest if previous.round < round else previous.before
@@ -127,9 +135,9 @@ def measure(
     figures: dict[str, float | None] = dict(zip(QUANTILES, quantiles, strict=True))
 
     def nearest_of(partners: torch.Tensor) -> torch.Tensor:
-        if len(rows) == bank.samples:  # all are known
+        if len(rows) == bank.samples:  # already computed for all samples
             return nearest[partners]
-        return look(bank, partners, size=nearest.shape[1])[1]
+        return search(bank, partners, size=nearest.shape[1])[1]
 
     figures["reciprocal"] = _reciprocal(rows, nearest, nearest_of)
     figures["kept"] = None if before is None else _kept(before, nearest)
@@ -139,36 +147,41 @@ def measure(
     return figures, State(round, own, nearest, before)
 
 
-def _look(
+def _entropy_and_nearest(
     bank: ShardedRows, index: torch.Tensor, *, temperature: float, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Entropy (M,) and nearest others (M, K) of some samples, the same in every process.
+    """Entropy and nearest neighbours of some samples.
 
-    Each compares them with its own rows, and what it found is put together.
+    Each rank compares them with its shard; the statistics and the top-k of all shards are merged.
 
     Args:
         bank: (N, D).
-        index: (M,) which samples, the same in every process.
+        index: (M,) sample indices, the same on every rank.
         temperature: tau.
         size: K.
+
+    Returns:
+        (M,) entropies in nats and (M, K) indices of the nearest other samples, the same on every rank.
     """
     queries = bank.index_select(index)  # (M, D)
-    place, here = bank.local_positions(index)
-    moments, best = empty_statistics(queries), TopK.empty(len(queries), size, queries)
+    position, is_local = bank.local_positions(index)
+    statistics, best = empty_statistics(queries), TopK.empty(len(queries), size, queries)
     for block, similarity in similarities(queries, bank.local, "health"):
-        moments[block] = softmax_statistics(similarity / temperature)
-        column = place[block][:, None]
-        itself = torch.where(here[block][:, None], -torch.inf, similarity.gather(1, column))
-        best.update(similarity.scatter_(1, column, itself), block.start, bank.start)
+        statistics[block] = softmax_statistics(similarity / temperature)
+        column = position[block][:, None]
+        masked = torch.where(
+            is_local[block][:, None], -torch.inf, similarity.gather(1, column)
+        )  # not its own neighbour
+        best.update(similarity.scatter_(1, column, masked), block.start, bank.start)
     values, samples = (  # (M, G * K)
-        bank.ranks.all_gather(part).transpose(0, 1).flatten(1) for part in (best.similarities, best.samples)
+        bank.ranks.all_gather(table).transpose(0, 1).flatten(1) for table in (best.similarities, best.samples)
     )
     nearest = samples.gather(1, values.topk(size, dim=1).indices)
-    return entropy_from_statistics(merge_statistics(bank.ranks.all_gather(moments))), nearest
+    return entropy_from_statistics(merge_statistics(bank.ranks.all_gather(statistics))), nearest
 
 
 def measured(samples: int) -> torch.Tensor:
-    """(S,) ascending indices of the samples that are measured: all N, or ``ROWS`` drawn by ``SEED``."""
+    """Ascending indices (S,) of the measured samples: all N, or a random subset of ``ROWS`` drawn with ``SEED``."""
     if samples <= ROWS:
         return torch.arange(samples)
     return torch.randperm(samples, generator=torch.Generator().manual_seed(SEED))[:ROWS].sort().values
@@ -177,7 +190,7 @@ def measured(samples: int) -> torch.Tensor:
 def _reciprocal(
     rows: torch.Tensor, nearest: torch.Tensor, nearest_of: Callable[[torch.Tensor], torch.Tensor]
 ) -> float | None:
-    """Share of ``rows`` (S,) among the K nearest of their nearest, which are asked for (P,) -> (P, K)."""
+    """Share of ``rows`` (S,) among the K nearest of their nearest neighbour; ``nearest_of``: (P,) -> (P, K)."""
     if not nearest.numel():
         return None
     partners, back = nearest[:, 0].unique(return_inverse=True)  # (P,), (S,)
@@ -186,22 +199,22 @@ def _reciprocal(
 
 
 def _kept(before: torch.Tensor, now: torch.Tensor) -> float | None:
-    """Share of the neighbours ``before`` (S, K) that are among those of ``now``; None where there were none."""
-    both = torch.cat([before, now], dim=1).sort(dim=1).values  # a neighbour of both stands twice in its row
+    """Share of the neighbours ``before`` (S, K) that are also in ``now``; None if there are none."""
+    both = torch.cat([before, now], dim=1).sort(dim=1).values  # a common neighbour occurs twice in its row
     return (both[:, 1:] == both[:, :-1]).sum().item() / before.numel() if before.numel() else None
 
 
 def _drift(before: torch.Tensor, now: torch.Tensor) -> float:
-    """Mean of 1 - cosine between rows (S, D); a row of zeros is at right angles to all."""
+    """Mean of 1 - cosine between rows (S, D); the cosine of a zero row is 0."""
     return (1 - F.cosine_similarity(before, now, dim=1)).clamp(min=0).mean().item()
 
 
 def _hubs(among: torch.Tensor) -> tuple[float | None, float | None]:
-    """Skewness of how often each sample is a neighbour, and the share that never is; None without neighbours."""
+    """Skewness of the neighbour counts and the share of zero counts; None without neighbours."""
     if not among.numel():
         return None, None
     counts = among.flatten().bincount(minlength=len(among)).double()  # (S,)
-    away = counts - counts.mean()
-    deviation = away.square().mean().sqrt()
-    skewness = ((away / deviation) ** 3).mean().item() if deviation > 0 else 0.0
+    centred = counts - counts.mean()
+    deviation = centred.square().mean().sqrt()
+    skewness = ((centred / deviation) ** 3).mean().item() if deviation > 0 else 0.0
     return skewness, (counts == 0).double().mean().item()

@@ -1,4 +1,11 @@
-"""The entropy of a softmax, from its logits part by part. Letters: R rows, S columns of a part, P parts."""
+"""The entropy of a softmax from the statistics of its parts (online softmax, Milakov and Gimelshein 2018).
+
+With the row maximum m, S = sum_j exp(z_j - m) and T = sum_j (z_j - m) exp(z_j - m), the entropy of softmax(z) is
+log S - T / S. The statistics (m, S, T) of two parts of a row give those of the whole: shift both to the larger
+maximum and add. This is exact up to rounding and stays finite where probabilities underflow.
+
+Letters: R rows, S columns of a part, P parts.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +13,34 @@ import torch
 
 
 def softmax_statistics(logits: torch.Tensor) -> torch.Tensor:
-    """What the entropy of a softmax can be put together from, part by part: the maximum m of each row (R, S), the sum
-    of exp(z - m), and that of (z - m) exp(z - m): (R, 3).
+    """Statistics (m, S, T) of each row of logits z.
+
+    Args:
+        logits: (R, S).
+
+    Returns:
+        (R, 3): the maximum m, the sum of exp(z - m), and the sum of (z - m) exp(z - m).
     """
-    greatest = logits.amax(dim=1, keepdim=True)
-    shifted = logits - greatest  # (R, S), at most 0
+    row_max = logits.amax(dim=1, keepdim=True)
+    shifted = logits - row_max  # (R, S), at most 0
     weights = shifted.exp()
-    return torch.cat([greatest, weights.sum(1, keepdim=True), shifted.mul_(weights).sum(1, keepdim=True)], dim=1)
+    return torch.cat([row_max, weights.sum(1, keepdim=True), shifted.mul_(weights).sum(1, keepdim=True)], dim=1)
 
 
 def empty_statistics(like: torch.Tensor) -> torch.Tensor:
-    """(R, 3), of no logits."""
+    """Statistics (R, 3) of rows without logits, the neutral element of ``merge_statistics``; R = ``len(like)``."""
     return like.new_tensor([-torch.inf, 0, 0]).repeat(len(like), 1)
 
 
 def merge_statistics(parts: torch.Tensor) -> torch.Tensor:
-    """The moments (R, 3) of rows whose parts have the moments (P, R, 3)."""
-    greatest, total, product = parts.unbind(2)  # (P, R)
-    highest = greatest.amax(dim=0)
-    lower = torch.where(total > 0, greatest - highest, 0)  # a part of no logits counts nothing
-    shrink = lower.exp()
-    return torch.stack([highest, (total * shrink).sum(0), ((product + lower * total) * shrink).sum(0)], dim=1)
+    """Merges the statistics of P parts of the same rows: (P, R, 3) -> (R, 3)."""
+    part_max, total, product = parts.unbind(2)  # (P, R)
+    row_max = part_max.amax(dim=0)
+    shift = torch.where(total > 0, part_max - row_max, 0)  # an empty part contributes nothing
+    scale = shift.exp()
+    return torch.stack([row_max, (total * scale).sum(0), ((product + shift * total) * scale).sum(0)], dim=1)
 
 
-def entropy_from_statistics(moments: torch.Tensor) -> torch.Tensor:
-    """(R,) in nats."""
-    return moments[:, 1].log() - moments[:, 2] / moments[:, 1]
+def entropy_from_statistics(statistics: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats, log S - T / S: (R, 3) -> (R,)."""
+    return statistics[:, 1].log() - statistics[:, 2] / statistics[:, 1]

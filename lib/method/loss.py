@@ -1,6 +1,14 @@
 """The neighbourhood loss over the memory bank.
 
-Letters: B batch, N samples, n rows of this process, D embedding, K neighbours.
+``neighbourhood_loss`` states the equation; ``_Loss`` computes it and its gradient without storing the (B, N) logits.
+
+Why this is exact. The log-sum-exp over all N rows is accumulated over blocks of rows with a running maximum: whenever
+the maximum grows, what has been summed is rescaled (online softmax, Milakov and Gimelshein 2018, "Online normalizer
+calculation for softmax"). The sum of softmax-weighted rows, which the gradient needs, is accumulated in the same pass,
+as attention is in FlashAttention (Dao et al. 2022), so the backward pass recomputes nothing. Each rank does this for
+its shard of the bank, and the statistics of the shards are merged in the same way.
+
+Letters: B batch size, N samples, n rows of this rank, R rows of a block, D embedding size, K neighbours.
 """
 
 from __future__ import annotations
@@ -17,56 +25,56 @@ from lib.method.chunking import block_size
 def neighbourhood_loss(
     embeddings: torch.Tensor, memory: torch.Tensor | ShardedRows, neighbourhoods: torch.Tensor, *, temperature: float
 ) -> torch.Tensor:
-    """-log of the probability that a sample is classified into its own neighbourhood, batch mean.
+    """Negative log-probability that a sample is classified into its own neighbourhood, averaged over the batch.
 
-    loss_i = -log sum_{j in neighbourhood of i} p_ij, p_ij = exp(x_i . m_j / tau) / sum_n exp(x_i . m_n / tau). For an
-    instance sample the neighbourhood is itself and this is the instance loss -log p_ii (docs/method.md,
-    equations 4 and 7). Log-sum-exp throughout.
+    loss_i = -log sum_{j in N(i)} p_ij with the non-parametric classifier
+    p_ij = exp(x_i . m_j / tau) / sum_n exp(x_i . m_n / tau). N(i) is an anchor and its K neighbours (the paper's
+    neighbourhood supervision), or an instance sample alone, which gives the instance loss -log p_ii (docs/method.md, equations 4 and 7).
 
-    The (B, N) logits never exist: blocks of them are made, summed up and forgotten, as attention is computed
-    without its matrix (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Dao et al. 2022,
-    "FlashAttention"). The gradient, (sum_j p_ij m_j - sum_{j in neighbourhood} q_ij m_j) / (tau B) where q is p
-    within the neighbourhood, falls off on the way, so that nothing has to be computed again for it.
+    The gradient by x_i is (sum_j p_ij m_j - sum_{j in N(i)} q_ij m_j) / (tau B), where q_ij is p_ij normalised over
+    N(i). It goes to the embeddings only; the memory is a constant.
 
-    Each process looks at its own rows; what is put together is a maximum and then a sum for the whole bank and for the
-    neighbourhood, (B, 2) each, and the gradient (B, D): nothing of order N.
+    Each rank reads its own rows. The ranks exchange (B, 2) maxima, (B, 2) sums and the (B, D) gradient, nothing of
+    order N.
 
     Args:
-        embeddings: (B, D) of the whole batch, unit length, the same in every process; the gradient goes to these alone.
+        embeddings: (B, D) of the whole batch, unit length, the same on every rank.
         memory: (N, D).
         neighbourhoods: (B, 1 + K) sample indices; -1 marks an empty place.
         temperature: tau.
 
     Returns:
-        Scalar, the same in every process.
+        Scalar, the same on every rank.
     """
     loss: torch.Tensor = _Loss.apply(embeddings, ShardedRows.of(memory), neighbourhoods, temperature)
     return loss
 
 
 class _Loss(torch.autograd.Function):
+    """log-sum-exp over the bank minus log-sum-exp over the neighbourhood; the gradient is computed in ``forward``."""
+
     @staticmethod
     def forward(
         ctx: Any, embeddings: torch.Tensor, bank: ShardedRows, neighbourhoods: torch.Tensor, temperature: float
     ) -> torch.Tensor:
         scaled = embeddings / temperature
-        wanted = ctx.needs_input_grad[0]
-        parts = [
-            _statistics_over_bank(scaled, bank.local, wanted),
-            _statistics_over_neighbourhood(scaled, bank, neighbourhoods, wanted),
+        needs_gradient = ctx.needs_input_grad[0]
+        statistics = [
+            _statistics_over_bank(scaled, bank.local, needs_gradient),
+            _statistics_over_neighbourhood(scaled, bank, neighbourhoods, needs_gradient),
         ]
-        greatest, total = (torch.stack([part[i] for part in parts], dim=1) for i in (0, 1))  # (B, 2) each
-        highest = bank.ranks.all_reduce_max(greatest.clone())
-        total = bank.ranks.all_reduce_sum(total * (greatest - highest).exp())
-        if wanted:
+        local_max, total = (torch.stack([each[i] for each in statistics], dim=1) for i in (0, 1))  # (B, 2) each
+        global_max = bank.ranks.all_reduce_max(local_max.clone())
+        total = bank.ranks.all_reduce_sum(total * (local_max - global_max).exp())
+        if needs_gradient:
             gradient = torch.zeros_like(embeddings)
-            for part, sign in ((0, 1), (1, -1)):
-                own_greatest, _, rows = parts[part]
-                weight = (own_greatest - highest[:, part]).exp() / total[:, part]  # (B,)
-                gradient.add_(rows * weight[:, None], alpha=sign)
+            for which, sign in ((0, 1), (1, -1)):
+                own_max, _, weighted_rows = statistics[which]
+                scale = (own_max - global_max[:, which]).exp() / total[:, which]  # (B,)
+                gradient.add_(weighted_rows * scale[:, None], alpha=sign)
             ctx.save_for_backward(bank.ranks.all_reduce_sum(gradient).div_(temperature * len(embeddings)))
-        in_all, in_members = (highest + total.log()).unbind(1)
-        return (in_all - in_members).mean()
+        over_bank, over_neighbourhood = (global_max + total.log()).unbind(1)  # log-sum-exp, (B,) each
+        return (over_bank - over_neighbourhood).mean()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
@@ -75,42 +83,48 @@ class _Loss(torch.autograd.Function):
 
 
 SoftmaxStatistics = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Of some logits z = x_i . m_n: their maximum z' (B,), sum exp(z - z') (B,) and sum exp(z - z') m_n (B, D)."""
+"""Of logits z_n = x_i . m_n / tau: maximum z' (B,), sum_n exp(z_n - z') (B,) and sum_n exp(z_n - z') m_n (B, D)."""
 
 
 def _statistics_over_bank(scaled: torch.Tensor, memory: torch.Tensor, with_rows: bool) -> SoftmaxStatistics:
-    """Over the rows of this process (n, D), from blocks of columns with a running maximum."""
+    """Statistics over the rows (n, D) of this rank, in blocks with a running maximum.
+
+    Args:
+        scaled: (B, D) embeddings divided by tau.
+        memory: (n, D).
+        with_rows: whether the weighted sum of rows is needed; it is zero otherwise.
+    """
     batch = len(scaled)
-    greatest = scaled.new_full((batch, 1), -torch.inf)
+    running_max = scaled.new_full((batch, 1), -torch.inf)
     total = scaled.new_zeros(batch, 1)
-    sums = torch.zeros_like(scaled)
+    weighted_rows = torch.zeros_like(scaled)
     for rows in memory.split(max(1, block_size(memory.device) // batch)) if len(memory) else ():  # (R, D)
         logits = scaled @ rows.t()  # (B, R)
-        before, greatest = greatest, torch.maximum(greatest, logits.amax(dim=1, keepdim=True))
-        weights = logits.sub_(greatest).exp_()
-        shrink = (before - greatest).exp_()
-        total.mul_(shrink).add_(weights.sum(dim=1, keepdim=True))
+        previous_max, running_max = running_max, torch.maximum(running_max, logits.amax(dim=1, keepdim=True))
+        weights = logits.sub_(running_max).exp_()
+        rescale = (previous_max - running_max).exp_()
+        total.mul_(rescale).add_(weights.sum(dim=1, keepdim=True))
         if with_rows:
-            sums.mul_(shrink).addmm_(weights, rows)
-    return greatest.squeeze(1), total.squeeze(1), sums
+            weighted_rows.mul_(rescale).addmm_(weights, rows)
+    return running_max.squeeze(1), total.squeeze(1), weighted_rows
 
 
 def _statistics_over_neighbourhood(
     scaled: torch.Tensor, bank: ShardedRows, neighbourhoods: torch.Tensor, with_rows: bool
 ) -> SoftmaxStatistics:
-    """Over those of the neighbourhoods' members that are rows of this process."""
-    place, here = bank.local_positions(neighbourhoods)  # an empty place is nobody's row
+    """Statistics over the members of each neighbourhood that are rows of this rank."""
+    position, is_local = bank.local_positions(neighbourhoods)  # an empty place (-1) is local to no rank
     if not len(bank.local):
         return scaled.new_full((len(scaled),), -torch.inf), scaled.new_zeros(len(scaled)), torch.zeros_like(scaled)
-    members = bank.local[place]  # (B, 1 + K, D)
-    logits = (members @ scaled[:, :, None]).squeeze(2).masked_fill_(~here, -torch.inf)  # (B, 1 + K)
-    greatest = logits.amax(dim=1)
-    weights = (logits - torch.where(greatest.isfinite(), greatest, 0)[:, None]).exp_()
-    sums = (weights[:, None] @ members).squeeze(1) if with_rows else torch.zeros_like(scaled)
-    return greatest, weights.sum(dim=1), sums
+    members = bank.local[position]  # (B, 1 + K, D)
+    logits = (members @ scaled[:, :, None]).squeeze(2).masked_fill_(~is_local, -torch.inf)  # (B, 1 + K)
+    local_max = logits.amax(dim=1)
+    weights = (logits - torch.where(local_max.isfinite(), local_max, 0)[:, None]).exp_()
+    weighted_rows = (weights[:, None] @ members).squeeze(1) if with_rows else torch.zeros_like(scaled)
+    return local_max, weights.sum(dim=1), weighted_rows
 
 
 Loss = Callable[..., torch.Tensor]
-"""As ``neighbourhood_loss``: (embeddings, memory, neighbourhoods, *, temperature) -> scalar."""
+"""Signature of ``neighbourhood_loss``: (embeddings, memory, neighbourhoods, *, temperature) -> scalar."""
 LOSSES: dict[str, Loss] = {"neighbourhood": neighbourhood_loss}
 """``--loss``: name -> function."""

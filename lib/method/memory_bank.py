@@ -1,6 +1,9 @@
-"""The memory bank.
+"""The memory bank: one row m_i for each training sample.
 
-Letters: B batch, N samples, D embedding.
+``update`` is the paper's rule. Each rank stores one shard of the rows; the embeddings of a batch are known on every
+rank, and each rank updates the rows that it stores.
+
+Letters: B batch size, N samples, n rows of this rank, D embedding size.
 """
 
 from __future__ import annotations
@@ -15,22 +18,21 @@ from lib.distributed.sharded import ShardedRows
 
 
 class MemoryBank:
-    """One row for each training sample: a running mean of its embeddings, renormalised (docs/method.md, equation 3).
+    """A moving average of each sample's embeddings, renormalised to unit length (docs/method.md, equation 3).
 
-    The reference ignores the temperature and momentum it is given in favour of its global options; here
-    they are honoured.
+    The reference ignores the temperature and momentum passed to it and reads its global options; here they are used.
 
     Args:
         samples: N.
         low_dim: D.
         temperature: tau of the non-parametric classifier over the rows.
-        momentum: eta, the share of the old row that an update keeps.
-        seed: of the uniform noise in (-s, s), s = 1 / sqrt(D / 3), that the rows start as.
-        device: where the rows lie.
-        world: the processes over which the rows lie in parts.
+        momentum: eta, weight of the old row in an update.
+        seed: seed of the initial rows, uniform noise in (-s, s) with s = 1 / sqrt(D / 3).
+        device: device of the rows.
+        ranks: the ranks over which the rows are sharded; None: a single process.
 
     Attributes:
-        memory: (n, D), the rows of this process.
+        memory: (n, D), the rows of this rank. They have unit length after their first update.
     """
 
     def __init__(
@@ -48,51 +50,51 @@ class MemoryBank:
         self.momentum = momentum
         self.samples = samples
         self.ranks = ranks or Ranks()
-        part = self.ranks.shard(samples)
-        start, stop = part.start, part.stop
+        shard = self.ranks.shard(samples)
+        start, stop = shard.start, shard.stop
         self.memory = torch.empty(stop - start, low_dim, device=device)
-        bound, draw = 1 / math.sqrt(low_dim / 3), torch.Generator().manual_seed(seed)
+        bound, generator = 1 / math.sqrt(low_dim / 3), torch.Generator().manual_seed(seed)
         step = max(1, CHUNK // low_dim)
-        for first in range(0, stop, step):  # on the CPU and from the first row on: the same whatever device and part
-            noise = torch.rand(min(step, stop - first), low_dim, generator=draw).mul_(2 * bound).sub_(bound)
+        for first in range(0, stop, step):  # on the CPU, from row 0: the same for any device and shard
+            noise = torch.rand(min(step, stop - first), low_dim, generator=generator).mul_(2 * bound).sub_(bound)
             if first + len(noise) > start:
                 skipped = max(0, start - first)
                 self.memory[first + skipped - start : first + len(noise) - start] = noise[skipped:]
 
     @property
     def rows(self) -> ShardedRows:
-        """All rows (N, D), in parts."""
+        """All rows (N, D), sharded."""
         return ShardedRows(self.memory, self.samples, self.ranks)
 
     @torch.no_grad()
     def update(self, embeddings: torch.Tensor, index: torch.Tensor) -> None:
         """m_i <- normalise(eta m_i + (1 - eta) x_i), in place.
 
-        Call it after ``backward``, which needs the rows as they were.
+        Call it after ``backward``: the gradient uses the rows as they were before the update.
 
         Args:
-            embeddings: (B, D) of the whole batch, unit length, the same in every process.
-            index: (B,) the samples' rows, each at most once.
+            embeddings: (B, D) of the whole batch, unit length, the same on every rank.
+            index: (B,) sample indices without repetition.
         """
-        which, place = self.rows.local_rows(index)
-        mixed = self.momentum * self.memory[place] + (1 - self.momentum) * embeddings[which]
-        self.memory[place] = F.normalize(mixed, dim=1)
+        selected, position = self.rows.local_rows(index)
+        mixed = self.momentum * self.memory[position] + (1 - self.momentum) * embeddings[selected]
+        self.memory[position] = F.normalize(mixed, dim=1)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """``params`` = [temperature, momentum] and ``memory`` (N, D): the reference's form.
+        """``params`` = [temperature, momentum] and ``memory`` (N, D), as the reference saves them.
 
-        To be called in every process; only the first gets the rows, the others (0, D).
+        A collective: call it on every rank. Rank 0 receives all rows, the other ranks (0, D).
         """
         return {"params": torch.tensor([self.temperature, self.momentum]), "memory": self.rows.gather_to_rank0()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes over ``memory`` (N, D) of the first process; temperature and momentum stay what the options say.
+        """Loads ``memory`` (N, D) from rank 0. Temperature and momentum keep the values of the options.
 
-        To be called in every process; of others only the shape counts.
+        A collective: call it on every rank. Of the other ranks only the shape of ``memory`` is used.
 
         Raises:
-            ValueError: the rows are of another number or size.
+            ValueError: ``memory`` has another shape than this bank.
         """
         if state["memory"].shape != self.rows.shape:
-            raise ValueError(f"the memory is {list(state['memory'].shape)}, and should be {list(self.rows.shape)}")
+            raise ValueError(f"memory has shape {list(state['memory'].shape)}, expected {list(self.rows.shape)}")
         self.rows.copy_from_rank0(state["memory"])

@@ -1,6 +1,6 @@
-"""Anchor neighbourhoods.
+"""Anchor neighbourhoods: the result of discovery, and the curriculum that sets the number of anchors.
 
-Letters: N samples, A anchors, K neighbours of an anchor, B batch.
+Letters: N samples, A anchors, K neighbours of an anchor, B batch size.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 
 @dataclass(frozen=True)
 class Neighbourhoods:
-    """Which samples are anchors, and who their neighbours are.
+    """Anchors, instance samples and the neighbours of each anchor.
 
     Attributes:
         anchors: (A,) sample indices in order of ascending entropy.
-        instances: (N - A,) the other samples, ascending.
-        position: (N,) j >= 0: the sample is the j-th anchor; -j-1: it is the j-th instance sample.
-        neighbours: (A, K) samples most similar to each anchor, itself left out, most similar first.
-        entropy: (N,) of each sample's similarity distribution, in nats; zeros before the first discovery.
+        instances: (N - A,) indices of the instance samples (all others), ascending.
+        position: (N,) j >= 0 if the sample is the j-th anchor, -j-1 if it is the j-th instance sample.
+        neighbours: (A, K) indices of the samples most similar to each anchor, without itself, most similar first.
+        entropy: (N,) entropy of each sample's similarity distribution, in nats; zeros before the first discovery.
         consistency: share of anchor-neighbour pairs with equal labels; None without labels or pairs.
     """
 
@@ -33,14 +33,14 @@ class Neighbourhoods:
 
     @classmethod
     def none(cls, samples: int, device: torch.device | str = "cpu") -> Neighbourhoods:
-        """Round 0: no anchors, every sample for itself."""
-        everyone = torch.arange(samples, device=device)
-        empty = everyone.new_empty(0)
-        return cls(empty, everyone, -everyone - 1, empty[:, None], torch.zeros(samples, device=device))
+        """Round 0: no anchors, every sample is an instance sample."""
+        indices = torch.arange(samples, device=device)
+        empty = indices.new_empty(0)
+        return cls(empty, indices, -indices - 1, empty[:, None], torch.zeros(samples, device=device))
 
     @classmethod
     def of_anchors(cls, anchors: torch.Tensor, neighbours: torch.Tensor, entropy: torch.Tensor) -> Neighbourhoods:
-        """From the anchors (A,), their neighbours (A, K) and all entropies (N,)."""
+        """Builds the position table from the anchors (A,), their neighbours (A, K) and the entropies (N,)."""
         position, instances = _positions(anchors, len(entropy))
         return cls(anchors, instances, position, neighbours, entropy)
 
@@ -50,23 +50,24 @@ class Neighbourhoods:
         return len(self.anchors)
 
     def of(self, index: torch.Tensor) -> torch.Tensor:
-        """The neighbourhood of each sample of a batch.
+        """Neighbourhoods of the samples of a batch.
 
         Args:
-            index: (B,) samples.
+            index: (B,) sample indices.
 
         Returns:
-            (B, 1 + K): the sample itself, then an anchor's neighbours, or -1 for an instance sample.
+            (B, 1 + K): the sample itself, then the K neighbours of an anchor, or -1 for an instance sample. (B, 1)
+            if there are no anchors.
         """
         own = index[:, None]  # (B, 1)
         if not self.num_anchors:
             return own
         position = self.position[index]  # (B,)
-        others = self.neighbours[position.clamp(min=0)]  # (B, K)
-        return torch.cat([own, torch.where(position[:, None] >= 0, others, -1)], dim=1)
+        neighbours = self.neighbours[position.clamp(min=0)]  # (B, K)
+        return torch.cat([own, torch.where(position[:, None] >= 0, neighbours, -1)], dim=1)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The reference's names; unknown consistency is NaN."""
+        """The tensors under the reference's names; an unknown consistency is NaN."""
         unknown = float("nan")
         return {
             "samples_num": torch.tensor(len(self.position)),
@@ -80,10 +81,10 @@ class Neighbourhoods:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, torch.Tensor], device: torch.device | str = "cpu") -> Neighbourhoods:
-        """From what ``state_dict`` gave; every size is taken as it comes (the reference refuses its own).
+        """Inverse of ``state_dict``, for any number of anchors (the reference fails to load its own files).
 
         Raises:
-            ValueError: the parts contradict each other.
+            ValueError: the tensors are inconsistent.
         """
         consistency = float(state["consistency"])
         names = ("anchor_indexes", "instance_indexes", "position", "neighbours", "entropy")
@@ -92,23 +93,23 @@ class Neighbourhoods:
         if neighbours.dim() != 2 or any(
             table.dtype != torch.long for table in (anchors, instances, position, neighbours)
         ):
-            raise ValueError("the anchors, instance samples, positions or neighbours are no indices")
+            raise ValueError("anchors, instance samples, positions and neighbours must be int64 indices")
         if len(anchors) + len(instances) != samples or len(neighbours) != len(anchors) or len(entropy) != samples:
-            raise ValueError("the anchors, instance samples and neighbours are not of one size")
+            raise ValueError("anchors, instance samples, neighbours and entropies differ in length")
         if neighbours.numel() and not 0 <= int(neighbours.min()) <= int(neighbours.max()) < samples:
-            raise ValueError("the neighbours name samples that do not exist")
-        everyone = torch.arange(samples, device=position.device)
-        in_place = torch.cat([anchors, instances.flip(0)])  # place j, or -j-1 from the end, holds its sample
+            raise ValueError("a neighbour is not a valid sample index")
+        expected = torch.arange(samples, device=position.device)
+        by_position = torch.cat([anchors, instances.flip(0)])  # entry j, or -j-1 counted from the end
         if not (-len(instances) <= int(position.min()) <= int(position.max()) < len(anchors)) or not torch.equal(
-            in_place[position], everyone
+            by_position[position], expected
         ):
-            raise ValueError("the position table does not lead to the anchors and instance samples")
+            raise ValueError("the position table does not match the anchors and instance samples")
         known = None if math.isnan(consistency) else consistency
         return cls(anchors, instances, position, neighbours, entropy, known)
 
 
 def num_anchors(samples: int, select_rate: float, round: int) -> int:
-    """int(N * select_rate * round), at most N: the curriculum's share of anchors."""
+    """The curriculum: A = int(N * select_rate * round), at most N."""
     return min(int(samples * select_rate * round), samples)
 
 
@@ -124,15 +125,15 @@ def _positions(anchors: torch.Tensor, samples: int) -> tuple[torch.Tensor, torch
 
 
 def consistency(anchors: torch.Tensor, neighbours: torch.Tensor, labels: torch.Tensor) -> float | None:
-    """Share of anchor-neighbour pairs with equal labels; reported, never trained on.
+    """Share of anchor-neighbour pairs with equal labels. Reported only, never used in training.
 
     Args:
         anchors: (A,) sample indices.
         neighbours: (A, K) sample indices.
-        labels: (N,) classes.
+        labels: (N,) class indices.
 
     Returns:
-        The share, or None where there is no pair.
+        The share in [0, 1], or None if there are no pairs.
     """
     equal = labels[anchors][:, None] == labels[neighbours]  # (A, K)
     return equal.float().mean().item() if equal.numel() else None

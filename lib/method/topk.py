@@ -1,4 +1,4 @@
-"""The greatest values of long rows. Letters: R rows, N columns, K greatest, G members of a group."""
+"""The K largest values of long rows, and a running top-k. Letters: R rows, N columns, G columns of a group."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 
 def top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``values.topk(k, dim=1)`` gives, exactly, and on a CPU faster. Which of equal values is arbitrary in both.
+    """Same result as ``values.topk(k, dim=1)``, faster on a CPU. The order of equal values is arbitrary in both.
 
     Args:
         values: (R, N).
         k: K, at most N.
 
     Returns:
-        (R, K) values, the greatest first, and their columns.
+        (R, K) values, largest first, and (R, K) their columns.
     """
     found, columns = _candidates(values, k)
     best = found.topk(k, dim=1)
@@ -24,10 +24,10 @@ def top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _candidates(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values (R, M) among which are the K greatest of each row (R, N), and their columns.
+    """Reduces each row (R, N) to M candidates that include its K largest values: (R, M) values and their columns.
 
-    These lie in the K groups of columns whose maxima are the greatest. So the maxima are taken, which is one fast pass,
-    and the members of those groups are left: with the maxima about 2 sqrt(N K) numbers in place of N.
+    The columns are split into groups of G. The K largest values lie in the K groups of largest maximum, so one fast
+    pass over the maxima leaves K G candidates: about 2 sqrt(N K) values to sort in place of N.
     """
     columns = values.shape[1]
     size = round(math.sqrt(columns / max(k, 1)))  # G
@@ -35,21 +35,21 @@ def _candidates(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
         found = values.topk(k, dim=1, sorted=False)
         return found.values, found.indices
     groups = columns // size
-    maxima = values[:, : size * groups].unflatten(1, (size, groups)).amax(dim=1)  # a group: every groups-th column
-    chosen = maxima.topk(k, dim=1, sorted=False).indices  # (R, K)
-    members = (chosen[:, :, None] + torch.arange(size) * groups).flatten(1)  # (R, K * G)
-    left_over = torch.arange(size * groups, columns).expand(len(values), -1)
-    members = torch.cat([members, left_over], dim=1)
+    maxima = values[:, : size * groups].unflatten(1, (size, groups)).amax(dim=1)  # group j: columns j, j + groups, ...
+    best_groups = maxima.topk(k, dim=1, sorted=False).indices  # (R, K)
+    members = (best_groups[:, :, None] + torch.arange(size) * groups).flatten(1)  # (R, K * G)
+    remainder = torch.arange(size * groups, columns).expand(len(values), -1)
+    members = torch.cat([members, remainder], dim=1)
     return values.gather(1, members), members
 
 
 @dataclass(frozen=True)
 class TopK:
-    """The K most similar samples of each of R rows, among those offered so far.
+    """Running top-k: the K most similar samples of each of R rows so far.
 
     Attributes:
-        similarities: (R, K), the greatest first; -inf where fewer were offered.
-        samples: (R, K), their numbers.
+        similarities: (R, K), largest first; -inf where fewer than K samples have been seen.
+        samples: (R, K), their indices.
     """
 
     similarities: torch.Tensor
@@ -57,26 +57,26 @@ class TopK:
 
     @classmethod
     def empty(cls, rows: int, size: int, like: torch.Tensor) -> TopK:
-        """Of samples that will be offered, on the device of ``like``."""
+        """Before the first update; dtype of the similarities and device are those of ``like``."""
         samples = torch.zeros(rows, size, dtype=torch.long, device=like.device)
         return cls(like.new_full((rows, size), -torch.inf), samples)
 
     def update(self, similarity: torch.Tensor, first_row: int, first_column: int) -> None:
-        """Similarities (r, S) of r rows, from ``first_row`` on, to S samples, from ``first_column`` on."""
+        """Adds the similarities (r, S) of the rows from ``first_row`` to the samples from ``first_column``."""
         size = self.samples.shape[1]
         if not size or not similarity.numel():
             return
-        worst = self.similarities[first_row : first_row + len(similarity), -1]
-        (better,) = (similarity.amax(dim=1) > worst).nonzero(as_tuple=True)  # few, once many have been offered
-        if not len(better):
+        kth_best = self.similarities[first_row : first_row + len(similarity), -1]
+        (improved,) = (similarity.amax(dim=1) > kth_best).nonzero(as_tuple=True)  # few rows after the first updates
+        if not len(improved):
             return
-        found = similarity if len(better) == len(similarity) else similarity[better]  # without a copy, if all
-        values, columns = _candidates(found, min(size, similarity.shape[1]))
-        rows = better + first_row
+        selected = similarity if len(improved) == len(similarity) else similarity[improved]  # avoids a copy
+        values, columns = _candidates(selected, min(size, similarity.shape[1]))
+        rows = improved + first_row
         self._merge_candidates(rows, values, columns + first_column)
 
     def merge(self, other: TopK) -> None:
-        """What was offered to another one for the same rows."""
+        """Adds the top-k of the same rows over other samples."""
         self._merge_candidates(slice(None), other.similarities, other.samples)
 
     def _merge_candidates(self, rows: torch.Tensor | slice, values: torch.Tensor, samples: torch.Tensor) -> None:

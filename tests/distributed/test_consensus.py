@@ -1,4 +1,4 @@
-"""What all processes refuse together."""
+"""Errors and checks that concern all ranks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def refusing(ranks: Ranks, which: list[int], text: str) -> str:
         return str(error)
 
 
-def test_what_one_process_refuses_all_refuse_and_the_first_one_says(team: Team) -> None:
+def test_an_error_on_one_rank_is_raised_on_all_and_reported_by_rank_0(team: Team) -> None:
     others = ["elsewhere"] * (len(team.run(refusing, [], "no")) - 1)
     assert team.run(refusing, [], "no") == ["done"] * (len(others) + 1)
-    assert team.run(refusing, [1], "no image") == ["process 1: no image", *others]
+    assert team.run(refusing, [1], "no image") == ["rank 1: no image", *others]
     assert team.run(refusing, [0], "no image") == ["no image", *others]
     assert team.run(refusing, [0, 1, 2, 3], "no image") == ["no image", *others]
 
@@ -40,7 +40,7 @@ def agreeing(ranks: Ranks, odd: int) -> str:
         return str(error)
 
 
-def test_a_process_with_other_data_is_refused_with_both(team: Team) -> None:
+def test_a_value_that_differs_between_ranks_is_an_error_that_names_both(team: Team) -> None:
     assert set(team.run(agreeing, -1)) == {"agreed"}
     said, *others = team.run(agreeing, 1)
-    assert said.startswith("training images: process 1 has 8, and process 0 has 9; ") and set(others) == {"elsewhere"}
+    assert said.startswith("training images: rank 1 has 8, but rank 0 has 9; ") and set(others) == {"elsewhere"}

@@ -1,4 +1,4 @@
-"""Which device a run gets, on a machine with GPUs or without."""
+"""Selection and set-up of devices, with and without GPUs."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ from lib.distributed import device
 from lib.errors import UsageError
 
 
-def test_the_cpu_serves_where_no_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gpus_the_cpu_is_selected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert device.select(()) == torch.device("cpu")
 
 
 @pytest.mark.parametrize(("gpus", "first"), [((0,), 0), ((1,), 1), ((1, 0), 1), ((0, 1, 2, 3), 0)])
-def test_the_first_named_gpu_is_the_device(gpus: tuple[int, ...], first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_process_uses_the_first_gpu_of_the_list(
+    gpus: tuple[int, ...], first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert device.select(gpus) == torch.device("cuda", first)
 
 
-def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_local_rank_selects_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for number, gpu in enumerate((2, 0, 3)):
         monkeypatch.setenv("LOCAL_RANK", str(number))
         assert device.select((2, 0, 3)) == torch.device("cuda", gpu)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    with pytest.raises(UsageError, match=r"^--gpus 2,0,3: process 3 of this machine has none; "):
+    with pytest.raises(UsageError, match=r"^--gpus 2,0,3: no GPU for local rank 3; "):
         device.select((2, 0, 3))
 
 
-def test_a_gpu_on_a_machine_without_any_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_on_a_machine_without_gpus_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UsageError, match=r"--gpus 0: .*no GPU.*--gpus '' runs on the CPU"):
         device.select((0,))
@@ -44,7 +46,7 @@ def test_a_gpu_on_a_machine_without_any_is_refused(monkeypatch: pytest.MonkeyPat
     ("gpus", "seen", "chosen"),
     [((), 2, ()), ((0,), 0, ()), ((1, 0), 2, (1, 0)), ((0, 1, 2), 2, (0, 1)), ((3,), 2, (0,)), ((), 0, ())],
 )
-def test_what_is_only_shown_takes_the_gpus_that_are_there(
+def test_available_returns_the_gpus_that_exist(
     gpus: tuple[int, ...], seen: int, chosen: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
@@ -52,7 +54,7 @@ def test_what_is_only_shown_takes_the_gpus_that_are_there(
 
 
 @pytest.mark.parametrize("gpus", [(2,), (0, 2), (7, 0)])
-def test_a_gpu_beyond_those_there_is_refused_with_their_numbers(
+def test_a_gpu_that_does_not_exist_is_an_error_that_names_the_valid_range(
     gpus: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -63,15 +65,15 @@ def test_a_gpu_beyond_those_there_is_refused_with_their_numbers(
 
 
 @pytest.fixture
-def nondeterminism_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def restore_nondeterminism(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     yield
     device.allow_nondeterminism(True)
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
-def test_pytorch_is_told_what_it_may_do(nondeterminism_as_before: None) -> None:
-    """What it asks for itself: pytorch.org/docs/stable/notes/randomness.html."""
+def test_allow_nondeterminism_sets_pytorchs_flags(restore_nondeterminism: None) -> None:
+    """The settings that pytorch.org/docs/stable/notes/randomness.html asks for."""
     for allowed in (True, False, True):
         device.allow_nondeterminism(allowed)
         assert torch.are_deterministic_algorithms_enabled() != allowed
@@ -79,16 +81,16 @@ def test_pytorch_is_told_what_it_may_do(nondeterminism_as_before: None) -> None:
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
-def test_a_place_that_the_user_has_chosen_for_cublas_stays(
-    nondeterminism_as_before: None, monkeypatch: pytest.MonkeyPatch
+def test_a_cublas_workspace_set_by_the_user_is_kept(
+    restore_nondeterminism: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     device.allow_nondeterminism(False)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
-def test_what_knows_no_other_way_warns_and_works(nondeterminism_as_before: None) -> None:
-    """``put_`` of accumulated values is one on a CPU."""
+def test_operations_without_a_deterministic_implementation_warn(restore_nondeterminism: None) -> None:
+    """``put_`` without accumulation is one on a CPU."""
     device.allow_nondeterminism(False)
     with pytest.warns(UserWarning, match="does not have a deterministic implementation"):
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
@@ -112,7 +114,7 @@ def test_a_network_is_placed_channels_last() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="PyTorch compiles for CPUs by g++")
-def test_a_compiled_network_keeps_its_names_and_its_answers() -> None:
+def test_a_compiled_network_keeps_its_parameter_names_and_outputs() -> None:
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
     expected, images = network(torch.ones(2, 3)), torch.ones(2, 3)

@@ -1,4 +1,4 @@
-"""Several processes give what one gives: loss, gradients, bank, anchors, neighbours, votes, figures, whole runs."""
+"""Several ranks give the result of a single process: loss, gradients, bank, anchors, neighbours, kNN, whole runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lib.data.loader import Loader
 from lib.distributed import device
 from lib.distributed.processes import Ranks
 from lib.distributed.sharded import ShardedRows
-from lib.distributed.sync_batchnorm import over_processes
+from lib.distributed.sync_batchnorm import convert
 from lib.errors import ToldElsewhereError, UsageError
 from lib.evaluation import linear_probe
 from lib.evaluation.classifier import Evaluator
@@ -34,11 +34,11 @@ from lib.training import checkpoint, optim
 from lib.training.checkpoint import TrainingState
 from lib.training.recorder import Recorder
 from lib.training.trainer import Trainer
-from patches import blocks_of, parcels_of
+from patches import blocks_of, chunks_of
 from team import Team, assert_alike
 
 CPU = torch.device("cpu")
-ALONE = Ranks()
+SINGLE = Ranks()
 near = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -46,22 +46,22 @@ def rows_of(samples: int, low_dim: int = 5, seed: int = 0) -> torch.Tensor:
     return F.normalize(torch.randn(samples, low_dim, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-# the parts of the method
+# the steps of the method
 
 
-def lost(ranks: Ranks, embeddings: torch.Tensor, memory: torch.Tensor, members: torch.Tensor) -> Any:
-    shares = ranks.local_batch_sizes(len(embeddings))
-    own = embeddings[ranks.slice_in(shares)].clone().requires_grad_()
-    everyone = ranks.all_gather_batch(own, shares)
+def loss_and_gradient(ranks: Ranks, embeddings: torch.Tensor, memory: torch.Tensor, members: torch.Tensor) -> Any:
+    sizes = ranks.local_batch_sizes(len(embeddings))
+    own = embeddings[ranks.slice_in(sizes)].clone().requires_grad_()
+    gathered = ranks.all_gather_batch(own, sizes)
     with blocks_of(64):
-        loss = neighbourhood_loss(everyone, ShardedRows.scatter(memory, ranks), members, temperature=0.1)
+        loss = neighbourhood_loss(gathered, ShardedRows.scatter(memory, ranks), members, temperature=0.1)
     (3 * loss).backward()
     assert own.grad is not None
     return loss.item(), own.grad
 
 
 @pytest.mark.parametrize(("batch", "samples", "k"), [(8, 24, 1), (3, 23, 3), (2, 10, 1), (1, 3, 2), (13, 101, 5)])
-def test_loss_and_gradient_are_those_of_one_process(batch: int, samples: int, k: int, team: Team) -> None:
+def test_loss_and_gradient_equal_those_of_a_single_process(batch: int, samples: int, k: int, team: Team) -> None:
     draw = torch.Generator().manual_seed(batch)
     embeddings, memory = rows_of(batch, seed=1), rows_of(samples, seed=2)
     memory[0] *= 0.1  # as before its first update
@@ -69,27 +69,27 @@ def test_loss_and_gradient_are_those_of_one_process(batch: int, samples: int, k:
     others = torch.randint(samples, (batch, k), generator=draw)
     others[::2] = -1
     members = torch.cat([index[:, None], others], dim=1)
-    loss, gradient = lost(ALONE, embeddings, memory, members)
-    expected = oracles_loss(embeddings, memory, members)
+    loss, gradient = loss_and_gradient(SINGLE, embeddings, memory, members)
+    expected = reference_loss(embeddings, memory, members)
     assert loss == pytest.approx(expected, abs=1e-5)
-    answers = team.run(lost, embeddings, memory, members)
+    answers = team.run(loss_and_gradient, embeddings, memory, members)
     assert_allclose([loss for loss, _ in answers], loss, **near)
     assert_allclose(torch.cat([part for _, part in answers]), gradient, **near)
 
 
-def oracles_loss(embeddings: torch.Tensor, memory: torch.Tensor, members: torch.Tensor) -> float:
-    """In double precision, with all of the softmax."""
+def reference_loss(embeddings: torch.Tensor, memory: torch.Tensor, members: torch.Tensor) -> float:
+    """The full softmax in double precision."""
     share = (embeddings.double() @ memory.double().t() / 0.1).softmax(dim=1)
     inside = [share[i, [j for j in row if j >= 0]].sum() for i, row in enumerate(members.tolist())]
     return -torch.stack(inside).log().mean().item()
 
 
-def banked(ranks: Ranks, samples: int, whole: torch.Tensor, parcel: int) -> Any:
-    with parcels_of(parcel):
-        return banked_in_parcels(ranks, samples, whole)
+def bank_states(ranks: Ranks, samples: int, whole: torch.Tensor, chunk: int) -> Any:
+    with chunks_of(chunk):
+        return bank_states_in_chunks(ranks, samples, whole)
 
 
-def banked_in_parcels(ranks: Ranks, samples: int, whole: torch.Tensor) -> Any:
+def bank_states_in_chunks(ranks: Ranks, samples: int, whole: torch.Tensor) -> Any:
     bank = MemoryBank(samples, 5, temperature=0.1, momentum=0.3, seed=4, device="cpu", ranks=ranks)
     first = bank.state_dict()["memory"].clone()
     index = torch.randperm(samples, generator=torch.Generator().manual_seed(2))[: max(1, samples // 2)]
@@ -99,19 +99,19 @@ def banked_in_parcels(ranks: Ranks, samples: int, whole: torch.Tensor) -> Any:
     return first, updated, bank.state_dict()["memory"].clone(), len(bank.memory)
 
 
-@pytest.mark.parametrize("parcel", [7, 2**22])
+@pytest.mark.parametrize("chunk", [7, 2**22])
 @pytest.mark.parametrize("samples", [3, 24, 25])
-def test_the_bank_is_drawn_updated_saved_and_loaded_as_by_one_process(samples: int, parcel: int, team: Team) -> None:
+def test_the_memory_bank_equals_that_of_a_single_process(samples: int, chunk: int, team: Team) -> None:
     whole = rows_of(samples)
-    expected = banked(ALONE, samples, whole, 2**22)
-    answers = team.run(banked, samples, whole, parcel)
+    expected = bank_states(SINGLE, samples, whole, 2**22)
+    answers = team.run(bank_states, samples, whole, chunk)
     for ours, theirs in zip(answers[0][:3], expected[:3], strict=True):
         assert torch.equal(ours, theirs)
     assert sum(part for *_, part in answers) == samples
     assert all(len(saved) == 0 for answer in answers[1:] for saved in answer[:3])
 
 
-def found(ranks: Ranks, memory: torch.Tensor, size: int, block: int, temperature: float) -> Any:
+def discovered(ranks: Ranks, memory: torch.Tensor, size: int, block: int, temperature: float) -> Any:
     with blocks_of(block):
         given = ShardedRows.scatter(memory, ranks)
         return discover(given, temperature=temperature, anchors=len(memory) // 3, size=size)
@@ -121,34 +121,34 @@ def found(ranks: Ranks, memory: torch.Tensor, size: int, block: int, temperature
 @pytest.mark.parametrize(
     ("samples", "size", "block"), [(24, 1, 2**20), (23, 3, 60), (7, 6, 16), (3, 1, 16), (130, 5, 400)]
 )
-def test_anchors_and_neighbours_are_those_of_one_process(
-    kind: str, samples: int, size: int, block: int, team: Team
-) -> None:
+def test_discovery_equals_that_of_a_single_process(kind: str, samples: int, size: int, block: int, team: Team) -> None:
     memory = rows_of(samples)
     temperature = 0.1
     if kind == "rows of all lengths":
         memory *= torch.linspace(0.1, 3, samples)[:, None]
         temperature = 0.05
-    alone = found(ALONE, memory, size, block, temperature)
-    for answer in team.run(found, memory, size, block, temperature):
+    alone = discovered(SINGLE, memory, size, block, temperature)
+    for answer in team.run(discovered, memory, size, block, temperature):
         assert torch.equal(answer.anchors, alone.anchors) and torch.equal(answer.position, alone.position)
         assert torch.equal(answer.neighbours, alone.neighbours) and torch.equal(answer.instances, alone.instances)
         assert_allclose(answer.entropy, alone.entropy, **near)
 
 
-def voted(ranks: Ranks, queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor) -> Any:
+def knn_scores(
+    ranks: Ranks, queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor
+) -> Any:
     mine = ranks.shard(len(queries))
     scores = weighted_knn(queries[mine], ShardedRows.scatter(bank, ranks), labels, classes=4, k=7, sigma=0.1)
     return scores, top_k_accuracy(scores, truth[mine], 1, ranks)
 
 
 @pytest.mark.parametrize(("queries", "samples"), [(10, 30), (3, 7), (1, 9), (11, 3)])
-def test_votes_are_those_of_one_process(queries: int, samples: int, team: Team) -> None:
+def test_knn_equals_that_of_a_single_process(queries: int, samples: int, team: Team) -> None:
     draw = torch.Generator().manual_seed(0)
     given = rows_of(queries, seed=5), rows_of(samples, seed=6), torch.randint(4, (samples,), generator=draw)
     truth = torch.randint(4, (queries,), generator=draw)
-    scores, accuracy = voted(ALONE, *given, truth)
-    answers = team.run(voted, *given, truth)
+    scores, accuracy = knn_scores(SINGLE, *given, truth)
+    answers = team.run(knn_scores, *given, truth)
     assert_allclose(torch.cat([part for part, _ in answers]), scores, **near)
     assert [share for _, share in answers] == [accuracy] * len(answers)
 
@@ -166,9 +166,9 @@ def measured(ranks: Ranks, memory: torch.Tensor, rows: int) -> Any:
 
 
 @pytest.mark.parametrize("rows", [10, 100])
-def test_health_is_that_of_one_process(rows: int, team: Team) -> None:
+def test_health_equals_that_of_a_single_process(rows: int, team: Team) -> None:
     memory = rows_of(41)
-    alone = measured(ALONE, memory, rows)
+    alone = measured(SINGLE, memory, rows)
     for figures in team.run(measured, memory, rows):
         assert figures == pytest.approx(alone, rel=1e-5, abs=1e-5)
 
@@ -188,11 +188,11 @@ def probed(ranks: Ranks, train: torch.Tensor, labels: torch.Tensor, test: torch.
         )
 
 
-def test_the_linear_probe_is_that_of_one_process(team: Team) -> None:
+def test_linear_probe_equals_that_of_a_single_process(team: Team) -> None:
     draw = torch.Generator().manual_seed(0)
     labels, truth = torch.arange(301) % 3, torch.arange(50) % 3
     train, test = (F.one_hot(part, 8) + torch.randn(len(part), 8, generator=draw) for part in (labels, truth))
-    alone = probed(ALONE, train, labels, test, truth)
+    alone = probed(SINGLE, train, labels, test, truth)
     assert 0.5 < alone.top1 < 1
     assert team.run(probed, train, labels, test, truth) == [alone] * len(team.run(probed, train, labels, test, truth))
 
@@ -245,7 +245,7 @@ def trained(
     """Two rounds; the checkpoint, the figures, and the accuracy of the last epoch."""
     torch.manual_seed(0)
     network = models.build("resnet10-w16", low_dim=6)
-    placed = device.place(network, CPU, ranks, sync_bn=kind == "joined")
+    placed = device.place(network, CPU, ranks, sync_bn=kind == "sync")
     network = Precise(placed, kind == "frozen")
     bank = MemoryBank(SAMPLES, 6, temperature=0.2, momentum=0.5, seed=1, device="cpu", ranks=ranks)
     bank.memory = bank.memory.double()
@@ -282,12 +282,12 @@ def trained(
     return state.checkpoint("resnet10-w16", ""), features
 
 
-@pytest.mark.parametrize("kind", ["frozen", "joined"])
+@pytest.mark.parametrize("kind", ["frozen", "sync"])
 @pytest.mark.parametrize(("batch", "iter_size"), [(8, 1), (12, 2)])  # the last one of three images
-def test_a_run_of_several_processes_is_that_of_one(
+def test_a_training_run_equals_that_of_a_single_process(
     kind: str, batch: int, iter_size: int, team: Team, tmp_path: Path
 ) -> None:
-    alone, features = trained(ALONE, kind, batch, iter_size, None, None)
+    alone, features = trained(SINGLE, kind, batch, iter_size, None, None)
     answers = team.run(trained, kind, batch, iter_size, None, str(tmp_path))
     assert_alike(answers[0][0], alone)
     assert_allclose(torch.cat([part for _, part in answers]), features, rtol=1e-4, atol=1e-5)
@@ -299,31 +299,31 @@ def test_a_run_of_several_processes_is_that_of_one(
 
 
 @pytest.mark.parametrize("best", [False, True])
-def test_a_checkpoint_of_one_number_of_processes_goes_on_with_another(best: bool, team: Team) -> None:
-    """The state after the first round, written by one process, gone on with by several, and the other way round."""
-    whole, _ = trained(ALONE, "joined", 8, 1, None, None)
-    begun = stopped_after_a_round(ALONE)
+def test_a_checkpoint_resumes_with_another_number_of_ranks(best: bool, team: Team) -> None:
+    """The state after the first round, saved by a single process and resumed by several ranks, and vice versa."""
+    whole, _ = trained(SINGLE, "sync", 8, 1, None, None)
+    begun = stopped_after_a_round(SINGLE)
     begun = checkpoint.without_copies(begun) if best else begun
-    assert_alike(team.run(trained, "joined", 8, 1, begun, None)[0][0], whole)
+    assert_alike(team.run(trained, "sync", 8, 1, begun, None)[0][0], whole)
     begun = team.run(stopped_after_a_round)[0]
-    assert_alike(trained(ALONE, "joined", 8, 1, begun, None)[0], whole)
+    assert_alike(trained(SINGLE, "sync", 8, 1, begun, None)[0], whole)
 
 
 def stopped_after_a_round(ranks: Ranks) -> Any:
-    return trained(ranks, "joined", 8, 1, None, None, rounds=1)[0]
+    return trained(ranks, "sync", 8, 1, None, None, rounds=1)[0]
 
 
-def test_processes_that_normalise_for_themselves_train_too(team: Team) -> None:
-    """Nothing to compare with: the batches that are normalised are others."""
+def test_training_without_synchronised_batch_normalisation_is_finite(team: Team) -> None:
+    """Not comparable with a single process, which normalises over other batches."""
     content, features = team.run(trained, "own", 8, 1, None, None)[0]
     assert features.isfinite().all() and all(value.isfinite().all() for value in content["net"].values())
     assert content["history"][-1]["loss"] > 0
 
 
 def normalised(ranks: Ranks, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Joined batch normalisation of this process's share of (B, C, H, W); its output, gradient and statistics."""
+    """Synchronised batch normalisation of the local part of (B, C, H, W): output, gradient and running statistics."""
     own = images[ranks.slice_in(ranks.local_batch_sizes(len(images)))].clone().requires_grad_()
-    layer = over_processes(torch.nn.BatchNorm2d(images.shape[1]), ranks, joined=True).train()
+    layer = convert(torch.nn.BatchNorm2d(images.shape[1]), ranks, sync=True).train()
     with torch.autocast("cpu", torch.bfloat16, enabled=images.dtype == torch.bfloat16):
         out = layer(own)
     (out.float().square() * torch.arange(128) / 128).sum().backward()
@@ -332,8 +332,8 @@ def normalised(ranks: Ranks, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_joined_statistics_are_of_full_precision_whatever_the_images_are(dtype: torch.dtype, team: Team) -> None:
-    """The batch has 131,072 pixels, a number that fp16 does not have."""
+def test_synchronised_statistics_are_computed_in_float32(dtype: torch.dtype, team: Team) -> None:
+    """The pixel count of the batch, 131,072, overflows fp16."""
     drawn = torch.Generator().manual_seed(0)
     images = (torch.randn(8, 2, 128, 128, generator=drawn) * 3 + 1).to(dtype)
     plain = torch.nn.BatchNorm2d(2).train()
@@ -353,18 +353,16 @@ def test_joined_statistics_are_of_full_precision_whatever_the_images_are(dtype: 
 
 
 def resumed(ranks: Ranks, there: Path, samples: int) -> Any:
-    """What a process knows of a checkpoint that only the first one sees."""
+    """What each rank loads from a checkpoint that only rank 0 can read."""
     source, loaded = checkpoint.load_resumed(there if ranks.is_rank0 else there.parent / "not here.ckpt", ranks)
     bank = MemoryBank(samples, 5, temperature=0.1, momentum=0.3, seed=4, device="cpu", ranks=ranks)
     memory = loaded["npc"]["memory"]
     bank.load_state_dict(loaded["npc"])
-    return source, loaded["net"], memory.is_meta, memory.shape, bank.memory, ShardedRows.scatter(memory, ranks).own
+    return source, loaded["net"], memory.is_meta, memory.shape, bank.memory, ShardedRows.scatter(memory, ranks).local
 
 
 @pytest.mark.parametrize("samples", [3, 10])
-def test_a_checkpoint_is_read_by_the_first_process_and_its_rows_are_dealt_out(
-    samples: int, team: Team, tmp_path: Path
-) -> None:
+def test_rank_0_reads_the_checkpoint_and_scatters_the_rows(samples: int, team: Team, tmp_path: Path) -> None:
     there, memory = tmp_path / "a.ckpt", rows_of(samples)
     net = {"weight": torch.arange(3.0)}
     checkpoint.save({"net": net, "npc": {"params": torch.zeros(2), "memory": memory}}, there)
@@ -387,7 +385,9 @@ def damaged(ranks: Ranks, there: Path) -> str:
 
 
 @pytest.mark.parametrize("memory", [torch.eye(3).to_sparse(), None, [1.0]])
-def test_a_bank_that_is_no_table_is_refused_by_all(memory: Any, team: Team, tmp_path: Path) -> None:
+def test_a_memory_bank_that_is_no_dense_matrix_is_an_error_on_all_ranks(
+    memory: Any, team: Team, tmp_path: Path
+) -> None:
     checkpoint.save({"net": {}, "npc": {"memory": memory}}, tmp_path / "a.ckpt")
     said, *others = team.run(damaged, tmp_path / "a.ckpt")
     assert "its memory bank is no table of numbers" in said and set(others) == {"elsewhere"}

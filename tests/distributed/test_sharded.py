@@ -1,4 +1,4 @@
-"""Rows in parts: who has which, how they go round, and who meets whom."""
+"""Sharded rows: scatter, gather, selection, and the ring."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 
 from lib.distributed.processes import Ranks
 from lib.distributed.sharded import ShardedRows
-from patches import parcels_of
+from patches import chunks_of
 from team import Team
 
 
-def parts_of(ranks: Ranks, samples: int, parcel: int) -> Any:
-    with parcels_of(parcel):
-        return parts_in_parcels(ranks, samples)
+def shards_of(ranks: Ranks, samples: int, chunk: int) -> Any:
+    with chunks_of(chunk):
+        return shards_in_chunks(ranks, samples)
 
 
-def parts_in_parcels(ranks: Ranks, samples: int) -> Any:
+def shards_in_chunks(ranks: Ranks, samples: int) -> Any:
     rows = ShardedRows.scatter(torch.arange(2.0 * samples).view(samples, 2), ranks)
     seen = {start: part.clone() for start, part in rows.ring()}
     index = torch.arange(samples).flip(0)[::2]
@@ -34,11 +34,11 @@ def parts_in_parcels(ranks: Ranks, samples: int) -> Any:
     )
 
 
-@pytest.mark.parametrize("parcel", [1, 5, 2**22])
+@pytest.mark.parametrize("chunk", [1, 5, 2**22])
 @pytest.mark.parametrize("samples", [1, 3, 4, 9, 23])
-def test_every_row_is_with_one_process_and_comes_round_to_all(samples: int, parcel: int, team: Team) -> None:
+def test_every_row_is_in_one_shard_and_the_ring_brings_all_to_every_rank(samples: int, chunk: int, team: Team) -> None:
     whole = torch.arange(2.0 * samples).view(samples, 2)
-    answers = team.run(parts_of, samples, parcel)
+    answers = team.run(shards_of, samples, chunk)
     assert torch.equal(torch.cat([own for own, *_ in answers]), whole)
     sizes = [len(own) for own, *_ in answers]
     assert max(sizes) - min(sizes) <= 1
@@ -49,34 +49,34 @@ def test_every_row_is_with_one_process_and_comes_round_to_all(samples: int, parc
     assert torch.equal(answers[0][2], whole)
 
 
-def meetings(ranks: Ranks, samples: int, parcel: int) -> Any:
-    """Pairs that met here, and how many others the own rows met elsewhere, by what these wrote down."""
+def pairs_met(ranks: Ranks, samples: int, chunk: int) -> Any:
+    """Pairs of rows that met on this rank, and per local row the number of rows that it met on other ranks."""
     rows = ShardedRows.scatter(torch.arange(2.0 * samples).view(samples, 2), ranks)
-    noted, met = torch.zeros(rows.padded_shard_size, 3, dtype=torch.long), []
-    with parcels_of(parcel):
-        for visit in rows.ring_pairs([noted]):
-            numbers = (visit.rows[:, 0] / 2).long()
-            assert numbers.tolist() == list(range(visit.start, visit.start + len(visit.rows)))
-            own = range(rows.start, rows.start + len(rows.local))[visit.own]
-            met += [(i, j) for i in own for j in numbers[visit.theirs].tolist()]
-            visit.tables[0][visit.theirs] += len(own)
-    assert (noted == noted[:, :1]).all()
-    return met, noted[: len(rows.local), 0].tolist()
+    counts, met = torch.zeros(rows.padded_shard_size, 3, dtype=torch.long), []
+    with chunks_of(chunk):
+        for received in rows.ring_pairs([counts]):
+            numbers = (received.rows[:, 0] / 2).long()
+            assert numbers.tolist() == list(range(received.start, received.start + len(received.rows)))
+            own = range(rows.start, rows.start + len(rows.local))[received.own]
+            met += [(i, j) for i in own for j in numbers[received.theirs].tolist()]
+            received.tables[0][received.theirs] += len(own)
+    assert (counts == counts[:, :1]).all()
+    return met, counts[: len(rows.local), 0].tolist()
 
 
 @pytest.mark.parametrize("samples", [1, 3, 4, 9, 23])
-@pytest.mark.parametrize("parcel", [1, 5, 2**22])
-def test_rows_of_different_processes_meet_once(samples: int, parcel: int, team: Team) -> None:
-    answers, parts = team.run(meetings, samples, parcel), team.run(part_of, samples)
+@pytest.mark.parametrize("chunk", [1, 5, 2**22])
+def test_rows_of_different_ranks_are_paired_once(samples: int, chunk: int, team: Team) -> None:
+    answers, parts = team.run(pairs_met, samples, chunk), team.run(shard_of, samples)
     pairs = Counter(tuple(sorted(pair)) for met, _ in answers for pair in met)
-    home = {row: rank for rank, part in enumerate(parts) for row in range(samples)[part]}
-    everyone = itertools.combinations(range(samples), 2)
-    assert pairs == Counter(pair for pair in everyone if home[pair[0]] != home[pair[1]])
-    visited = Counter(j for met, _ in answers for _, j in met)
-    assert [count for _, noted in answers for count in noted] == [visited[row] for row in range(samples)]
+    owner = {row: rank for rank, part in enumerate(parts) for row in range(samples)[part]}
+    all_pairs = itertools.combinations(range(samples), 2)
+    assert pairs == Counter(pair for pair in all_pairs if owner[pair[0]] != owner[pair[1]])
+    met_elsewhere = Counter(j for met, _ in answers for _, j in met)
+    assert [count for _, counts in answers for count in counts] == [met_elsewhere[row] for row in range(samples)]
     most = max(len(met) for met, _ in answers)
-    assert samples < 9 or most <= 1.5 * len(pairs) / len(answers)  # the work is shared out
+    assert samples < 9 or most <= 1.5 * len(pairs) / len(answers)  # the pairs are spread evenly over the ranks
 
 
-def part_of(ranks: Ranks, samples: int) -> slice:
+def shard_of(ranks: Ranks, samples: int) -> slice:
     return ranks.shard(samples)

@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 import datasets
 from lib.errors import UsageError
 from lib.evaluation import clustering
-from lib.evaluation.clustering import against, cluster
+from lib.evaluation.clustering import cluster, scores
 from lib.session.console import logger
 
 
@@ -54,7 +54,7 @@ def test_the_figures_are_those_of_counting(seed: int) -> None:
     draw = np.random.default_rng(seed)
     labels, clusters = draw.integers(0, 2 + seed % 3, 25), draw.integers(0, 2 + seed % 4, 25)
     clusters[: seed * 2] = (labels[: seed * 2] + 1) % (2 + seed % 4)
-    got = against(labels, clusters)
+    got = scores(labels, clusters)
     words = labels.tolist(), clusters.tolist()
     assert got["accuracy"] == pytest.approx(accuracy_by_brute_force(*words))
     assert got["nmi"] == pytest.approx(nmi_by_counting(*words), abs=1e-9)
@@ -71,7 +71,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 def test_digits_are_clustered_as_well_as_scikit_learn_does() -> None:
     rows, labels = digits()
     ours = cluster(rows, labels, clusters=10, seed=0)
-    theirs = against(labels, KMeans(10, n_init=10, random_state=0).fit_predict(rows))
+    theirs = scores(labels, KMeans(10, n_init=10, random_state=0).fit_predict(rows))
     assert ours.name == "k-means (10 clusters, best of 10 starts)"
     assert ours.figures["accuracy"] > 0.6
     for name, value in theirs.items():
@@ -81,23 +81,23 @@ def test_digits_are_clustered_as_well_as_scikit_learn_does() -> None:
 
 def test_many_samples_are_clustered_by_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, labels = digits()
-    monkeypatch.setattr(clustering, "WHOLE", len(rows) - 1)
+    monkeypatch.setattr(clustering, "FULL_BATCH", len(rows) - 1)
     found = cluster(rows, labels, clusters=10, seed=2**40)
-    assert found.name == "k-means by batches (10 clusters, best of 10 starts)" and found.figures["accuracy"] > 0.5
+    assert found.name == "mini-batch k-means (10 clusters, best of 10 starts)" and found.figures["accuracy"] > 0.5
 
 
 def silhouette_by_loops(rows: np.ndarray, clusters: np.ndarray) -> float:
     distance = np.linalg.norm(rows[:, None] - rows[None], axis=2)
-    scores = []
+    values = []
     for i, own in enumerate(clusters):
         mates = [j for j in range(len(rows)) if clusters[j] == own and j != i]
         if not mates:
-            scores.append(0.0)
+            values.append(0.0)
             continue
         inside = distance[i, mates].mean()
         outside = min(distance[i, clusters == other].mean() for other in set(clusters.tolist()) - {own})
-        scores.append((outside - inside) / max(inside, outside))
-    return float(np.mean(scores))
+        values.append((outside - inside) / max(inside, outside))
+    return float(np.mean(values))
 
 
 def test_without_labels_the_silhouette_tells() -> None:
@@ -111,7 +111,7 @@ def test_without_labels_the_silhouette_tells() -> None:
 def test_the_silhouette_is_of_some_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, _ = digits()
     whole = cluster(rows, None, clusters=5, seed=0).figures["silhouette"]
-    monkeypatch.setattr(clustering, "JUDGED", 400)
+    monkeypatch.setattr(clustering, "SILHOUETTE_SAMPLES", 400)
     assert cluster(rows, None, clusters=5, seed=0).figures["silhouette"] == pytest.approx(whole, abs=0.05)
 
 
@@ -121,7 +121,7 @@ def test_equal_rows_have_no_silhouette_and_the_log_says_that_clusters_are_empty(
     monkeypatch.setattr(logger(), "propagate", True)
     with caplog.at_level("INFO", logger().name):
         assert cluster(np.ones((6, 2), np.float32), None, clusters=3, seed=0).figures == {}
-    assert caplog.messages == ["k-means: 2 of the 3 clusters are empty, as images are alike"]
+    assert caplog.messages == ["k-means: 2 of the 3 clusters are empty, because images are identical"]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

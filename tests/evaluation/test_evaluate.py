@@ -121,7 +121,7 @@ def test_without_labels_there_is_clustering_alone() -> None:
     inputs = subject_of(train_labels=None, test_labels=None, test=None, classes=0, evaluators=[])
     (row,) = evaluate.evaluate(inputs, Options(protocol="cluster", clusters=3))
     assert set(row.figures) == {"silhouette"} and "3 clusters" in row.protocol
-    with pytest.raises(UsageError, match="linear: needs labelled"):
+    with pytest.raises(UsageError, match="linear needs labelled"):
         evaluate.evaluate(inputs, Options(protocol="cluster linear"))
 
 

@@ -81,10 +81,10 @@ def test_features_that_never_change_and_scales_do_no_harm(
 
 def test_the_best_epoch_is_the_best_of_all(digits: datasets.Splits, stages: list[dict[str, torch.Tensor]]) -> None:
     seen: list[float] = []
-    judge = linear_probe._judge
+    accuracy = linear_probe._accuracy
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear_probe, "STEPS", (1, 42))
-        patch.setattr(linear_probe, "_judge", lambda *words: seen.append(judge(*words)[0]) or judge(*words))
+        patch.setattr(linear_probe, "_accuracy", lambda *words: seen.append(accuracy(*words)[0]) or accuracy(*words))
         got = probed(digits, stages[0]["fc"], stages[1]["fc"])
     assert len(seen) == 7 and got.top1 == seen[-1] and got.best_top1 == max(seen)
 
@@ -184,14 +184,14 @@ def test_features_that_the_disk_has_no_room_for_are_refused_before_they_are_writ
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9 - size, size))
     assert extract_stages(Counting(), loader_of(IMAGES), ["conv1"], "x")["conv1"].shape == (25, 48)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9 - size + 1, size - 1))
-    with pytest.raises(UsageError, match=r"^--linear-layers conv1: .* 0 MB in a temporary file, .* TMPDIR"):
+    with pytest.raises(UsageError, match=r"^--linear-layers conv1: .* temporary file of 0 MB, .* TMPDIR"):
         extract_stages(Counting(), loader_of(IMAGES), ["conv1"], "x")
 
 
 LIMITED = """
 import resource, sys
-from lib import linear_probe
-from lib.console import UsageError
+from lib.errors import UsageError
+from lib.evaluation import linear_probe
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000,) * 2)
 linear_probe.IN_MEMORY = 0
 features = linear_probe._storage(100, 50, "conv1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lib.method.chunking import LEAST, block_rows, block_size
+from lib.method.chunking import MIN_ROWS, block_rows, block_size
 
 GPU = torch.device("cuda", 0)
 
@@ -18,4 +18,4 @@ def test_blocks_do_not_depend_on_the_memory_that_is_free(monkeypatch: pytest.Mon
     for device in (GPU, torch.device("cpu")):
         size = block_size(device)
         assert size & (size - 1) == 0  # a power of two
-        assert block_rows(1000, device) == size // 1000 and block_rows(10 * size, device) == LEAST
+        assert block_rows(1000, device) == size // 1000 and block_rows(10 * size, device) == MIN_ROWS

@@ -32,7 +32,7 @@ def figures_of(
 ) -> tuple[Figures, State]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in patched.items():
-            patch.setattr(chunking if name in ("CACHED", "LEAST") else diagnostics, name, value)
+            patch.setattr(chunking if name in ("CPU_BLOCK", "MIN_ROWS") else diagnostics, name, value)
         return measure(torch.from_numpy(memory), previous, round=round, temperature=0.2, size=size)
 
 
@@ -77,7 +77,7 @@ def assert_equal(found: Figures, wanted: Figures) -> None:
 @many
 @given(memories(), st.integers(1, 20), st.integers(1, 60))
 def test_the_figures_of_all_samples_are_the_oracles(memory: np.ndarray, size: int, block: int) -> None:
-    found, _ = figures_of(memory, size=size, CACHED=block, LEAST=1)
+    found, _ = figures_of(memory, size=size, CPU_BLOCK=block, MIN_ROWS=1)
     assert_equal(found, expected(memory, list(range(len(memory))), size))
     assert found["kept"] is None and found["drift"] is None
 
@@ -89,7 +89,7 @@ def test_the_figures_of_a_sample_are_the_oracles(memory: np.ndarray, size: int, 
         patch.setattr(diagnostics, "ROWS", rows)
         chosen = measured(len(memory)).tolist()
     assert len(chosen) == min(rows, len(memory))
-    found, _ = figures_of(memory, size=size, ROWS=rows, CACHED=block, LEAST=1)
+    found, _ = figures_of(memory, size=size, ROWS=rows, CPU_BLOCK=block, MIN_ROWS=1)
     assert_equal(found, expected(memory, chosen, size))
 
 
@@ -211,7 +211,7 @@ def test_a_state_comes_back_from_a_checkpoint_with_the_same_figures(tmp_path: An
 def test_a_damaged_state_is_refused(change: dict[str, Any]) -> None:
     whole = {"round": 1, "rows": torch.zeros(3, 2), "nearest": torch.zeros(3, 1, dtype=torch.long), "before": None}
     State.from_state_dict(whole)
-    with pytest.raises(ValueError, match=r"^the health's .+"):
+    with pytest.raises(ValueError, match=r"^health state: .+"):
         State.from_state_dict(whole | change)
 
 

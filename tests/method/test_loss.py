@@ -46,7 +46,7 @@ def padded(own: list[list[int]]) -> torch.Tensor:
 @pytest.fixture(params=[1, 4, 2**20], autouse=True)
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """One column at a time, some, or all."""
-    monkeypatch.setattr(chunking, "CACHED", request.param)
+    monkeypatch.setattr(chunking, "CPU_BLOCK", request.param)
 
 
 def by_logits(logits: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

@@ -243,7 +243,7 @@ def test_a_process_with_other_options_is_refused_at_the_start(photos: Path, tmp_
     process = start(program, *words_of(photos, tmp_path / "sessions", "odd"), program=torchrun(2))
     shown = output_of(process)
     assert process.returncode != 0
-    assert "error: --npc-momentum: process 1 has 0.7, and process 0 has 0.5; give all processes the same" in shown
+    assert "error: --npc-momentum: rank 1 has 0.7, but rank 0 has 0.5; start all ranks with the same" in shown
     assert not (tmp_path / "sessions").exists()
 
 
@@ -258,5 +258,5 @@ def test_one_process_alone_that_goes_on_is_refused_at_the_start(
     process = start(program, *cfgs, *words_of(photos, tmp_path / "sessions", "odd"), program=torchrun(2))
     shown = output_of(process)
     assert process.returncode != 0
-    assert re.search("error: --re(sume|start): process 1 has .*, and process 0 has ", shown)
+    assert re.search("error: --re(sume|start): rank 1 has .*, but rank 0 has ", shown)
     assert not (tmp_path / "sessions").exists()

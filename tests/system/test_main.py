@@ -1000,7 +1000,7 @@ def test_a_session_of_a_gpu_is_shown_and_judged_without_one_and_not_trained(
     ):
         capsys.readouterr()
         assert main.main(words) == 0
-        assert "not on this machine; the CPU takes their place" in capsys.readouterr().out
+        assert "not all on this machine; using the CPU" in capsys.readouterr().out
     assert "--gpus '' runs on the CPU" in refused([*resume, "--max-round", "2"], capsys)
     assert main.main([*resume, "--max-round", "2", "--gpus", ""]) == 0
 
@@ -1011,7 +1011,7 @@ def test_a_gpu_that_is_not_used_is_told_of(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     assert main.main([*start, "--max-round", "1"]) == 0
-    assert capsys.readouterr().out.count("NVIDIA H100 is not used; --gpus 0 uses it") == 1
+    assert capsys.readouterr().out.count("NVIDIA H100 is not used; set --gpus 0 to use it") == 1
 
 
 def test_a_single_process_computes_no_fingerprint_of_the_data(

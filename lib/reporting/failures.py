@@ -15,7 +15,7 @@ from lib.distributed import launch
 from lib.distributed.launch import UNEXPECTED
 from lib.errors import ToldElsewhereError, UsageError, is_out_of_memory
 from lib.session.atomic_files import printable, reason
-from lib.session.console import FIRST
+from lib.session.console import IS_RANK0
 from lib.session.locate import latest
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def explain(error: Exception) -> tuple[int, str] | None:
     from lib.errors import NonFiniteLossError
 
     if isinstance(error, NonFiniteLossError):
-        return 1, str(error) if FIRST else ""  # the same in every process
+        return 1, str(error) if IS_RANK0 else ""  # the same in every process
     if isinstance(error, torch._dynamo.exc.TorchDynamoException):
         return 2, f"--compile: PyTorch cannot compile the network here ({reason(error)}); leave it out"
     if is_out_of_memory(error):

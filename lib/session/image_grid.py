@@ -1,4 +1,4 @@
-"""A picture of what a discovery found: anchors beside their neighbours."""
+"""A grid of thumbnails: anchors next to their neighbours."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from PIL import Image, ImageOps
 from lib.session.atomic_files import atomic_write
 
 TILE = 48
-"""Pixels of an image in the picture."""
+"""Edge of a thumbnail, in pixels."""
 EQUAL, OTHER, UNKNOWN = "#2a9d4e", "#d1342f", "#9a9a9a"
-"""Frame of a neighbour: of the anchor's class, of another one, or nobody knows."""
+"""Frame colour of a neighbour: same class as the anchor, another class, or no labels."""
 
 
 def draw(
@@ -26,17 +26,18 @@ def draw(
     rows: int = 8,
     columns: int = 6,
 ) -> Image.Image:
-    """Anchors in order of entropy, evenly spaced from the surest to the least sure, read row by row.
+    """Draws anchors and their neighbours.
 
-    Each entry is an anchor and up to five of its neighbours, most similar first; a frame tells whether a
-    neighbour shares the anchor's label, where there are labels.
+    Each entry is an anchor and up to five neighbours, most similar first. The entries are evenly spaced over the
+    anchors in order of entropy, lowest first, row by row. With labels, a neighbour's frame shows whether it has
+    the anchor's label.
 
     Args:
         images: N arrays (H, W, 3) of uint8.
         labels: (N,) or None.
-        anchors: (A,) sample indices, at least one.
+        anchors: (A,) sample indices in order of entropy, A at least 1.
         neighbours: (A, K) sample indices.
-        rows, columns: entries in the picture at most.
+        rows, columns: maximum number of rows, and of anchors with one neighbour each in a row.
     """
     shown = min(neighbours.shape[1], 5)
     columns = max(1, columns // shown)
@@ -66,10 +67,10 @@ def _tile(image: np.ndarray, frame: str) -> Image.Image:
 def save_anchors(
     path: Path, images: Sequence[np.ndarray], labels: np.ndarray | None, anchors: torch.Tensor, neighbours: torch.Tensor
 ) -> Image.Image | None:
-    """Writes the picture as PNG and returns it; None and nothing written where there is no anchor or no neighbour.
+    """Writes the grid as a PNG file and returns it. Without anchors or neighbours, writes nothing and returns None.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     if not neighbours.numel():
         return None
@@ -80,7 +81,7 @@ def save_anchors(
 
 
 def thumbnails(images: Sequence[np.ndarray], index: Sequence[int]) -> np.ndarray:
-    """Chosen images as (n, 3, TILE, TILE) of float32 in [0, 1], with white beside those that are not square."""
+    """The images at ``index`` as float32 (n, 3, TILE, TILE) in [0, 1], padded to squares with white."""
     tiles = [ImageOps.pad(Image.fromarray(images[i]), (TILE, TILE), color="white") for i in index]
     stacked = np.stack([np.asarray(tile) for tile in tiles])  # (n, TILE, TILE, 3)
     shown: np.ndarray = np.divide(stacked.transpose(0, 3, 1, 2), 255, dtype=np.float32)

@@ -24,7 +24,7 @@ from lib.errors import UsageError
 from lib.method import diagnostics
 from lib.method.memory_bank import MemoryBank
 from lib.method.neighbourhoods import Neighbourhoods
-from lib.session.atomic_files import atomic_write, keep, reason
+from lib.session.atomic_files import atomic_write, hard_link, reason
 from lib.session.console import logger
 from lib.session.locate import LATEST, PREVIOUS, locate
 from lib.training import pretrained
@@ -178,7 +178,7 @@ def save(content: Checkpoint, path: Path) -> None:
         OSError: it cannot be written.
     """
     if path.name == LATEST and path.exists():
-        keep(path, path.with_name(PREVIOUS))
+        hard_link(path, path.with_name(PREVIOUS))
     with atomic_write(path) as file:
         try:
             # PyTorch 1.0, the reference's, reads no other form
@@ -233,7 +233,7 @@ def make_latest(path: Path) -> None:
         OSError: the file system does not allow it.
     """
     if path.name != LATEST:
-        keep(path, path.with_name(LATEST))
+        hard_link(path, path.with_name(LATEST))
 
 
 def load_resumed(resume: Path, ranks: Ranks | None = None) -> tuple[Path, Checkpoint]:

@@ -62,7 +62,7 @@ class Recorder:
         found = state.neighbourhoods
         if state.round:
             path = self.session.of_round("neighbours", state.round, found.num_anchors, "png")
-            with self.session.spare("the picture of anchors and neighbours"):
+            with self.session.warn_on_write_error("the picture of anchors and neighbours"):
                 if path and (
                     picture := image_grid.save_anchors(path, self.images, self.labels, found.anchors, found.neighbours)
                 ):
@@ -141,7 +141,7 @@ class Recorder:
                     self.unsaved = f"{path}: could not be saved: {reason(error)}"
                     logger().warning("%s; the last good one stays, and the next epoch tries again", self.unsaved)
         if session.folder and best and discovery and self.options.keep != "all" and not self.unsaved:
-            with self.signals.defer(), session.spare("what the discovery found"):
+            with self.signals.defer(), session.warn_on_write_error("what the discovery found"):
                 if is_best or not discovery.exists():
                     checkpoint.save_discovery(content, discovery)
                 checkpoint.drop_bests(session.folder, best if self.options.keep == "best" else None)

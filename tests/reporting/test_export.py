@@ -275,13 +275,13 @@ def test_what_can_be_exported_passes_and_writes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["out", "out.npy", ".npz", "out.npz.gz", "out.safetensors"])
 def test_embeddings_need_their_ending(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match=r"^--export-features .*: the file's name should end in \.npz$"):
+    with pytest.raises(UsageError, match=r"^--export-features .*: the file name must end in \.npz$"):
         export.check(asked(features=tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["out", "out.pt", ".onnx", "out.npz", "out.yaml"])
 def test_a_network_needs_one_of_its_endings(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match=r"^--export-model .*: the file's name should end in \.safetensors or \.onnx$"):
+    with pytest.raises(UsageError, match=r"^--export-model .*: the file name must end in \.safetensors or \.onnx$"):
         export.check(asked(model=tmp_path / name))
 
 
@@ -301,7 +301,9 @@ def test_nothing_is_overwritten(
 ) -> None:
     taken = tmp_path / there
     taken.symlink_to(tmp_path / "nowhere") if link else taken.write_text("mine")
-    refused = pytest.raises(UsageError, match=rf"/{re.escape(there)}: exists; choose another name, or move it away$")
+    refused = pytest.raises(
+        UsageError, match=rf"/{re.escape(there)}: already exists; choose another name, or move the file away$"
+    )
     with refused:
         export.check(asked(**{what: tmp_path / name}))
     with refused:  # it came while the network was trained
@@ -319,7 +321,7 @@ def test_nothing_is_overwritten(
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     for given in (asked(features=tmp_path / "no" / "out.npz"), asked(model=tmp_path / "no" / "out.onnx")):
-        with pytest.raises(UsageError, match=r"out\.\w+: there is no folder .*/no; make it"):
+        with pytest.raises(UsageError, match=r"out\.\w+: the folder .*/no does not exist; create it"):
             export.check(given)
 
 
@@ -333,7 +335,7 @@ def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path, name: str) -> N
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
-        with pytest.raises(UsageError, match="cannot be written to; allow it, or choose another one"):
+        with pytest.raises(UsageError, match="no permission to write to the folder"):
             export.check(asked(features=tmp_path / "out.npz"))
     finally:
         tmp_path.chmod(0o700)
@@ -341,7 +343,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_the_system_calls_read_only_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path or not mode & os.W_OK)
-    with pytest.raises(UsageError, match="cannot be written to; allow it, or choose another one"):
+    with pytest.raises(UsageError, match="no permission to write to the folder"):
         export.check(asked(model=tmp_path / "out.safetensors"))
 
 

@@ -201,7 +201,7 @@ def test_a_run_that_can_write_nothing_at_all_goes_on_to_its_end(new: New, tmp_pa
     shown = output_of(process)
     assert process.returncode == 3, shown
     assert "Traceback" not in shown and "Logging error" not in shown
-    for part in ("log.txt", "metrics.jsonl", "what TensorBoard shows", "the picture of anchors", "the report"):
+    for part in ("log.txt", "metrics.jsonl", "TensorBoard events", "the picture of anchors", "the report"):
         assert part in shown, part
     assert not out.exists()
 

@@ -219,7 +219,7 @@ def test_the_command_that_resumes_a_stopped_run_is_quoted_for_the_shell(
     (command,) = re.findall(r"resume with: python main\.py (.*)$", capsys.readouterr().out, re.MULTILINE)
     assert shlex.split(command) == ["--resume", str(tmp_path / "runs of mine" / "first try")]
     said = refused(words, capsys)
-    assert shlex.split(said.partition("resume it by ")[2]) == shlex.split(command)
+    assert shlex.split(said.partition("resume it with ")[2]) == shlex.split(command)
     assert main.main(shlex.split(command)) == 0
 
 

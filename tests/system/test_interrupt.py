@@ -71,7 +71,9 @@ def test_a_run_killed_again_and_again_ends_as_the_one_that_was_not(whole: Path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", ["best", "last"])
-@pytest.mark.parametrize(("place", "calls"), [("save_discovery", 1), ("drop_bests", 8), ("drop_bests", 9)])
+@pytest.mark.parametrize(
+    ("place", "calls"), [("save_discovery", 1), ("remove_best_checkpoints", 8), ("remove_best_checkpoints", 9)]
+)
 def test_a_run_that_keeps_fewer_checkpoints_is_resumed_from_wherever_it_was_killed(
     place: str, calls: int, keep: str, whole: Path, tmp_path: Path, new: New
 ) -> None:

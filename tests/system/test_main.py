@@ -586,7 +586,7 @@ def test_of_many_files_that_are_left_out_for_one_reason_some_are_named(
     for number in range(12):
         (photos / "train" / "dark" / f"{number:02}.CR2").write_bytes(b"a raw file")
     assert main.main([*start, "--test-only"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
     assert (
         len(lines) == 2 and "09.CR2 and 2 more: camera raw files" in lines[0] and lines[1].startswith("12 unreadable")
     )
@@ -945,7 +945,7 @@ def test_checkpoints_that_do_not_fit_say_how(
     session = session_in(tmp_path)
     before = {path: path.read_bytes() for path in session.rglob("*") if path.is_file()}
     resume = ["--resume", str(session)]
-    assert "is of network tiny" in refused([*resume, "--network", "resnet10"], capsys)
+    assert "contains weights of network tiny" in refused([*resume, "--network", "resnet10"], capsys)
     assert "embedding size 8, not 16" in refused([*resume, "--low-dim", "16"], capsys)
     (photos / "train" / "dark" / "0.png").unlink()
     assert "24 samples, not 23" in refused(resume, capsys)

@@ -191,9 +191,9 @@ def test_a_line_of_the_log_tells_of_each_file(
     export.save_model(tmp_path / "net.safetensors", resnet, options_of(), **COLOURS)
     sizes = {name: f"{(tmp_path / name).stat().st_size:,}" for name in ("out.npz", "net.safetensors", "net.yaml")}
     assert caplog.messages == [
-        f"embeddings: {tmp_path}/out.npz (7 train, 5 test, of 6 numbers each; {sizes['out.npz']} bytes)",
-        f"model: {tmp_path}/net.safetensors (resnet10, embedding 6; {sizes['net.safetensors']} bytes)",
-        f"model's options: {tmp_path}/net.yaml (for --cfgs; {sizes['net.yaml']} bytes)",
+        f"embeddings: {tmp_path}/out.npz (7 train, 5 test, embedding size 6; {sizes['out.npz']} bytes)",
+        f"model: {tmp_path}/net.safetensors (resnet10, embedding size 6; {sizes['net.safetensors']} bytes)",
+        f"options of the model: {tmp_path}/net.yaml (for --cfgs; {sizes['net.yaml']} bytes)",
     ]
     assert all(getattr(record, "summary", False) == SUMMARY["summary"] for record in caplog.records)
 
@@ -254,7 +254,9 @@ def test_where_the_exporter_fails_a_sentence_says_so_and_nothing_is_left(
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)
     network = Unknown().train()
-    with pytest.raises(UsageError, match=r"^the exporter to ONNX of PyTorch .* failed: .*bessel_j0.*safetensors file$"):
+    with pytest.raises(
+        UsageError, match=r"^--export-model: the ONNX exporter of PyTorch .* failed: .*bessel_j0.*safetensors file$"
+    ):
         export.save_model(tmp_path / "net.onnx", network, options_of(), **COLOURS)
     assert network.training and not list(tmp_path.iterdir())
     assert capfd.readouterr() == ("", "")
@@ -355,7 +357,7 @@ def test_missing_packages_are_named_with_the_command_that_brings_them(
         monkeypatch.setitem(sys.modules, name, sys.modules[__name__])
     export.check(asked(model=tmp_path / "out.onnx"))
     monkeypatch.setitem(sys.modules, package, None)  # type: ignore[arg-type]  # importing it fails
-    with pytest.raises(UsageError, match=rf"{package}, which .*; pip install -r requirements-onnx\.txt$"):
+    with pytest.raises(UsageError, match=rf"{package}, which .*; run pip install -r requirements-onnx\.txt$"):
         export.check(asked(model=tmp_path / "out.onnx"))
     export.check(asked(model=tmp_path / "out.safetensors"))
 

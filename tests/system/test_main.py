@@ -726,13 +726,13 @@ BAD_OPTIONS = {
     "--protocol svm": "protocol",
     "--val-fraction 0.01": "val_fraction",
     "--test-only --protocol linear --linear-layers conv6": "stage",
-    "--download": "nothing to fetch",
+    "--download": "nothing to download",
     "--bounding-boxes": "cub200",
     "--dataset imagenet --download": "image-net.org",
     "--pretrained none.pth": "none.pth",
     "--export-features out.txt": ".npz",
     "--export-model none/out.onnx": "none",
-    "--size 2 --resize 2": "--network tiny: takes no images of 2 x 2 pixels",
+    "--size 2 --resize 2": "--network tiny: does not accept images of 2 x 2 pixels",
     "--max-epoch 9 --lr-decay-offset 0 --lr-decay-step 1 --lr-decay-rate 1e30": "--lr-decay-rate 1e+30",
     f"--resume {'x' * 300}": "File name too long",
     f"--query {'x' * 300}": "File name too long",
@@ -892,12 +892,12 @@ class Unlike(Tiny):
 
 LACKING = {
     "stages": "has no method stages(images)",
-    "size": "its embedding of one image should be of shape (1, 8), by --low-dim, and is (1, 9)",
-    "tensor": "its embedding of one image should be of shape (1, 8), by --low-dim, and is list",
-    "length": "its embeddings should be of unit length, and one has 2",
-    "dict": "its stages(images) should be a dict of tensors by name",
-    "tensors": "its stages(images) should be a dict of tensors by name",
-    "fc": "its stages(images) should have the embeddings as 'fc'",
+    "size": "its embedding of one image must have shape (1, 8), as set by --low-dim, and is (1, 9)",
+    "tensor": "its embedding of one image must have shape (1, 8), as set by --low-dim, and is list",
+    "length": "its embeddings must have unit length, and one has 2",
+    "dict": "its stages(images) must return a dict of tensors by name",
+    "tensors": "its stages(images) must return a dict of tensors by name",
+    "fc": "its stages(images) must contain the embeddings as 'fc'",
 }
 
 

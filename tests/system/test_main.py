@@ -392,7 +392,7 @@ def test_a_report_is_made_at_the_end_and_of_any_session(
     assert main.main(["--report", str(session)]) == 0
     assert str(session / "report.html") in capsys.readouterr().out
     assert (session / "report.html").read_text(encoding="utf-8") == page
-    assert "no session" in refused(["--report", str(tmp_path)], capsys)
+    assert "not a session folder" in refused(["--report", str(tmp_path)], capsys)
     (session / "metrics.jsonl").write_text("")
     assert "metrics.jsonl" in refused(["--report", str(session)], capsys)
     assert (session / "report.html").read_text(encoding="utf-8") == page
@@ -724,7 +724,7 @@ BAD_OPTIONS = {
     "--lr-policy multistep --lr-schedule none.yaml": "none.yaml",
     "stray": "stray",
     "--protocol svm": "protocol",
-    "--val-fraction 0.01": "val_fraction",
+    "--val-fraction 0.01": "--val-fraction",
     "--test-only --protocol linear --linear-layers conv6": "stage",
     "--download": "nothing to download",
     "--bounding-boxes": "cub200",
@@ -782,7 +782,7 @@ def test_memory_that_ran_out_is_told(
     def fail(context: object) -> None:
         raise error
 
-    monkeypatch.setattr(outputs, "test", fail)
+    monkeypatch.setattr(outputs, "run_evaluation", fail)
     assert "--batch-size" in refused([*start, "--test-only"], capsys)
 
 
@@ -792,7 +792,7 @@ def test_an_error_of_the_program_without_a_session_shows_its_traceback(
     def fail(context: object) -> None:
         raise RuntimeError("shapes do not fit\x1b[31m")
 
-    monkeypatch.setattr(outputs, "test", fail)
+    monkeypatch.setattr(outputs, "run_evaluation", fail)
     assert main.main([*start, "--test-only"]) == 70
     *above, last = capsys.readouterr().err.splitlines()
     assert above[0].startswith("Traceback") and any("in fail" in line for line in above)

@@ -383,7 +383,7 @@ def _is_our_png(content: bytes) -> bool:
 
 
 def draw(comparison: Comparison) -> bytes:
-    """A PNG: accuracy over the rounds (the loss where nobody has one), and the time that each group took."""
+    """The comparison as PNG: accuracy (or loss, without labels) over the rounds, and the time of each group."""
     # takes half a second, which only a comparison needs to wait for
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Data sets by name, with the channel means and deviations that training normalises by."""
+"""Data sets by name, with the channel means and standard deviations used for normalisation."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ IMAGENET_MEANS, IMAGENET_STDS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Source:
-    """Where images come from, and their channel statistics on RGB in [0, 1].
+    """A data set.
 
-    ``published``: it has a place to be fetched from, or a sentence that tells how to get it.
-    ``boxes``: its images have annotated bounding boxes.
+    Attributes:
+        load: loads the splits.
+        means, stds: channel means and standard deviations of RGB in [0, 1].
+        published: whether ``--download`` can fetch it or explain how to get it.
+        boxes: whether its images have annotated bounding boxes.
     """
 
     load: Callable[[Request], Splits]
@@ -42,7 +45,7 @@ class Source:
 
 
 def _lazy(module: str, name: str) -> Callable[[Request], Splits]:
-    """``name`` of ``datasets/<module>.py``, imported when it is called: torchvision takes seconds to import."""
+    """``name`` of ``datasets/<module>.py``, imported on first use, as importing torchvision takes seconds."""
 
     def load_it(request: Request) -> Splits:
         splits: Splits = getattr(import_module(f"datasets.{module}"), name)(request)
@@ -72,26 +75,29 @@ def load(
     boxes: bool = False,
     progress: Progress = lambda items, what, total, unit: items,
 ) -> Splits:
-    """The splits of a data set.
+    """Loads the splits of a data set.
 
     Args:
-        name: a key of ``DATASETS``, in any case; KeyError otherwise.
-        root: the folder it lies in, None for the embedded digits.
-        strict: refuse a folder with unreadable images instead of leaving them out.
-        download: fetch what is not there.
-        boxes: cut the images to their annotated boxes.
-        progress: shows how far reading has come.
+        name: a key of ``DATASETS``, in any case.
+        root: the folder that contains the data set; None for the digits.
+        strict: raise DataError if an image is unreadable, instead of skipping it.
+        download: download missing files.
+        boxes: crop the images to their annotated bounding boxes.
+        progress: shows a progress bar.
 
     Raises:
-        DataError: the data are not there or not usable.
+        DataError: the data are missing or cannot be used.
+        KeyError: there is no such data set.
     """
     source = DATASETS[name.lower()]
     if download and not source.published:
-        raise DataError(f"--download: there is nothing to fetch for the data set {name}; drop the flag")
+        raise DataError(f"--download: there is nothing to download for the data set {name}; drop the flag")
     if boxes and not source.boxes:
         having = ", ".join(key for key, other in DATASETS.items() if other.boxes)
-        raise DataError(f"--bounding-boxes: {name} has none; drop the flag, or choose among {having}")
+        raise DataError(f"--bounding-boxes: {name} has none; drop the flag, or set --dataset to one of {having}")
     try:
         return source.load(Request(root, strict, download, boxes, progress))
     except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror}; allow it, or move it away") from None
+        raise DataError(
+            f"{error.filename}: cannot be read: {error.strerror}; change its permissions, or move it away"
+        ) from None

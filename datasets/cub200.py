@@ -30,17 +30,17 @@ MEND = f"unpack {ARCHIVE.name} ({PAGE}) again"
 
 
 def load(request: Request) -> Splits:
-    """Training and test images of the published split, cut to the birds' boxes where the user asks for it.
+    """Loads the published training and test split, cropped to the bounding boxes if requested.
 
     Raises:
-        DataError: the lists or images are not there, or do not fit together.
+        DataError: lists or images are missing or inconsistent.
     """
     if request.download:
         provide(request, [ARCHIVE])
     root = open_root(request, EXPECTED, GET)
     home = root if (root / "images.txt").is_file() else root / FOLDER
     if not (home / "images.txt").is_file():
-        raise DataError(f"{root}: looked for {EXPECTED} there; {GET}")
+        raise DataError(f"{root}: does not contain {EXPECTED}; {GET}")
     files, names = _lines(home, "images.txt"), _lines(home, "classes.txt")
     labels, training = _lines(home, "image_class_labels.txt", files), _lines(home, "train_test_split.txt", files)
     boxes = _lines(home, "bounding_boxes.txt", files) if request.boxes else None
@@ -62,7 +62,7 @@ def load(request: Request) -> Splits:
 
 
 def _lines(home: Path, name: str, images: dict[str, str] | None = None) -> dict[str, str]:
-    """A list's values by number; ``images``: those that it must tell something of."""
+    """The values of a list, by number. Raises DataError if one of ``images`` is missing."""
     try:
         lines = map(str.strip, (home / name).read_text(encoding="utf-8").splitlines())
         found = dict(line.split(maxsplit=1) for line in lines if line)
@@ -75,7 +75,7 @@ def _lines(home: Path, name: str, images: dict[str, str] | None = None) -> dict[
 
 
 def _corners(line: str, home: Path) -> np.ndarray:
-    """Left, top, right and bottom (4,) of "left top width height", outwards to whole pixels."""
+    """Parses "left top width height" to left, top, right, bottom (4,), rounded outwards to whole pixels."""
     try:
         left, top, width, height = map(float, line.split())
         corners = math.floor(left), math.floor(top), math.ceil(left + width), math.ceil(top + height)

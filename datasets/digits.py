@@ -17,7 +17,7 @@ FILE = Path(__file__).with_name("digits.npz")
 
 
 def load(request: Request) -> Splits:
-    """1,437 training and 360 test images (8, 8, 3); nothing of the request matters."""
+    """1,437 training and 360 test images (8, 8, 3). The request is ignored."""
     with np.load(FILE, allow_pickle=False) as file:
         grey = np.round(file["images"] * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
         labels, is_test = file["labels"].astype(np.int64), file["is_test"]

@@ -6,7 +6,7 @@ Khosla et al., "Novel Dataset for Fine-Grained Image Categorization", 2011. Read
     ROOT/lists/train_list.mat, test_list.mat   file_list (files below Images) and labels (from 1), by image
     ROOT/Annotation/<breed>/*                  the dogs' boxes, as XML of PASCAL VOC
 
-A photograph with several dogs is one image here, also when it is cut: to the smallest box around all of them.
+A photograph with several dogs is one image. With bounding boxes, it is cropped to the smallest box around all dogs.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ MEND = f"unpack lists.tar, images.tar and, for boxes, annotation.tar ({PAGE}) ag
 
 
 def load(request: Request) -> Splits:
-    """Training and test images of the published split, cut to the dogs' boxes where the user asks for it.
+    """Loads the published training and test split, cropped to the bounding boxes if requested.
 
     Raises:
-        DataError: the lists, images or boxes are not there, or do not fit together.
+        DataError: lists, images or boxes are missing or inconsistent.
     """
     if request.download:
         provide(request, ARCHIVES)
     root = open_root(request, EXPECTED, GET)
     lists = next((p for p in (root / "lists", root) if (p / "train_list.mat").is_file()), None)  # the archive has none
     if lists is None or not (root / "Images").is_dir():
-        raise DataError(f"{root}: looked for {EXPECTED} there; {GET}")
+        raise DataError(f"{root}: does not contain {EXPECTED}; {GET}")
     tables = {name: _table(lists / name) for name in ("train_list.mat", "test_list.mat")}
     breeds: dict[int, str] = {}
     for names, labels in tables.values():
@@ -84,7 +84,7 @@ def _table(path: Path) -> tuple[list[str], list[int]]:
         labels = [int(label) for label in np.atleast_1d(content["labels"])]
         if len(names) != len(labels):
             raise ValueError(f"{len(names)} files and {len(labels)} labels")
-    except Exception as error:  # damaged files make the reader raise nearly anything
+    except Exception as error:  # damaged files can cause any error
         raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())}; {MEND}") from None
     return names, labels
 

@@ -1,4 +1,4 @@
-"""Archives of published data sets: fetched, resumed, verified, unpacked, and never written over anything."""
+"""Downloads archives of published data sets: resumes, verifies and unpacks them, and never overwrites files."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from datasets.images import DataError, Request
 
 CHUNK = 2**20
 LOCK = ".download.lock"
-"""In the data root, for as long as a process downloads to it."""
+"""Lock file in the data root during a download."""
 TRIES = 3
 TIMEOUT = 30.0
-"""Seconds without a byte after which a connection counts as lost."""
+"""Seconds without data after which a connection counts as lost."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Archive:
     """A published file.
 
     Attributes:
-        url: where it is.
-        checksum: its kind and hexadecimal digits, as in ``md5:c58f...``.
-        unpacks_to: folder of the data root that holds its contents, or None where the file is used as it is.
+        url: its URL.
+        checksum: algorithm and hexadecimal digits, such as ``md5:c58f...``.
+        unpacks_to: folder in the data root that it is unpacked to, or None if the file is used directly.
     """
 
     url: str
@@ -51,18 +51,17 @@ class Archive:
 
 
 class _LostError(Exception):
-    """The source cannot be reached, or broke off."""
+    """The server cannot be reached, or the connection was lost."""
 
 
 def provide(request: Request, archives: Sequence[Archive]) -> None:
-    """Brings into the data root what is not there yet.
+    """Downloads and unpacks the archives that are missing in the data root.
 
-    A file that is there already, because somebody put it there, is verified and used. A download that was cut
-    off is in ``<name>.part`` and goes on from there the next time.
+    An archive that is already there is verified and used. An interrupted download is kept as ``<name>.part`` and
+    resumed the next time.
 
     Raises:
-        DataError: no root is named, a source cannot be reached (says what to put where), a file is not the
-            published one, or the root cannot be written.
+        DataError: the root is not set or cannot be written, a server cannot be reached, or a checksum does not match.
     """
     if request.root is None:
         raise DataError("data_root is not set: pass --data-root with the folder to download to")
@@ -74,7 +73,7 @@ def provide(request: Request, archives: Sequence[Archive]) -> None:
                 with filelock.FileLock(request.root / LOCK, timeout=0):
                     if archive.unpacks_to is None:
                         _fetch(archive, request.root, request)
-                    elif not target.exists():  # another process may just have brought it
+                    elif not target.exists():  # another process may have unpacked it meanwhile
                         _unpack(_fetch(archive, request.root, request), target)
             elif archive.unpacks_to is None:
                 _fetch(archive, request.root, request)
@@ -88,7 +87,7 @@ def provide(request: Request, archives: Sequence[Archive]) -> None:
 
 
 def _fetch(archive: Archive, root: Path, request: Request) -> Path:
-    """The file in the root, verified."""
+    """Path of the verified file in the root; downloads it if it is missing."""
     path = root / archive.name
     if path.exists():
         if not _is_published(path, archive, request):
@@ -100,7 +99,7 @@ def _fetch(archive: Archive, root: Path, request: Request) -> Path:
     part = path.with_name(f"{path.name}.part")
     _download(archive, part, request)
     if not _is_published(part, archive, request):
-        part.unlink()  # going on from wrong bytes would never end well
+        part.unlink()  # resuming from wrong data would fail again
         raise DataError(
             f"{archive.url}: what came from there is not the published file ({archive.checksum}), and was removed; "
             f"try again, or put {archive.name} from another source at {path}"
@@ -109,20 +108,20 @@ def _fetch(archive: Archive, root: Path, request: Request) -> Path:
 
 
 def _download(archive: Archive, part: Path, request: Request) -> None:
-    """Adds to ``part`` what it lacks; DataError where the source cannot be reached or breaks off."""
+    """Downloads the rest of ``part``. Raises DataError if the server cannot be reached or the connection is lost."""
     for tries_left in reversed(range(TRIES)):
         try:
-            _go_on(archive, part, request)
+            _resume(archive, part, request)
             return
         except _LostError as error:
             if not tries_left:
                 raise DataError(
-                    f"{archive.url}: cannot be fetched: {error}; run again to go on with it, or put the file "
+                    f"{archive.url}: cannot be fetched: {error}; run again to resume the download, or put the file "
                     f"({archive.checksum}) from elsewhere at {part.with_suffix('')} and run again with --download"
                 ) from None
 
 
-def _go_on(archive: Archive, part: Path, request: Request) -> None:
+def _resume(archive: Archive, part: Path, request: Request) -> None:
     have = part.stat().st_size if part.exists() else 0
     try:
         query = urllib.request.Request(archive.url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -130,15 +129,15 @@ def _go_on(archive: Archive, part: Path, request: Request) -> None:
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return  # all of it is there: the checksum decides
+            return  # the file is complete; the checksum is verified later
         raise _LostError(f"HTTP {error.code} {_reason(error)}") from None
-    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: redirected to what is no URL
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: redirect to an invalid URL
         raise _LostError(_reason(error)) from None
     with answer:
-        goes_on = answer.status == http.client.PARTIAL_CONTENT  # otherwise the whole file comes
+        is_partial = answer.status == http.client.PARTIAL_CONTENT  # otherwise the server sends the whole file
         length = getattr(answer, "length", None) or 0  # as Content-Length says
         received = 0
-        with part.open("ab" if goes_on else "wb") as file:
+        with part.open("ab" if is_partial else "wb") as file:
             chunks = request.progress(
                 _received(answer), f"downloading {archive.name}", math.ceil(length / CHUNK), "MiB"
             )
@@ -161,7 +160,7 @@ def _received(answer: Any) -> Iterator[bytes]:
 
 
 def _reason(error: Exception) -> str:
-    """One line, which not every one of the library's messages is."""
+    """The error's message on one line."""
     reason = getattr(error, "reason", None) or error
     return " ".join(str(reason).split()) or type(reason).__name__
 
@@ -178,7 +177,7 @@ def _is_published(path: Path, archive: Archive, request: Request) -> bool:
 
 
 def _extract(archive: tarfile.TarFile, folder: Path) -> None:
-    """Refuses members that lead out of the folder."""
+    """Extracts an archive; refuses members outside the folder."""
     if hasattr(tarfile, "data_filter"):
         archive.extractall(folder, filter="data")
         return
@@ -190,18 +189,18 @@ def _extract(archive: tarfile.TarFile, folder: Path) -> None:
 
 
 def _unpack(path: Path, target: Path) -> None:
-    """Unpacks beside the target and renames, so that a broken-off unpacking is never taken for the data."""
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    content = beside / "content"  # of the usual mode, which mkdtemp's folder is not
+    """Unpacks to a temporary folder and renames it, so that an incomplete folder is never used."""
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    content = temporary / "content"  # with default permissions, unlike mkdtemp's folder
     try:
         content.mkdir()
         with tarfile.open(path) as file:
             _extract(file, content)
-        inside = content / target.name  # some archives hold the folder, some only what should be in it
+        inside = content / target.name  # some archives contain the folder, others only its content
         (inside if inside.is_dir() else content).rename(target)
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, LookupError, ValueError) as error:
         raise DataError(
             f"{path}: cannot be unpacked: {_reason(error)}; move it away, and --download fetches it anew"
         ) from None
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Image files that a source has listed, as the images that training sees.
+"""Reads image files as image sets.
 
-Every file is opened once before training, so that what cannot be read is known before the memory bank is made.
-Small collections stay in memory after that, large ones are decoded when they are needed.
+Every file is opened once before training, so that unreadable images are known before the memory bank is created.
+Small data sets are kept in memory; images of large ones are decoded on access.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from datasets.images import (
 from datasets.inventory import Inventory, Listing, Names
 
 IN_MEMORY = 2**30
-"""Bytes of decoded pixels up to which a split is held in memory."""
+"""Maximum size of a split's decoded pixels, in bytes, for keeping it in memory."""
 
 IMAGE_ENDINGS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".dib", ".tif", ".tiff",
     ".webp", ".gif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".avif", ".heic", ".heif", *RAW_ENDINGS,
 )  # fmt: skip
-"""Endings of image files, in any case. What has one and cannot be read is an unreadable image."""
+"""Endings of image files, in any case. A file with one of them that cannot be read is an unreadable image."""
 
 OTHER_ENDINGS = (
     ".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".html",
@@ -51,16 +51,16 @@ OTHER_ENDINGS = (
     ".xlsx", ".xmp", ".aae", ".npy", ".npz", ".mat", ".pkl", ".h5", ".hdf5", ".parquet", ".zip", ".tar", ".gz", ".tgz",
     ".bz2", ".xz", ".7z", ".rar", ".md5", ".sha256", ".lnk", ".url",
 )  # fmt: skip
-"""Endings, in any case, of what usually lies beside images and is none: text, tables, archives, system files."""
+"""Endings of other files, in any case, which are ignored: text, tables, archives, system files."""
 OTHER_NAMES = ("license", "readme")
 """As ``OTHER_ENDINGS``, whole names."""
 
-TOGETHER = 64  # files a thread takes at once: a future for each of a million would cost more than the list
+TOGETHER = 64  # files per task: one future for each of a million files would use too much memory
 
 
 @dataclass(frozen=True)
 class Classes:
-    """Class folders of one split: their names in order, and the class of each file."""
+    """Class names of a split, and the class index of each file."""
 
     names: tuple[str, ...]
     labels: np.ndarray  # (N,) int64
@@ -68,7 +68,7 @@ class Classes:
 
 @dataclass
 class Reader:
-    """Reads the splits of one data root, and gathers what the user should know about them."""
+    """Reads the splits of one data root, and collects notes and skipped files."""
 
     root: Path
     request: Request
@@ -78,16 +78,16 @@ class Reader:
     def read(
         self, part: str, files: Inventory, *, classes: Classes | None = None, boxes: np.ndarray | None = None
     ) -> ImageSet:
-        """Opens every file that nobody has opened; keeps pixels while they fit, notes what cannot be read.
+        """Opens the files that are not in the inventory cache, and returns the readable images.
 
         Args:
-            part: what the bar says.
+            part: name of the split for the progress bar.
             files: N files below the root.
-            classes: of the files, or None without labels.
-            boxes: (N, 4) of int64, left, top, right and bottom in pixels, to cut each image to; None: whole.
+            classes: classes of the files, or None without labels.
+            boxes: int64 (N, 4), left, top, right and bottom in pixels, to crop each image to; None: whole images.
 
         Raises:
-            DataError: a box lies outside its image.
+            DataError: a box is outside its image.
         """
         names, sizes, reasons = files.names, files.sizes, files.reasons
         if sizes is None:
@@ -114,10 +114,10 @@ class Reader:
         )
 
     def splits(self, train: ImageSet, test: ImageSet | None) -> Splits:
-        """Both splits with their notes.
+        """Both splits with the notes and skipped files.
 
         Raises:
-            DataError: no training image could be read, or some image could not and the user wants none left out.
+            DataError: no training image could be read, or an image is unreadable and the request is strict.
         """
         if self.skipped and self.request.strict:
             names = "; ".join(f"{name} ({why})" for name, why in self.skipped[:10])
@@ -137,7 +137,7 @@ class Reader:
             self.notes.append(f"{error}; the next start opens every file again")
 
     def _each(self, work: Callable[[Path], Any], names: Sequence[str], what: str) -> list[Any]:
-        """``work`` of every file in order; an UnreadableImageError takes the place of its result."""
+        """``work`` of every file, in order; an UnreadableImageError is returned in place of the result."""
 
         def attempt(start: int) -> list[Any]:
             results: list[Any] = []
@@ -148,7 +148,7 @@ class Reader:
                     results.append(error)
             return results
 
-        # Pillow decodes outside the interpreter's lock
+        # Pillow releases the GIL while decoding
         with quiet(), ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             results = chain.from_iterable(pool.map(attempt, range(0, len(names), TOGETHER)))
             return list(self.request.progress(results, what, len(names), "file"))
@@ -158,12 +158,12 @@ def open_root(request: Request, expected: str, mend: str) -> Path:
     """The data root.
 
     Args:
-        request: names it.
-        expected: what it should hold, for the message.
-        mend: how to get that.
+        request: contains the root.
+        expected: the expected content, for messages.
+        mend: how to get it, for messages.
 
     Raises:
-        DataError: none is named, or it is no folder.
+        DataError: the root is not set, or is not a folder.
     """
     if request.root is None:
         raise DataError(f"data_root is not set: pass --data-root with a folder that holds {expected}; {mend}")
@@ -173,46 +173,46 @@ def open_root(request: Request, expected: str, mend: str) -> Path:
 
 
 def below(root: Path, folder: str) -> Inventory:
-    """Every image below a folder of the root, in order; hidden files and links that lead in circles are left out.
+    """All images below a folder of the root, sorted, without hidden files and circular links.
 
-    An image is what has one of ``IMAGE_ENDINGS``, or is found to be one by its content. Of ``OTHER_ENDINGS`` nothing
-    is opened. What remains is listed in ``reasons``.
+    Images are recognised by ``IMAGE_ENDINGS``, or by content. Files with ``OTHER_ENDINGS`` are ignored; all others are
+    listed in ``reasons``.
 
     Raises:
-        OSError: a folder may not be read.
+        OSError: a folder cannot be read.
     """
-    key = f"{folder} {' '.join(formats())}"  # another Pillow, or pillow-heif, reads other files
+    key = f"{folder} {' '.join(formats())}"  # supported formats depend on Pillow and pillow-heif
     return inventory.take(root, key, partial(_walk, root, folder))
 
 
 def listed(root: Path, names: Sequence[str], source: str, mend: str) -> Inventory:
-    """Files that a list names, which must all be there.
+    """The files of a list, all of which must exist.
 
     Args:
         root: the data root.
         names: relative to the root.
-        source: the list's name, for the message.
-        mend: what to do where files are missing.
+        source: name of the list, for messages.
+        mend: what to do if files are missing, for messages.
 
     Raises:
-        DataError: the list names files that are not there, or none.
+        DataError: files are missing, or the list is empty.
     """
     key = f"{source} {hashlib.sha256(Names(names).packed.tobytes()).hexdigest()}"
     return inventory.take(root, key, partial(_check_list, root, names, source, mend))
 
 
 def class_folders(root: Path, split: str, files: Inventory) -> Classes | None:
-    """The classes of ``split/<class>/...``, or None where its images lie in no class folder.
+    """The classes of ``split/<class>/...``, or None without class folders.
 
     Raises:
-        DataError: there are images both in class folders and beside them.
+        DataError: there are images both in class folders and next to them.
     """
     parts = [name.split(os.sep, 2) for name in files.folders]
     folders = sorted(part[1] for part in parts if len(part) == 2 and part[0] == split)
     direct = [name for name in files.names if name.count(os.sep) == 1]
     if folders and direct:
         raise DataError(
-            f"{root / split}: holds both class folders ({folders[0]}) and images beside them "
+            f"{root / split}: holds both class folders ({folders[0]}) and images next to them "
             f"({Path(min(direct)).name}); move the images into class folders, or the folders away"
         )
     if not folders:
@@ -223,10 +223,10 @@ def class_folders(root: Path, split: str, files: Inventory) -> Classes | None:
 
 
 def renumber(test: Classes, train: tuple[str, ...], root: Path) -> Classes:
-    """The test images' classes by the training images' numbers.
+    """The test classes with the class indices of the training images.
 
     Raises:
-        DataError: the test images are of a class that no training image is of.
+        DataError: a test class has no training images.
     """
     if unknown := sorted(set(test.names) - set(train)):
         names = ", ".join(unknown[:5])
@@ -236,7 +236,7 @@ def renumber(test: Classes, train: tuple[str, ...], root: Path) -> Classes:
 
 
 def joined(folder: str, names: Sequence[str]) -> list[str]:
-    """Names in the spelling of a published list, below a folder, in this system's spelling."""
+    """The names of a published list below a folder, with this system's path separator."""
     return [str(Path(folder, name)) for name in names]
 
 
@@ -245,7 +245,7 @@ def _walk(root: Path, folder: str) -> Listing:
     looked_into: list[str] = []
     reasons: dict[str, str] = {}
     for here, folders, files in os.walk(root / folder, followlinks=True, onerror=_raise):
-        real = Path(here).resolve()  # a link to a folder above would go round for ever
+        real = Path(here).resolve()  # a link to a parent folder would recurse forever
         folders[:] = sorted(n for n in folders if _visible(n) and Path(here, n).resolve() not in (real, *real.parents))
         inside = os.path.relpath(here, root)
         looked_into.append(inside)
@@ -291,7 +291,7 @@ def _bad(result: Any) -> bool:
 
 
 def _inside(boxes: np.ndarray, sizes: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """Boxes (N, 4) cut to their images' sizes (N, 2); DataError where nothing is left of one."""
+    """Boxes (N, 4) clipped to the image sizes (N, 2). Raises DataError if a box becomes empty."""
     cut: np.ndarray = np.clip(boxes, 0, np.tile(sizes, 2))
     empty = np.flatnonzero((cut[:, 2] <= cut[:, 0]) | (cut[:, 3] <= cut[:, 1]))
     if len(empty):
@@ -303,7 +303,7 @@ def _inside(boxes: np.ndarray, sizes: np.ndarray, names: Sequence[str]) -> np.nd
 
 
 def _together(images: list[np.ndarray], boxes: np.ndarray | None) -> Any:
-    """Images in memory, as one array (N, H, W, 3) where they are of one size."""
+    """Images in memory, as one array (N, H, W, 3) if all have the same size."""
     if boxes is not None:
         images = [clip(image, box) for image, box in zip(images, boxes, strict=True)]
     if len({image.shape for image in images}) != 1:
@@ -311,5 +311,5 @@ def _together(images: list[np.ndarray], boxes: np.ndarray | None) -> Any:
     result = np.empty((len(images), *images[0].shape), np.uint8)
     for i in range(len(images)):
         result[i] = images[i]
-        images[i] = result[i]  # the copy goes as the array fills, so that memory never holds both
+        images[i] = result[i]  # frees the original, so that memory never holds all images twice
     return result

@@ -20,8 +20,8 @@ def load(request: Request) -> Splits:
     """Images of a folder, as the layouts above.
 
     Raises:
-        DataError: no such folder, one that may not be read, no image, a layout that is neither, or unreadable
-            files where the user wants none left out.
+        DataError: the folder is missing, has no images or another layout, or images are unreadable and the request
+            is strict.
     """
     root = open_root(request, EXPECTED, "any images will do")
     reader = Reader(root, request)

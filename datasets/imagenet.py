@@ -7,7 +7,7 @@ Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", 2015. R
     ROOT/val/ILSVRC2012_val_00000001.JPEG ...
     ROOT/ILSVRC2012_devkit_t12/  or  ROOT/ILSVRC2012_devkit_t12.tar.gz
 
-Classes are WordNet identifiers in their order, as everywhere. A part of the classes is accepted, and said so.
+Classes are sorted WordNet identifiers, as usual. A subset of the classes is accepted, with a note in the log.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ IMAGES, CLASSES = 1_281_167, 1000
 
 
 def load(request: Request) -> Splits:
-    """The training images, and the validation images as test images where ``val`` is there.
+    """Loads the training images, and the validation images as test images if ``val`` exists.
 
     Raises:
-        DataError: the folders are not as above, the validation images are of classes that train lacks or have no
-            class, or a download is asked for, which takes an account.
+        DataError: the folders are not as above, the classes of train and val do not match, or a download is requested,
+            which needs an account.
     """
     if request.download:
         raise DataError(
@@ -73,7 +73,7 @@ def load(request: Request) -> Splits:
 
 
 def _by_devkit(root: Path, files: Inventory) -> Classes:
-    """The classes of a flat validation folder: line i of the devkit's list is of image number i."""
+    """The classes of a flat validation folder: line i of the devkit's list is the class of image number i."""
     try:
         contents = _devkit(root)
         truth = [int(line) for line in contents[TRUTH].decode().split()]
@@ -81,7 +81,7 @@ def _by_devkit(root: Path, files: Inventory) -> Classes:
         wnids = {int(i): str(w) for i, w in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
     except DataError:
         raise
-    except Exception as error:  # damaged files make the readers raise nearly anything
+    except Exception as error:  # damaged files can cause any error
         raise DataError(
             f"{root}: {DEVKIT} is damaged or not the published one ({' '.join(str(error).split())}); "
             f"fetch it again from {PAGE}"
@@ -101,7 +101,7 @@ def _by_devkit(root: Path, files: Inventory) -> Classes:
 
 
 def _devkit(root: Path) -> dict[str, bytes]:
-    """The two files of the devkit that say what the validation images are, by name."""
+    """Content of the two devkit files with the validation labels, by name."""
     if all((root / name).is_file() for name in (META, TRUTH)):
         return {name: (root / name).read_bytes() for name in (META, TRUTH)}
     archive = root / f"{DEVKIT}.tar.gz"

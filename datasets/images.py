@@ -1,6 +1,6 @@
-"""The one type that training sees: images, labels or None, index.
+"""Image sets: images with optional labels and names, in memory or decoded on access.
 
-An image is a uint8 array (H, W, 3), RGB, held in memory or decoded from its file when it is asked for.
+An image is a uint8 array (H, W, 3), RGB.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF")
-"""What a file may be, whatever it is called. Pillow opens more, such as PostScript, which is a program, and runs."""
+"""Accepted image formats, recognised by content. Pillow supports others that are unsafe, such as PostScript."""
 
 RAW_ENDINGS = (
     ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".iiq", ".kdc", ".mos", ".mrw", ".nef", ".nrw",
@@ -29,20 +29,20 @@ RAW_ENDINGS = (
 """Endings of camera raw files. Many are TIFF files whose first image is a thumbnail, which Pillow would return."""
 
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-"""What bytes 8 to 12 of a HEIC file may be, after ``ftyp``."""
+"""Values of bytes 8 to 12 of a HEIC file, after ``ftyp``."""
 
 LARGE = 2**26
 """Pixels above which an image is decoded at half its height and width: 67 million, 8192 x 8192."""
 
 STRIP = 2**20
-"""Pixels that are converted at a time."""
+"""Number of pixels that are converted at a time."""
 
 Progress = Callable[[Iterable[Any], str, int, str], Iterable[Any]]
-"""Shows how far an iteration has come; takes the items, what is being done, how many they are, and of what."""
+"""Wraps an iterable in a progress bar: (items, description, total, unit) -> items."""
 
 
 class DataError(Exception):
-    """Data that cannot be used; the message is one sentence that names the place and the mend."""
+    """The data cannot be used. The message is one sentence for the user: what is wrong, where, how to mend it."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class ImageSet:
 
     Attributes:
         images: N arrays (H, W, 3) of uint8, of one size or many.
-        labels: classes (N,) of int64, or None where nobody said.
-        classes: names of the classes, empty without labels.
-        names: N file names relative to the data root, or None where images have none.
-        taken: (N,) where each image stands in the split that they were taken from; None: they are all of it.
+        labels: int64 (N,), or None without labels.
+        classes: class names; empty without labels.
+        names: N file names relative to the data root, or None if the images have none.
+        taken: (N,) index of each image in the split that this is a subset of; None: not a subset.
     """
 
     images: Sequence[np.ndarray]
@@ -68,18 +68,18 @@ class ImageSet:
 
     @property
     def indices(self) -> np.ndarray:
-        """(N,) of int64: where each image stands in the data set's split."""
+        """int64 (N,): index of each image in the data set's split."""
         return np.arange(len(self), dtype=np.int64) if self.taken is None else self.taken
 
     @property
     def held(self) -> int:
-        """Bytes of the decoded images that lie in memory."""
+        """Size of the decoded images in memory, in bytes."""
         if isinstance(self.images, np.ndarray):
             return self.images.nbytes
         return sum(image.nbytes for image in self.images) if isinstance(self.images, list) else 0
 
     def take(self, index: np.ndarray) -> ImageSet:
-        """The images of the indices (n,), in that order."""
+        """The subset of the images at ``index`` (n,), in that order."""
         return ImageSet(
             self.images[index] if isinstance(self.images, np.ndarray) else Chosen(self.images, index),
             None if self.labels is None else self.labels[index],
@@ -90,11 +90,11 @@ class ImageSet:
 
 
 class Chosen(Sequence[Any]):
-    """Some of the items of a sequence, which stay where they are.
+    """A view of some items of a sequence.
 
     Args:
         items: the sequence.
-        index: (n,) which of them, in order.
+        index: (n,) indices of the items.
     """
 
     def __init__(self, items: Sequence[Any], index: np.ndarray) -> None:
@@ -110,9 +110,9 @@ class Chosen(Sequence[Any]):
 
 @dataclass(frozen=True)
 class Splits:
-    """What a source delivers: the splits, and sentences about them that the user should read.
+    """The splits of a data set, and notes for the user.
 
-    ``val``: training images held out to choose by, where the user asks for them.
+    ``val``: training images held out to select the best epoch (``--val-fraction``).
     """
 
     train: ImageSet
@@ -124,15 +124,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks of a source.
-
-    Attributes:
-        root: the folder it lies in, None where none was named.
-        strict: refuse a folder with unreadable images instead of leaving them out.
-        download: fetch what is not there.
-        boxes: cut the images to their annotated boxes.
-        progress: shows how far reading has come.
-    """
+    """Arguments of a data set's ``load``; see ``datasets.load``."""
 
     root: Path | None
     strict: bool
@@ -142,7 +134,7 @@ class Request:
 
 
 def fingerprint(split: ImageSet) -> str:
-    """What tells a split from others, as far as names, classes and its first and last images do."""
+    """Fingerprint of a split: number of images, labels, names, and the first and last eight images."""
     few = [*range(min(len(split), 8)), *range(max(8, len(split) - 8), len(split))]
     parts = [split.images[i].tobytes() for i in few]
     parts += [] if split.labels is None else [split.labels.tobytes()]
@@ -153,30 +145,32 @@ def fingerprint(split: ImageSet) -> str:
 
 
 def hold_out(splits: Splits, fraction: float) -> Splits:
-    """Moves a share of the training images to ``val``: of each class alike, always the same ones.
+    """Moves a fraction of the training images of each class to ``val``. The selection is always the same.
 
     Raises:
-        DataError: the training images have no labels, or no class has images enough.
+        DataError: the training images have no labels, or no image or all images would be held out.
     """
     train = splits.train
     if train.labels is None:
-        raise DataError("val_fraction: choosing by held-out images needs labels, and the training images have none")
-    order = np.random.default_rng(0).permutation(len(train))  # of its own: the run's seed should not change the data
+        raise DataError("--val-fraction: needs labels, and the training images have none; set it to 0")
+    order = np.random.default_rng(0).permutation(len(train))  # fixed: the seed of the run must not change the data
     of_class = [order[train.labels[order] == label] for label in np.unique(train.labels)]
     held = np.sort(np.concatenate([members[: round(len(members) * fraction)] for members in of_class]))
     rest = np.setdiff1d(np.arange(len(train)), held)
     if not len(held) or not len(rest):
-        raise DataError(f"val_fraction: {fraction:g} of {len(train)} images leaves {len(held)} held out; set another")
+        raise DataError(
+            f"--val-fraction: {fraction:g} of {len(train)} images gives {len(held)} held-out images; set another value"
+        )
     return replace(splits, train=train.take(rest), val=train.take(held))
 
 
 class ImageFiles(Sequence[np.ndarray]):
-    """Images that stay in their files until they are asked for.
+    """Images that are decoded from their files on access.
 
     Args:
-        root: the folder that the names start from.
+        root: the folder that the names are relative to.
         names: N file names.
-        boxes: (N, 4) left, top, right and bottom in pixels, to cut each image to; None: whole images.
+        boxes: (N, 4) left, top, right and bottom in pixels, to crop each image to; None: whole images.
     """
 
     def __init__(self, root: Path, names: Sequence[str], boxes: np.ndarray | None = None) -> None:
@@ -194,7 +188,7 @@ class ImageFiles(Sequence[np.ndarray]):
                 image = read_rgb(path, upright=self.boxes is None)
         except UnreadableImageError as error:
             raise DataError(
-                f"{path}: could be read at the start and cannot be now: {error}; mend it, or remove it and start again"
+                f"{path}: could be read at the start of the run, but not now: {error}; repair or remove it, and restart"
             ) from None
         return image if self.boxes is None else clip(image, self.boxes[index])
 
@@ -207,19 +201,19 @@ def clip(image: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the decoders' warnings, of large images and damaged metadata; for all threads, so not within one."""
+    """Suppresses the decoders' warnings about large images and damaged metadata. Affects all threads."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 class UnreadableImageError(Exception):
-    """A file that is no image, or a damaged one; the message is the reason."""
+    """A file is damaged or not an image. The message is the reason."""
 
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Those of ``FORMATS`` that this Pillow knows, and HEIF where the package pillow-heif is installed."""
+    """The ``FORMATS`` that the installed Pillow supports, and HEIF if pillow-heif is installed."""
     Image.init()
     found = tuple(name for name in FORMATS if name in Image.OPEN)
     try:
@@ -232,21 +226,21 @@ def formats() -> tuple[str, ...]:
 def read_rgb(path: Path, *, upright: bool = True) -> np.ndarray:
     """Decodes an image file of ``formats()`` to RGB.
 
-    Pillow refuses those of more than 179 million pixels as decompression bombs, before it decodes any of them. 16-bit
-    grey keeps its upper eight bits, transparency is dropped (as torchvision's loader does), of several frames the
-    first is taken. An image of more than ``LARGE`` pixels is returned at half its height and width, rounded up: a JPEG
-    file is decoded at that size, of others 2 x 2 pixels are averaged.
+    Pillow refuses images of more than 179 million pixels as decompression bombs before decoding. 16-bit greyscale is
+    reduced to its upper eight bits, transparency is dropped (as by torchvision's loader), and the first of several
+    frames is used. An image of more than ``LARGE`` pixels is returned at half its height and width, rounded up: JPEG
+    files are decoded at that size, and other formats averaged over 2 x 2 pixels.
 
     Args:
         path: the file.
-        upright: apply the orientation of EXIF; otherwise the pixels are as they are stored, and never halved, for
-            bounding boxes that count them.
+        upright: apply the EXIF orientation. If False, the pixels are returned as stored and at full size, to match
+            bounding boxes.
 
     Returns:
         uint8 array (H, W, 3).
 
     Raises:
-        UnreadableImageError: with the reason.
+        UnreadableImageError: the file cannot be decoded.
     """
     with _reasons(path), _open(path) as image:
         width, height = image.size
@@ -259,7 +253,7 @@ def read_rgb(path: Path, *, upright: bool = True) -> np.ndarray:
 
 
 def check_whole(path: Path) -> None:
-    """Whether ``read_rgb`` can decode a file, in less time and memory; UnreadableImageError with the reason if not."""
+    """Raises UnreadableImageError if ``read_rgb`` cannot decode a file; takes less time and memory."""
     with _reasons(path), _open(path) as image:
         image.draft("RGB", (1, 1))  # JPEG files are decoded at an eighth of their size
         image.load()
@@ -267,18 +261,18 @@ def check_whole(path: Path) -> None:
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """One picture that the user names, as ``read_rgb`` gives it; DataError where it cannot be read."""
+    """``read_rgb`` of an image that the user names. Raises DataError if it cannot be read."""
     if not path.is_file():
-        raise DataError(f"{path}: is no file; name a picture")
+        raise DataError(f"{path}: no such file; name an image file")
     try:
         with quiet():
             return read_rgb(path)
     except UnreadableImageError as error:
-        raise DataError(f"{path}: cannot be read as a picture: {error}; name another one") from None
+        raise DataError(f"{path}: cannot be read as an image: {error}; name another file") from None
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """(W, H) as the file's header says; UnreadableImageError with the reason where there is none."""
+    """(W, H) from the file's header. Raises UnreadableImageError if it cannot be read."""
     with _reasons(path), _open(path) as image:
         width, height = image.size
         return width, height
@@ -288,18 +282,18 @@ def _open(path: Path) -> Image.Image:
     if path.exists() and not path.is_file():  # opening a named pipe blocks until it is written to
         raise UnreadableImageError("not a regular file")
     if path.suffix.lower() in RAW_ENDINGS:
-        raise UnreadableImageError("camera raw files are not read; convert them to JPEG or TIFF")
+        raise UnreadableImageError("camera raw files are not supported; convert them to JPEG or TIFF")
     return Image.open(path, formats=formats())
 
 
 @contextmanager
 def _reasons(path: Path) -> Iterator[None]:
-    """Turns what the decoders raise into an UnreadableImageError."""
+    """Turns all errors of the decoders into UnreadableImageError."""
     try:
         yield
     except UnreadableImageError:
         raise
-    except Exception as error:  # damaged files make the decoders raise nearly anything
+    except Exception as error:  # damaged files can cause any error
         raise UnreadableImageError(_reason(error, path)) from None
 
 
@@ -310,15 +304,15 @@ def _reason(error: Exception, path: Path) -> str:
             start = file.read(12)
         if start[4:8] == b"ftyp" and start[8:] in HEIF_BRANDS and "HEIF" not in formats():
             return "HEIC needs the package pillow-heif: pip install pillow-heif"
-        return "not an image that Pillow knows"
+        return "not an image that Pillow can read"
     text = str(error).splitlines()[0] if str(error) else ""
     return text or type(error).__name__
 
 
 def _pixels(image: Image.Image, reduce: int) -> np.ndarray:
-    """The RGB pixels (H, W, 3) of an image, each the mean of ``reduce`` x ``reduce`` of them.
+    """The RGB pixels (H, W, 3) of an image, averaged over ``reduce`` x ``reduce`` pixels.
 
-    In strips: a conversion as a whole takes three copies of the image beside the result.
+    The image is converted in strips, as converting it at once would need three more copies in memory.
     """
     image.load()
     rows = max(1, STRIP // image.width) * reduce
@@ -336,6 +330,6 @@ def _rgb(image: Image.Image) -> Image.Image:
         raise UnreadableImageError("floating-point pixels have no fixed range")
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if "transparency" in image.info:  # of a palette: Pillow asks for this step in between
+    if "transparency" in image.info:  # palette with transparency: avoids a warning of Pillow
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,9 +1,8 @@
-"""Which image files a folder holds, and what opening each has shown; remembered for large folders.
+"""Lists the image files of a folder with their sizes; cached for large folders.
 
-Opening a million files takes minutes, so what was found is kept in the user's cache folder
-(``$XDG_CACHE_HOME/anchor-neighbourhoods``, or ``~/.cache``), never beside the images. It is used again only while
-every folder that was listed, and every file that could not be read, is as it was then; a file that is
-replaced under its name without its folder noticing is found out when it is decoded.
+Opening a million files takes minutes, so the result is cached in ``$XDG_CACHE_HOME/anchor-neighbourhoods`` or
+``~/.cache``, never next to the images. The cache is valid while the modification times of all folders, and the
+unreadable files, are unchanged. If a file is overwritten in place, this is only noticed when it is decoded.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ class Inventory:
 
 
 def take(root: Path, key: str, listing: Callable[[], Listing]) -> Inventory:
-    """The remembered inventory while it holds, or a new listing of files that nobody has opened yet.
+    """The cached inventory if it is valid, or a new listing of files that are not opened yet.
 
     Args:
         root: the data root.
@@ -109,10 +108,10 @@ def take(root: Path, key: str, listing: Callable[[], Listing]) -> Inventory:
 
 
 def remember(root: Path, inventory: Inventory) -> None:
-    """Keeps an inventory of opened files for the next start; whole or not at all.
+    """Atomically writes an inventory of opened files to the cache.
 
     Raises:
-        DataError: it cannot be written; the run is none the worse for it.
+        DataError: it cannot be written; the caller can continue without it.
     """
     if inventory.changed is None:
         return
@@ -154,7 +153,7 @@ def remember(root: Path, inventory: Inventory) -> None:
 
 
 def _recall(root: Path, key: str) -> Inventory | None:
-    """What was remembered, or None where there is nothing, it is damaged, or something has changed since."""
+    """The cached inventory, or None if it is missing, damaged or outdated."""
     try:
         with _place(root, key).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             content = {name: file[name] for name in file.files}

@@ -20,18 +20,18 @@ PARTS = ("train", "test")
 
 
 def load(request: Request) -> Splits:
-    """Training and test images; DataError where they are not there or not whole."""
+    """Loads training and test images. Raises DataError if files are missing or damaged."""
     files = [Archive(url, f"md5:{md5}") for url, _, md5 in (SVHN.split_list[part] for part in PARTS)]
     expected = " and ".join(file.name for file in files)
     if request.download:
         provide(request, files)
-    mend = f"pass --download to fetch what is missing, or put them there ({PAGE})"
+    mend = f"use --download to fetch missing files, or put them there ({PAGE})"
     root = open_root(request, expected, mend)
     try:
         train, test = (_split(SVHN(str(root), split=part)) for part in PARTS)
     except RuntimeError:
         raise DataError(
-            f"{root}: looked for {expected} there, and one is missing, cut short or altered; {mend}"
+            f"{root}: should contain {expected}, but one is missing, incomplete or altered; {mend}"
         ) from None
     return Splits(train, test)
 

@@ -1,8 +1,8 @@
 """Backbones: images (B, 3, H, W) -> unit-length embeddings (B, D).
 
-A network of one's own is one more entry of ``NETWORKS``: a callable that takes ``low_dim``, D, and returns a module
-whose ``forward`` gives the embeddings, and whose ``stages`` gives the maps (B, channels, h, w) of its stages by name,
-in a dict with the embeddings as ``fc``.
+To add a network, add an entry to ``NETWORKS``: a callable that takes ``low_dim``, D, and returns a module. Its
+``forward`` returns the embeddings; its ``stages`` returns a dict of the feature maps (B, channels, h, w) by name, with
+the embeddings as ``fc``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _lazy(module: str, name: str, **fixed: int) -> Callable[..., nn.Module]:
-    """``name`` of ``models/<module>.py``, imported when it is called: the names alone must not wait for PyTorch."""
+    """``name`` of ``models/<module>.py``, imported on first use, so that listing the names does not import PyTorch."""
 
     def build_it(**options: int) -> nn.Module:
         network: nn.Module = getattr(import_module(f"models.{module}"), name)(**fixed, **options)
@@ -47,31 +47,31 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 class NetworkError(Exception):
-    """A network that cannot be used; the message says what is wrong with it."""
+    """A network cannot be used. The message says why."""
 
 
 def build(name: str, *, low_dim: int, size: tuple[int, int] | None = None) -> nn.Module:
-    """A freshly initialised network of ``NETWORKS``, by its name in any case.
+    """Builds a network with random weights.
 
     Args:
-        name: as in ``NETWORKS``.
+        name: a key of ``NETWORKS``, in any case.
         low_dim: D, the size of the embedding.
-        size: (H, W) that it will see; if it is given, one image is passed through on the CPU.
+        size: (H, W) of the input; if given, the network is checked with one image on the CPU.
 
     Raises:
         KeyError: there is no such network.
-        NetworkError: it lacks what this module's docstring asks of a network, or takes no images of that size.
+        NetworkError: the network does not have the interface above, or does not accept images of that size.
     """
     network = NETWORKS[name.lower()](low_dim=low_dim)
     if not callable(getattr(network, "stages", None)):
-        raise NetworkError(f"--network {name}: has no method stages(images); models/__init__.py says what it returns")
+        raise NetworkError(f"--network {name}: has no method stages(images); add it as described in models/__init__.py")
     if size and (fault := _fault(network, low_dim, size)):
         raise NetworkError(f"--network {name}: {fault}")
     return network
 
 
 def _fault(network: nn.Module, low_dim: int, size: tuple[int, int]) -> str | None:
-    """What is wrong with the outputs of a network, which stays as it is."""
+    """What is wrong with the outputs of a network, or None. The network is not modified."""
     import torch
 
     images = torch.linspace(-1, 1, 3 * size[0] * size[1]).view(1, 3, *size)
@@ -83,16 +83,16 @@ def _fault(network: nn.Module, low_dim: int, size: tuple[int, int]) -> str | Non
         if "Allocator" in str(error):  # memory ran out
             raise
         why = str(error).partition("\n")[0][:200]
-        return f"takes no images of {size[0]} x {size[1]} pixels ({why}); if they are too small, set --size higher"
+        return f"does not accept images of {size[0]} x {size[1]} pixels ({why}); set --size higher if that is too small"
     finally:
         network.train(was_training)
     if not isinstance(embedding, torch.Tensor) or embedding.shape != (1, low_dim):
         shape = tuple(embedding.shape) if isinstance(embedding, torch.Tensor) else type(embedding).__name__
-        return f"its embedding of one image should be of shape (1, {low_dim}), by --low-dim, and is {shape}"
+        return f"its embedding of one image must have shape (1, {low_dim}), as set by --low-dim, and is {shape}"
     if abs(embedding.norm().item() - 1) > 1e-3:
-        return f"its embeddings should be of unit length, and one has {embedding.norm().item():.3g}"
+        return f"its embeddings must have unit length, and one has {embedding.norm().item():.3g}"
     if not isinstance(stages, dict) or not all(isinstance(maps, torch.Tensor) for maps in stages.values()):
-        return "its stages(images) should be a dict of tensors by name"
+        return "its stages(images) must return a dict of tensors by name"
     if "fc" not in stages or stages["fc"].shape != embedding.shape:
-        return "its stages(images) should have the embeddings as 'fc'"
+        return "its stages(images) must contain the embeddings as 'fc'"
     return None

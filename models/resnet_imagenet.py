@@ -1,12 +1,11 @@
-"""ResNets for ImageNet-sized images: torchvision's, with a unit-length embedding in place of the classes.
+"""ResNets for ImageNet-sized images: torchvision's, with a unit-length embedding instead of class scores.
 
-He et al., "Deep Residual Learning for Image Recognition", 2016, as torchvision builds them: a 7x7 stem of
-stride 2, max pooling, then four stages of blocks, with the stride of a bottleneck on its 3x3 convolution.
-Parameter names are torchvision's, so that its weights load here: conv1, bn1, layer1..layer4 with blocks of
-conv1, bn1, conv2, bn2, (conv3, bn3,) downsample.0, downsample.1, then fc, which leads to the embedding here
-and so has another shape.
+He et al., "Deep Residual Learning for Image Recognition", 2016, as implemented in torchvision: a 7x7 stem with
+stride 2, max pooling, then four stages of blocks; a bottleneck has its stride on the 3x3 convolution. Parameter
+names are torchvision's, so that its weights can be loaded: conv1, bn1, layer1..layer4 with blocks of conv1, bn1,
+conv2, bn2, (conv3, bn3,) downsample.0, downsample.1, then fc, the embedding layer, whose shape differs.
 
-Letters: B batch, H x W pixels (224 x 224 in the paper; one pixel is the least), D embedding.
+Notation: B batch size, H x W pixels (224 x 224 in the paper; at least 1 x 1), D embedding size.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ Block = type[BasicBlock] | type[Bottleneck]
 
 
 class ImageNetResNet(ResNet):  # type: ignore[misc]  # torchvision ships no types
-    """torchvision's ResNet that maps images to unit-length embeddings.
+    """torchvision's ResNet with unit-length embeddings.
 
     Args:
-        block: the kind of block.
+        block: ``BasicBlock`` or ``Bottleneck``.
         depths: blocks in each of the four stages.
         low_dim: D, the size of the embedding.
     """

@@ -1,14 +1,13 @@
 """ResNets for small images: a 3x3 stem without pooling, then four stages of blocks.
 
-He et al., "Deep Residual Learning for Image Recognition", 2016, with the stem that is usual for 32x32
-pixels. Parameter names are the reference's, so that its checkpoints load here and ours there: conv1, bn1,
+He et al., "Deep Residual Learning for Image Recognition", 2016, with the usual stem for 32x32 pixels. Parameter
+names are the reference's, so that checkpoints can be exchanged in both directions: conv1, bn1,
 layer1..layer4 with blocks of conv1, bn1, conv2, bn2, (conv3, bn3,) shortcut.0, shortcut.1, then linear.
 
-A narrow variant (``resnet10-w16``) has 16 channels in its stem in place of 64, and 16, 32, 64, 128 in its
-stages in place of 64, 128, 256, 512; everything else, parameter names included, is the same. It is for CPUs and
-for quick trials.
+Narrow variants, such as ``resnet10-w16``, are for CPUs and quick trials. They have 16 channels in the stem instead
+of 64, and 16, 32, 64, 128 in the stages instead of 64, 128, 256, 512. Parameter names are the same.
 
-Letters: B batch, H x W pixels, D embedding.
+Notation: B batch size, H x W pixels, D embedding size.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut."""
+    """Two 3x3 convolutions with a residual connection."""
 
     expansion = 1
 
@@ -50,7 +49,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 3x3 convolution between two of 1x1, the last four times as wide, around a shortcut."""
+    """1x1, 3x3 and 1x1 convolutions with a residual connection; the output is four times as wide."""
 
     expansion = 4
 
@@ -79,11 +78,11 @@ Block = type[BasicBlock] | type[Bottleneck]
 class SmallResNet(nn.Module):
     """A ResNet that maps small images to unit-length embeddings.
 
-    The reference pools 4x4 windows, which only fits 32x32 pixels; here the pooling is global, which is the
-    same there and lets any size from one pixel on through.
+    The reference pools 4x4 windows, which requires 32x32 pixels. Global pooling gives the same result for that size,
+    and supports any other one.
 
     Args:
-        block: the kind of block.
+        block: ``BasicBlock`` or ``Bottleneck``.
         depths: blocks in each of the four stages.
         low_dim: D, the size of the embedding.
         width: channels of the stem and of the first stage; each later stage has twice as many.

@@ -1,1 +1,1 @@
-"""Options, and the parser that reads them."""
+"""The options, and the parser for YAML files and command-line flags."""

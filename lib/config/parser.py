@@ -1,6 +1,6 @@
-"""From YAML files and flags to options, and back.
+"""Reads options from YAML files and flags, and writes them as YAML.
 
-Values come from the files of ``--cfgs`` in order, then from flags.
+The files of ``--cfgs`` are read in order; flags override them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def flag(name: str) -> str:
 
 
 def is_path(name: str) -> bool:
-    """Whether an option names files, which other machines may have elsewhere."""
+    """Whether an option holds paths, which may differ between machines."""
     return Path in _kinds(Options.model_fields[name].annotation) or Path in _kinds(
         _item(Options.model_fields[name].annotation)
     )
 
 
 def extra(name: str) -> dict[str, Any]:
-    """An option's group and whether it belongs to one run only."""
+    """An option's ``group``, and ``this_run``: whether it applies to one start only."""
     return typing.cast(dict[str, Any], Options.model_fields[name].json_schema_extra)
 
 
@@ -72,7 +72,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The plain types in an annotation: {bool}, {int, tuple}, ..."""
+    """The types in an annotation: {bool}, {int, tuple}, ..."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
         parts = typing.get_args(annotation)
         return set().union(*(_kinds(p) for p in (parts[:1] if typing.get_origin(annotation) is Annotated else parts)))
@@ -80,7 +80,7 @@ def _kinds(annotation: Any) -> set[Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line, one flag an option."""
+    """The command-line parser, with one flag for each option."""
     result = _Parser(
         prog="python main.py",
         description="Anchor Neighbourhood Discovery: unsupervised training of image embeddings (ICML 2019).",
@@ -107,14 +107,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _item(annotation: Any) -> Any:
-    """What a tuple holds, or may hold."""
+    """The type of the items of a tuple in an annotation."""
     if typing.get_origin(annotation) is tuple:
         return typing.get_args(annotation)[0]
     return next((found for part in typing.get_args(annotation) if (found := _item(part))), None)
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:
-    """What a ``Literal`` in an annotation allows."""
+    """The values of a ``Literal`` in an annotation."""
     if typing.get_origin(annotation) is Literal:
         return tuple(map(str, typing.get_args(annotation)))
     return next((found for part in typing.get_args(annotation) if (found := _choices(part))), ())
@@ -130,39 +130,39 @@ def _metavar(annotation: Any, kinds: set[Any]) -> str:
 
 
 def read_yaml(path: Path, lines: str = "option: value") -> dict[Any, Any]:
-    """A YAML file that holds a mapping, by default of option names to values, as plain containers.
+    """Reads a YAML file that contains a mapping.
 
     Args:
         path: the file.
-        lines: what its lines should look like, for the message.
+        lines: the expected form of its lines, for error messages.
 
     Raises:
-        UsageError: the file is missing, unreadable, empty, not such a mapping, or has a key twice.
+        UsageError: the file is missing, unreadable, empty, not a mapping, or contains a key twice.
     """
     try:
         text = path.read_text(encoding="utf-8")
         content, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such file; name one that exists, with lines '{lines}'") from None
+        raise UsageError(f"{path}: no such file; choose an existing file with lines '{lines}'") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UsageError(f"{path}: cannot be read: {reason}") from None
+        raise UsageError(f"{path}: cannot be read: {reason}; choose a readable text file") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or "not plain data"
-        raise UsageError(f"{path}{where}: not valid YAML: {what}") from None
+        raise UsageError(f"{path}{where}: not valid YAML: {what}; write lines '{lines}'") from None
     if content is None:
-        raise UsageError(f"{path}: the file is empty; it should hold lines '{lines}'")
+        raise UsageError(f"{path}: the file is empty; it must contain lines '{lines}'")
     if not isinstance(content, dict):
-        raise UsageError(f"{path}: should be a mapping with lines '{lines}', not a {type(content).__name__}")
+        raise UsageError(f"{path}: must be a mapping with lines '{lines}', not a {type(content).__name__}")
     assert isinstance(tree, yaml.MappingNode)
     _refuse_repeated_keys(path, tree)
     return content
 
 
 def _refuse_repeated_keys(path: Path, tree: yaml.MappingNode) -> None:
-    """UsageError where a key stands twice, as PyYAML takes the last one without a word."""
+    """Raises UsageError if a key occurs twice; PyYAML silently uses the last one."""
     lines: dict[str, int] = {}
     for key, _ in tree.value:
         if not isinstance(key, yaml.ScalarNode):
@@ -176,13 +176,13 @@ def _refuse_repeated_keys(path: Path, tree: yaml.MappingNode) -> None:
 
 
 def _shown(value: object) -> str:
-    """A value in a message: on one line, and not the whole of a long one, which YAML's anchors make of a short file."""
+    """A value for a message: on one line, and shortened. YAML aliases can make a value from a short file very large."""
     spelling = reprlib.Repr()
     spelling.maxlevel, spelling.maxlist, spelling.maxtuple, spelling.maxdict, spelling.maxset = 4, 8, 8, 8, 8
     spelling.maxstring = spelling.maxlong = spelling.maxother = 200
     try:
         text = " ".join(spelling.repr(value).split())
-    except (ValueError, RecursionError):  # Python spells no number of more than 4,300 digits
+    except (ValueError, RecursionError):  # Python prints no integer of more than 4,300 digits
         return f"a very large {type(value).__name__}"
     return text if len(text) <= 80 else text[:80] + "..."
 
@@ -191,17 +191,17 @@ def _unknown(key: object, where: str, spell: Callable[[str], str] = str) -> Usag
     lowered = {name.lower(): name for name in Options.model_fields}
     word = _shown(key).strip("'\"")
     near = difflib.get_close_matches(word.lower().strip("-").replace("-", "_"), lowered, n=1, cutoff=0.5)
-    hint = f"; the nearest known one is {spell(lowered[near[0]])}" if near else "; --help lists the options"
+    hint = f"; did you mean {spell(lowered[near[0]])}?" if near else "; --help lists the options"
     return UsageError(f"{where}: unknown option {word}{hint}")
 
 
 def choose(known: Mapping[str, T], name: str, option: str) -> T:
-    """``known[name]``; UsageError with the nearest name where there is none."""
+    """``known[name]``. If it is missing, raises UsageError with the most similar name."""
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise UsageError(f"{option} {name}: not known here{hint} (there are {', '.join(known)})")
+    raise UsageError(f"{option} {name}: unknown name{hint} (choose one of {', '.join(known)})")
 
 
 def _validated(values: Mapping[str, Any], origin: Mapping[str, str]) -> Options:
@@ -216,7 +216,7 @@ def _validated(values: Mapping[str, Any], origin: Mapping[str, str]) -> Options:
             if text not in problems.setdefault(name, []):
                 problems[name].append(text)
         name, texts = next(iter(problems.items()))
-        if not name:  # a check over several options: its message opens with the option's name
+        if not name:  # from _fits_together: the message starts with the option's name
             name = texts[0].split(":")[0]
             raise UsageError(f"{origin.get(name, 'the default of')} {texts[0]}") from None
         meaning = Options.model_fields[name].description
@@ -225,21 +225,21 @@ def _validated(values: Mapping[str, Any], origin: Mapping[str, str]) -> Options:
 
 
 def read_options(argv: Sequence[str], base: Path | None = None) -> Options:
-    """Options from a command line.
+    """Parses a command line.
 
     Args:
-        argv: flags, without the program's name.
-        base: an option file read before those of ``--cfgs``.
+        argv: flags, without the program name.
+        base: an option file that is read before those of ``--cfgs``.
 
     Raises:
-        UsageError: an unknown option, or a value of the wrong type or range; names the file or flag.
-        SystemExit: ``--help`` was asked for.
+        UsageError: an option is unknown, or a value has the wrong type or range.
+        SystemExit: ``--help`` was given.
     """
     arguments, rest = parser().parse_known_args(argv)
     for word in rest:
         if word.startswith("--"):
             raise _unknown(word.split("=")[0], "command line", flag)
-        raise UsageError(f"command line: {_shown(word)} belongs to no option; --help lists the options")
+        raise UsageError(f"command line: unexpected argument {_shown(word)}; --help lists the options")
     flags = vars(arguments)
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
@@ -247,7 +247,7 @@ def read_options(argv: Sequence[str], base: Path | None = None) -> Options:
         for key, value in read_yaml(path).items():
             if key not in Options.model_fields:
                 raise _unknown(key, str(path))
-            if key == "cfgs":  # the reference's sessions record it; the file has what those files said
+            if key == "cfgs":  # in the reference's sessions, whose files already contain the merged options
                 continue
             values[key], origin[key] = value, f"{path}:"
     for key, value in flags.items():
@@ -256,6 +256,6 @@ def read_options(argv: Sequence[str], base: Path | None = None) -> Options:
 
 
 def to_yaml(options: Options) -> str:
-    """The options that a repeated run needs, in a form that ``--cfgs`` reads back."""
+    """The options that repeat a run, as YAML for ``--cfgs``; options of one start only are omitted."""
     kept = {name for name in Options.model_fields if not extra(name)["this_run"]}
     return yaml.safe_dump(options.model_dump(mode="json", include=kept), sort_keys=False, default_flow_style=None)

@@ -1,4 +1,4 @@
-"""The options of a command line, with those of the session that it names."""
+"""Combines the command line with the options of the session that it names."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from lib.session.locate import folder_of, latest, locate
 
 
 def resolve(argv: Sequence[str]) -> Options:
-    """The options. A run that is resumed without ``--cfgs``, and a report, have the session's options as defaults.
+    """Parses a command line. The session's options are the defaults of ``--report FOLDER``, and of ``--resume``
+    without ``--cfgs``.
 
     Raises:
-        UsageError: an option that is not known, or a value that it cannot have.
+        UsageError: an option or name is unknown, a value is invalid, or the session or checkpoint is missing.
     """
     options = parser.read_options(argv)
     if isinstance(options.report, Path):
         folder = options.report
         if not (folder / "config.yaml").is_file():
-            raise UsageError(f"{folder}: is no session's folder; pass --report one that holds config.yaml")
+            raise UsageError(f"{folder}: not a session folder: it has no config.yaml; give --report a session folder")
         if not latest(folder).is_file():
-            raise UsageError(f"{folder}: has no checkpoint; a report can be made when the run's first epoch is done")
+            raise UsageError(f"{folder}: has no checkpoint yet; wait until the first epoch of the run is complete")
         options = parser.read_options([*argv, "--resume", str(folder)], base=folder / "config.yaml")
     elif options.resume and not options.cfgs and (session := folder_of(locate(options.resume))):
         options = parser.read_options(argv, base=session / "config.yaml")

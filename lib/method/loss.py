@@ -29,7 +29,8 @@ def neighbourhood_loss(
 
     loss_i = -log sum_{j in N(i)} p_ij with the non-parametric classifier
     p_ij = exp(x_i . m_j / tau) / sum_n exp(x_i . m_n / tau). N(i) is an anchor and its K neighbours (the paper's
-    neighbourhood supervision), or an instance sample alone, which gives the instance loss -log p_ii (docs/method.md, equations 4 and 7).
+    neighbourhood supervision), or an instance sample alone, which gives the instance loss -log p_ii
+    (docs/method.md, equations 4 and 7).
 
     The gradient by x_i is (sum_j p_ij m_j - sum_{j in N(i)} q_ij m_j) / (tau B), where q_ij is p_ij normalised over
     N(i). It goes to the embeddings only; the memory is a constant.

@@ -1,9 +1,8 @@
-"""Sessions side by side: a table, a CSV file and a plot.
+"""Compares sessions in a table, a CSV file and a plot.
 
-Runs that differ by the seed alone form a group, of which mean and sample standard deviation are given: their
-options, the commit with the changes to it, and the versions of Python and the packages are equal. Runs of a group
-may have got differently far; a figure of the group is one of those that got furthest, as a mean over different epochs
-would compare unlike with unlike.
+Runs that differ only in their seed form a group: their options, commit, changes to it, and versions of Python and the
+packages are equal. A group is summarised by mean and sample standard deviation. If its runs are at different epochs,
+only those that are furthest are used, so that a mean never mixes epochs.
 """
 
 from __future__ import annotations
@@ -31,28 +30,28 @@ from lib.session.console import SUMMARY, logger, table
 LOCAL = {"seed", "sess_dir", "log_file", "log_tfb"}
 """Options that differ between repetitions of a run."""
 TITLE = "Comparison of AND sessions"
-"""Marks a plot as one of ours."""
+"""Title in the metadata of the plot, by which a later comparison recognises it."""
 COMMIT = re.compile(r"([0-9a-f]{40})(\+[0-9a-f]+)?")
-"""A commit, and a digest of the changes to it, as ``environment.commit`` spells them."""
+"""A commit and a digest of the changes to it, as written by ``provenance.commit``."""
 UNKNOWN = "not recorded"
 THEN = ", then "
-"""Between the commits or versions of a run that was resumed by others."""
-FIRST = ["session", "group", "seed", "finished"]
-OF = ["runs", "scope", "statistic"]
+"""Separates the commits or versions of a run that was resumed with another one."""
+RUN_COLUMNS = ["session", "group", "seed", "finished"]
+STATISTIC_COLUMNS = ["runs", "scope", "statistic"]
 FIGURES = ["round", "epoch", "anchors", "consistency", "loss", "top1", "best_top1", "seconds", "images_per_s"]
-"""Columns of the CSV file; what differs stands between ``OF`` and ``FIGURES``."""
+"""Metric columns of the CSV file. The options that differ are between ``STATISTIC_COLUMNS`` and ``FIGURES``."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Where a run stood after some epochs, and what these took; None: not known.
+    """Metrics at the end of a range of epochs; None if unknown.
 
     Attributes:
-        round, epoch: of the last of the epochs, counted from 0; this and what follows it is of that epoch.
-        anchors, loss: as trained with.
-        consistency, top1, best_top1: in [0, 1]; ``best_top1`` is the round's, chosen by the test labels.
-        seconds: training and evaluation together.
-        images_per_s: training images over the seconds of training.
+        round, epoch: the last epoch of the range, counted from 0.
+        anchors, loss: of the last epoch.
+        consistency, top1, best_top1: of the last epoch, in [0, 1]; ``best_top1`` is the best of its round so far.
+        seconds: training and evaluation time of all epochs of the range.
+        images_per_s: training images per second of training time, over all epochs of the range.
     """
 
     round: int
@@ -71,11 +70,11 @@ class Run:
     """A session.
 
     Attributes:
-        session: its folder as it was named.
-        options: as in its config.yaml.
-        code: the commit, and Python's and each package's version by name; of a run that was resumed by others: all.
-        rounds: figures of each round.
-        whole: figures of all rounds together.
+        session: the folder, as given on the command line.
+        options: from its config.yaml.
+        code: 'commit', 'python' and package names -> commit or version; several are joined by ``THEN``.
+        rounds: metrics of each round.
+        whole: metrics of the whole run.
     """
 
     session: Path
@@ -86,37 +85,37 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last epoch of the last round is done."""
+        """Whether the last epoch of the last round is complete."""
         last = self.options.max_round - 1, self.options.max_epoch - 1
         return (self.whole.round, self.whole.epoch) >= last
 
     @property
     def code_is_known(self) -> bool:
-        """Whether an equal commit and equal versions say that two runs are of the same code."""
+        """Whether commit and versions were recorded, so that they identify the code."""
         commits = self.code.get("commit", "").split(THEN)
         return "torch" in self.code and all(map(COMMIT.fullmatch, commits))
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ by the seed alone; ``values`` are those of what differs, spelled."""
+    """Runs that differ only in their seed. ``values`` are the group's values of ``Comparison.differing``, as text."""
 
     number: int
     values: tuple[str, ...]
     runs: tuple[Run, ...]
 
     def of_round(self, round: int) -> list[Figures]:
-        """The figures of a round, of the runs that got furthest in it; none where nobody got there."""
+        """Metrics of a round, of the runs that are furthest in it; empty if no run has reached it."""
         return _furthest(figures for run in self.runs for figures in run.rounds if figures.round == round)
 
     def whole(self) -> list[Figures]:
-        """The figures of the whole of the runs that got furthest."""
+        """Metrics of the whole run, of the runs that are furthest."""
         return _furthest(run.whole for run in self.runs)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups of runs, what they differ in, and how many options and versions are equal in all."""
+    """Groups of runs, the names of the options and versions that differ, and the number of equal ones."""
 
     differing: tuple[str, ...]
     equal: int
@@ -124,21 +123,21 @@ class Comparison:
 
     @property
     def rounds(self) -> list[int]:
-        """Every round that a run got to."""
+        """All rounds that at least one run has reached."""
         return sorted({figures.round for group in self.groups for run in group.runs for figures in run.rounds})
 
 
 def compare(sessions: Sequence[Path]) -> Comparison:
-    """Reads sessions (one or more) and groups them, in the order they are named in.
+    """Reads one or more sessions and groups them, in the given order.
 
     Raises:
-        UsageError: a folder is no session, its options or metrics cannot be used, or it is named twice.
+        UsageError: a folder is not a session or is given twice, or its options or metrics cannot be read.
     """
     runs, places = [], set()
     for session in sessions:
         runs.append(_read(session))
         if (place := session.resolve()) in places:
-            raise UsageError(f"{session}: named twice; a run that counts twice would make the spread too small")
+            raise UsageError(f"{session}: given twice; give each session once")
         places.add(place)
     spelled = [_spelled(run.options) | run.code for run in runs]
     names = dict.fromkeys(name for values in spelled for name in values)
@@ -152,7 +151,7 @@ def compare(sessions: Sequence[Path]) -> Comparison:
 
 
 def show(sessions: Sequence[Path], folder: Path) -> None:
-    """Prints sessions side by side, and writes the same to ``folder`` as CSV and as a picture."""
+    """Prints a comparison of sessions, and writes it to ``folder`` as comparison.csv and comparison.png."""
     found = compare(sessions)
     logger().info("%s", text(found), extra=SUMMARY)
     for path in write(found, folder):
@@ -167,7 +166,7 @@ def _read(session: Path) -> Run:
 
 
 def _code(session: Path) -> dict[str, str]:
-    found: dict[str, dict[str, None]] = {}  # values in order, each once
+    found: dict[str, dict[str, None]] = {}  # ordered sets of values
     for start in metrics.starts(session):
         versions = [word.rpartition(" ") for word in str(start.get("versions", "")).split(", ")]
         facts = {"commit": str(start.get("commit", UNKNOWN))} | {name: number for name, _, number in versions if name}
@@ -191,7 +190,7 @@ def _figures(records: Sequence[dict[str, Any]]) -> Figures:
 
 
 def _total(values: Iterable[float | None]) -> float | None:
-    """The sum, or None where one is not known."""
+    """The sum, or None if a value is unknown."""
     known = list(values)
     return None if None in known else sum(v for v in known if v is not None)
 
@@ -207,7 +206,7 @@ def _furthest(found: Iterable[Figures]) -> list[Figures]:
 
 
 def _spelled(options: Options) -> dict[str, str]:
-    """The options that make runs differ; of the GPUs only how many there were, not which were free."""
+    """The options that distinguish runs, as text. Of the GPUs only their number counts."""
     names = [name for name in Options.model_fields if name not in LOCAL and not extra(name)["this_run"]]
     gpus = f"{len(options.gpus)} GPU" if options.gpus else "CPU"
     return {name: gpus if name == "gpus" else _word(getattr(options, name)) for name in names}
@@ -222,10 +221,10 @@ def _word(value: object) -> str:
 
 
 def mean_and_deviation(found: Sequence[Figures], name: str) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation (over n - 1) of a figure.
+    """Mean and sample standard deviation (n - 1 in the denominator) of a metric.
 
-    None for both where a run lacks the figure (a mean over the others would hide that its loss was not
-    finite, for instance), None for the deviation of one run.
+    Both are None if the metric is missing in a run: a mean over the others would hide, for example, that its loss was
+    not finite. The deviation is None for a single run.
     """
     values = [getattr(figures, name) for figures in found]
     if not values or None in values:
@@ -247,17 +246,17 @@ SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
     "seconds": ("h:mm:ss", _duration),
     "images_per_s": ("images/s", "{:,.0f}".format),
 }
-"""Figure -> its title and how it is written."""
+"""Metric -> column title and format."""
 WHOLE = ("top1", "best_top1", "seconds", "images_per_s")
 BY_ROUND = ("anchors", "consistency", "loss", "top1", "best_top1", "seconds")
 
 
 def text(comparison: Comparison) -> str:
-    """What a person reads: a row for each group, who is in it, and a row for each round and group."""
+    """The comparison as plain text: a row for each group, its sessions, and a row for each round and group."""
     groups, names = comparison.groups, comparison.differing
     runs = [(run, group) for group in groups for run in group.runs]
     rounds = [(group, group.of_round(round)) for round in comparison.rounds for group in groups]
-    columns = names if len(names) <= 4 else ()  # more would not fit; the list of the groups has them
+    columns = names if len(names) <= 4 else ()  # more do not fit; the list of groups shows them
     lines = [
         f"sessions: {len(runs)}; what differs: {', '.join(names) or 'nothing'}; "
         f"equal: {comparison.equal} options and versions",
@@ -274,13 +273,13 @@ def text(comparison: Comparison) -> str:
         lines.append(f"commit, changes to it or versions not recorded, and taken to be equal: {_names(unknown)}")
     lines += ["", _table([(group, figures) for group, figures in rounds if figures], BY_ROUND), ""]
     if len(runs) > len(groups):
-        lines.append("±: sample standard deviation over the runs of a group that got furthest (first number of runs)")
-    lines.append("last: at the round's last epoch; best: at its best, by the test labels or held-out ones")
+        lines.append("±: sample standard deviation over the runs of a group that are furthest (first number of runs)")
+    lines.append("last: last epoch of the round; best: best epoch of the round, by the test labels or held-out ones")
     return "\n".join(lines)
 
 
 def _table(entries: Sequence[tuple[Group, list[Figures]]], names: Sequence[str], options: Sequence[str] = ()) -> str:
-    """A row for each group and what is known of it; no columns of figures that nobody has."""
+    """A table with a row for each entry. Columns without values are omitted."""
     spread = any(len(figures) > 1 for _, figures in entries)
     shown = [n for n in names if any(mean_and_deviation(figures, n)[0] is not None for _, figures in entries)]
     rows = []
@@ -297,7 +296,7 @@ def _cell(name: str, mean: float | None, deviation: float | None, spread: bool) 
     if mean is None:
         return "-"
     spell = SHOWN[name][1]
-    if not spread or name == "anchors":  # as many in every run of a group
+    if not spread or name == "anchors":  # equal in all runs of a group
         return spell(mean)
     return f"{spell(mean)} ± {'-' if deviation is None else spell(deviation)}"
 
@@ -312,46 +311,48 @@ def _names(runs: Iterable[Run]) -> str:
 
 
 def _plain(value: str) -> str:
-    """A value in a table or a legend: without the end of a commit, and the middle of what is still long."""
+    """A value for a table or legend, with shortened commits, and at most 40 characters."""
     shown = printable(COMMIT.sub(lambda found: found[1][:10] + (found[2] or "")[:5], value))
     return shown if len(shown) <= 40 else f"{shown[:12]}...{shown[-25:]}"
 
 
 def write(comparison: Comparison, folder: Path) -> tuple[Path, Path]:
-    """Writes ``comparison.csv`` and ``comparison.png`` into a folder, which is made where it is missing.
+    """Writes ``comparison.csv`` and ``comparison.png`` to a folder, which is created if it is missing.
 
-    Files of these names are only replaced where they are those of an older comparison, and whole.
+    Existing files are replaced only if they are complete files of an earlier comparison.
 
     Returns:
-        Where the two are.
+        The two paths.
 
     Raises:
-        UsageError: the folder cannot be written, or holds another file of such a name.
+        UsageError: the folder cannot be written, or contains another file of that name.
     """
     paths = folder / "comparison.csv", folder / "comparison.png"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, is_ours in zip(paths, (_is_our_csv, _is_our_png), strict=True):
             if path.is_symlink() or (path.exists() and not is_ours(path.read_bytes())):
-                raise UsageError(f"{path}: is no whole file of an older comparison; move it away and compare again")
+                raise UsageError(f"{path}: not a complete file of an earlier comparison; move it away and try again")
         for path, content in zip(paths, (to_csv(comparison), draw(comparison)), strict=True):
             with atomic_write(path) as file:
                 file.write(content)
     except OSError as error:
-        raise UsageError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
+        raise UsageError(
+            f"{error.filename or folder}: cannot be written: {error.strerror}; choose another --sess-dir"
+        ) from None
     return paths
 
 
 def to_csv(comparison: Comparison) -> bytes:
-    """A line for each round of a session and for the whole of it, then the same for each group.
+    """The comparison as CSV: for each group, the rounds and the whole run of each session, and then of the group.
 
-    Columns: ``session``, ``group``, ``seed`` and ``finished``, of which a group has its number alone; ``runs`` that the
-    figures are of; their ``scope``, 'round' or 'run'; their ``statistic``, 'value' of a session, 'mean' or 'standard
-    deviation' of a group; what differs; the figures. Nothing stands where a figure is not known.
+    Columns: ``session``, ``group``, ``seed`` and ``finished`` (for a group only ``group``); ``runs``, the number of
+    runs; ``scope``, 'round' or 'run'; ``statistic``, 'value' for a session, 'mean' or 'standard deviation' for a
+    group; the options and versions that differ; the metrics. Unknown values are empty.
     """
     lines = io.StringIO(newline="")
     writer = csv.writer(lines)
-    writer.writerow([*FIRST, *OF, *comparison.differing, *FIGURES])
+    writer.writerow([*RUN_COLUMNS, *STATISTIC_COLUMNS, *comparison.differing, *FIGURES])
     for group in comparison.groups:
         values = [csv_text(value) for value in group.values]
         for run in group.runs:
@@ -367,12 +368,14 @@ def to_csv(comparison: Comparison) -> bytes:
                 means, deviations = zip(*(mean_and_deviation(found, name) for name in FIGURES[2:]), strict=True)
                 writer.writerow([*who, scope, "mean", *values, *epoch, *means])
                 writer.writerow([*who, scope, "standard deviation", *values, *epoch, *deviations])
-    return lines.getvalue().encode("utf-8", "backslashreplace")  # folder names may be any bytes
+    return lines.getvalue().encode("utf-8", "backslashreplace")  # folder names can be any bytes
 
 
 def _is_our_csv(content: bytes) -> bool:
     header = content.split(b"\r\n")[0].decode("utf-8", "replace").split(",")
-    return header[: len(FIRST)] == FIRST and header[-len(FIGURES) :] == FIGURES and content.endswith(b"\r\n")
+    return (
+        header[: len(RUN_COLUMNS)] == RUN_COLUMNS and header[-len(FIGURES) :] == FIGURES and content.endswith(b"\r\n")
+    )
 
 
 def _is_our_png(content: bytes) -> bool:
@@ -380,7 +383,7 @@ def _is_our_png(content: bytes) -> bool:
 
 
 def draw(comparison: Comparison) -> bytes:
-    """A PNG: accuracy over the rounds (the loss where nobody has one), and the time that each group took."""
+    """The comparison as PNG: accuracy (or loss, without labels) over the rounds, and the time of each group."""
     # takes half a second, which only a comparison needs to wait for
     from matplotlib.figure import Figure
 
@@ -394,10 +397,10 @@ def draw(comparison: Comparison) -> bytes:
     _draw_times(times, groups)
     legend = figure.legend(handles, labels, loc="outside lower left", fontsize=8, frameon=False)
     for written in legend.get_texts():
-        written.set_parse_math(False)  # a name may hold dollars
+        written.set_parse_math(False)  # names may contain dollar signs
     picture = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a character that the font lacks becomes a box
+        warnings.filterwarnings("ignore", "Glyph")  # characters missing in the font are drawn as boxes
         figure.savefig(picture, format="png", metadata={"Title": TITLE})
     return picture.getvalue()
 
@@ -409,13 +412,13 @@ def _legend(comparison: Comparison, group: Group) -> str:
 
 
 def _style(group: Group) -> dict[str, Any]:
-    """Colours repeat after ten groups, then with another marker and line."""
+    """Colour, marker and line style of a group. Colours repeat after ten groups, with another marker and line."""
     more, colour = divmod(group.number - 1, 10)
     return {"color": f"C{colour}", "marker": "os^Dv"[more % 5], "linestyle": ("-", "--", ":", "-.")[more % 4]}
 
 
 def _draw_curves(axes: Any, comparison: Comparison) -> list[Any]:
-    """Mean and deviation of each group over the rounds; groups stand side by side so that bars do not overlap."""
+    """Draws mean and deviation of each group over the rounds, shifted so that the error bars do not overlap."""
     found = {g.number: {r: f for r in comparison.rounds if (f := g.of_round(r))} for g in comparison.groups}
     every = [figures for rounds in found.values() for figures in rounds.values()]
     name = "top1" if any(mean_and_deviation(figures, "top1")[0] is not None for figures in every) else "loss"
@@ -423,7 +426,7 @@ def _draw_curves(axes: Any, comparison: Comparison) -> list[Any]:
     handles = []
     for group in comparison.groups:
         points = [mean_and_deviation(figures, name) for figures in found[group.number].values()]
-        means, deviations = np.array(points, dtype=float).T * scale  # None becomes NaN, which is not drawn
+        means, deviations = np.array(points, dtype=float).T * scale  # None becomes NaN: not drawn
         step = min(0.04, 0.5 / len(comparison.groups))
         x = np.array(list(found[group.number])) + step * (group.number - (len(comparison.groups) + 1) / 2)
         handles.append(axes.errorbar(x, means, deviations, capsize=2, markersize=4, linewidth=1, **_style(group)))
@@ -434,12 +437,12 @@ def _draw_curves(axes: Any, comparison: Comparison) -> list[Any]:
 
 
 def _draw_times(axes: Any, groups: Sequence[Group]) -> None:
-    """A bar for each group: the seconds, minutes or hours of its runs that got furthest."""
+    """Draws a bar for each group: the mean time of its runs that are furthest."""
     seconds = np.array([mean_and_deviation(group.whole(), "seconds") for group in groups], dtype=float)
     longest = np.nanmax(seconds[:, 0], initial=0)
     unit, name = (3600, "hours") if longest >= 7200 else (60, "minutes") if longest >= 120 else (1, "seconds")
     means, deviations = seconds.T / unit
-    means_and_stds = [_style(group)["color"] for group in groups]
-    axes.barh([str(group.number) for group in groups], means, xerr=deviations, color=means_and_stds, capsize=2)
-    axes.set_ylim(max(len(groups), 6) - 0.4, -0.6)  # the first on top, and few bars not too thick
+    colours = [_style(group)["color"] for group in groups]
+    axes.barh([str(group.number) for group in groups], means, xerr=deviations, color=colours, capsize=2)
+    axes.set_ylim(max(len(groups), 6) - 0.4, -0.6)  # the first group on top; limits the thickness of few bars
     axes.set(xlabel=f"training and evaluation, {name}", ylabel="group")

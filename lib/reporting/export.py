@@ -1,6 +1,6 @@
-"""What leaves the program for others to use: the embeddings of a data set, and the network.
+"""Exports the embeddings of a data set, and the network. Existing files are never overwritten.
 
-Nothing is overwritten. Letters: B batch, H x W pixels, N samples, D embedding.
+Notation: B batch size, H x W pixels, N samples, D embedding size.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from lib.session.console import SUMMARY, logger
 
 Colour = tuple[float, float, float]
 EXAMPLE = 64
-"""Pixels of the example that is exported, at least; the exporter takes an edge that shrinks to 1 for a constant."""
+"""Minimum edge of the example input, in pixels. If a map shrinks to 1, the exporter treats its size as a constant."""
 USE = ("network", "low_dim", "resize", "size", "means", "stds", "npc_temperature")
-"""The options that it takes to use a network."""
+"""The options that are needed to use an exported network."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A split that is exported.
+    """A split to export.
 
     Attributes:
-        name: ``train``, ``val`` (held out of it) or ``test``; the names of its arrays open with it.
-        batches: its N samples, with the test transform.
-        labels: (N,), or None where nobody said.
-        names: N file names relative to the data root, or None where images have none.
-        indices: (N,) where each image stands in the data set's split; None: in order.
+        name: ``train``, ``val`` (held out) or ``test``; prefix of the names of its arrays.
+        batches: the N samples, with the test transform.
+        labels: (N,), or None without labels.
+        names: N file names relative to the data root, or None if the images have none.
+        indices: (N,) index of each image in the data set's split; None: 0 to N - 1.
     """
 
     name: str
@@ -55,10 +55,10 @@ class Part:
 
 
 def check(options: Options) -> None:
-    """Whether what is asked for can be exported; to be called before anything is trained.
+    """Checks the export options before training.
 
     Raises:
-        UsageError: an ending says nothing, a place is taken or cannot be written to, or packages are missing.
+        UsageError: a file name has the wrong ending, a file exists or cannot be written, or packages are missing.
     """
     if path := options.export_features:
         check_ending("--export-features", path, (".npz",))
@@ -75,25 +75,25 @@ def _check_packages(path: Path) -> None:
     for name in ("onnx", "onnxscript"):
         try:
             importlib.import_module(name)
-        except Exception as error:  # versions that do not fit together raise nearly anything
+        except Exception as error:  # incompatible versions can raise any error
             raise UsageError(
-                f"--export-model {path}: needs the package {name}, which cannot be imported ({reason(error)}); "
+                f"--export-model {path}: needs the package {name}, which cannot be imported ({reason(error)}); run "
                 "pip install -r requirements-onnx.txt"
             ) from None
 
 
 def save_features(path: Path, network: torch.nn.Module, parts: Sequence[Part], *, classes: Sequence[str]) -> None:
-    """Writes the embeddings of splits as ``.npz``, which ``np.load(path, allow_pickle=False)`` reads.
+    """Writes the embeddings of splits to an ``.npz`` file for ``np.load(path, allow_pickle=False)``.
 
-    For each part: ``<name>_embeddings`` float32 (N, D), ``<name>_indices`` int64 (N,), where each image
-    stands in the data set, and where there are any ``<name>_labels`` int64 (N,) and ``<name>_names`` (N,); ``classes``
-    holds the names of the classes, where there are any.
+    Arrays of each split: ``<name>_embeddings`` float32 (N, D); ``<name>_indices`` int64 (N,), the index of each image
+    in the data set; if available, ``<name>_labels`` int64 (N,) and ``<name>_names`` (N,). ``classes`` contains the
+    class names, if there are any.
 
     Args:
         path: the file.
-        network: images to embeddings; its mode is left as it was.
+        network: images to embeddings; its training mode is preserved.
         parts: the splits.
-        classes: names of the classes, may be empty.
+        classes: class names; may be empty.
 
     Raises:
         UsageError: the file exists or cannot be written.
@@ -113,24 +113,24 @@ def save_features(path: Path, network: torch.nn.Module, parts: Sequence[Part], *
     with new_files(path) as (file,):
         np.savez(file, **arrays)
     counts = ", ".join(f"{len(arrays[f'{part.name}_indices'])} {part.name}" for part in parts)
-    _report("embeddings", path, f"{counts}, of {embeddings.shape[1]} numbers each")
+    _report("embeddings", path, f"{counts}, embedding size {embeddings.shape[1]}")
 
 
 def save_model(path: Path, network: torch.nn.Module, options: Options, *, means: Colour, stds: Colour) -> None:
-    """Writes the network, as its ending asks, and beside it ``<stem>.yaml``, the options it takes to use it.
+    """Writes the network, and next to it ``<stem>.yaml`` with the options that are needed to use it.
 
-    ``.safetensors``: parameters and statistics by name, with ``network`` and ``low_dim`` as metadata. ``.onnx``:
-    ``images`` (B, 3, H, W) -> ``embeddings`` (B, D), with the weights inside, for any B and any H and W that the
-    network takes.
+    ``.safetensors``: parameters and buffers by name, with ``network`` and ``low_dim`` as metadata. ``.onnx``:
+    ``images`` (B, 3, H, W) -> ``embeddings`` (B, D), including the weights, for any B and any H and W that the network
+    accepts.
 
     Args:
-        path: the file.
-        network: stays as it is, on its device and in its mode.
-        options: what the network was built and trained with.
-        means, stds: what its images are normalised by.
+        path: the file; its ending selects the format.
+        network: is not modified.
+        options: options that the network was built and trained with.
+        means, stds: channel means and standard deviations that its images are normalised with.
 
     Raises:
-        UsageError: a file exists or cannot be written, or PyTorch's exporter to ONNX fails.
+        UsageError: a file exists or cannot be written, or PyTorch's ONNX exporter fails.
     """
     content = _onnx(network, options) if path.suffix.lower() == ".onnx" else _safetensors(network, options)
     written = options.model_copy(update={"means": means, "stds": stds})
@@ -140,8 +140,8 @@ def save_model(path: Path, network: torch.nn.Module, options: Options, *, means:
     with new_files(_configuration(path), path) as (configuration, model):
         configuration.write(text.encode("utf-8"))
         model.write(content)
-    _report("model", path, f"{options.network}, embedding {options.low_dim}")
-    _report("model's options", _configuration(path), "for --cfgs")
+    _report("model", path, f"{options.network}, embedding size {options.low_dim}")
+    _report("options of the model", _configuration(path), "for --cfgs")
 
 
 def _safetensors(network: torch.nn.Module, options: Options) -> bytes:
@@ -151,12 +151,12 @@ def _safetensors(network: torch.nn.Module, options: Options) -> bytes:
 
 
 class _AdaptiveAveragePool(torch.nn.Module):
-    """``AdaptiveAvgPool2d`` as two products with matrices of averages, made from the map's size when it runs.
+    """``AdaptiveAvgPool2d`` as two matrix products, with matrices computed from the size of the map at run time.
 
-    The exporter writes the module itself for the map's size at export alone.
+    The ONNX exporter would fix the original module to the size of the map at export.
 
     Args:
-        grid: edge g of the output, in positions.
+        grid: edge g of the output.
     """
 
     def __init__(self, grid: int) -> None:
@@ -169,7 +169,7 @@ class _AdaptiveAveragePool(torch.nn.Module):
 
     def _averages(self, edge: int) -> torch.Tensor:
         """(g, edge): row i averages the positions from floor(i edge / g) up to ceil((i + 1) edge / g)."""
-        cell = torch.arange(self._grid, dtype=torch.float32)[:, None]  # ONNX has no floor of integers
+        cell = torch.arange(self._grid, dtype=torch.float32)[:, None]  # float, as ONNX has no Floor for integers
         position = torch.arange(edge, dtype=torch.float32)
         first, end = torch.floor(cell * edge / self._grid), torch.ceil((cell + 1) * edge / self._grid)
         inside = ((position >= first) & (position < end)).float()
@@ -177,7 +177,7 @@ class _AdaptiveAveragePool(torch.nn.Module):
 
 
 def _with_any_size(network: torch.nn.Module) -> torch.nn.Module:
-    """A copy on the CPU, in evaluation mode, whose export takes images of any size that the network takes."""
+    """A copy on the CPU in evaluation mode, whose export accepts all image sizes that the network accepts."""
     network = copy.deepcopy(network).cpu().eval()
     for name, module in list(network.named_modules()):
         if isinstance(module, torch.nn.AdaptiveAvgPool2d) and isinstance(grid := module.output_size, int) and grid > 1:
@@ -186,14 +186,14 @@ def _with_any_size(network: torch.nn.Module) -> torch.nn.Module:
 
 
 def _onnx(network: torch.nn.Module, options: Options) -> bytes:
-    """The network as an ONNX file; UsageError where the exporter fails."""
+    """The network as an ONNX file. Raises UsageError if the exporter fails."""
     height, width = (max(EXAMPLE, edge) for edge in height_and_width(options.size))
     sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     try:
         with _quiet_exporter():
             program = torch.onnx.export(
                 _with_any_size(network),
-                (torch.zeros(2, 3, height, width),),  # a batch of one would be taken for the only size
+                (torch.zeros(2, 3, height, width),),  # the exporter would treat a batch size of 1 as a constant
                 dynamo=True,
                 input_names=["images"],
                 output_names=["embeddings"],
@@ -202,24 +202,24 @@ def _onnx(network: torch.nn.Module, options: Options) -> bytes:
             )
             assert program is not None
             shape = program.model_proto.graph.input[0].type.tensor_type.shape.dim
-            if fixed := [axis for axis in sizes if not shape[axis].dim_param]:  # "AUTO" may make constants of them
+            if fixed := [axis for axis in sizes if not shape[axis].dim_param]:  # Dim.AUTO may make them constant
                 raise ValueError(f"axes {fixed} of the images became constants")
             content: bytes = program.model_proto.SerializeToString()
-    except Exception as error:  # its parts raise nearly anything
+    except Exception as error:  # the exporter can raise any error
         cause: BaseException = error
         while cause.__cause__:
             cause = cause.__cause__
         raise UsageError(
-            f"the exporter to ONNX of PyTorch {torch.__version__} failed: {reason(cause)}; try other versions of "
-            "the packages in requirements-onnx.txt, or --export-model with a .safetensors file"
+            f"--export-model: the ONNX exporter of PyTorch {torch.__version__} failed: {reason(cause)}; try other "
+            "versions of the packages in requirements-onnx.txt, or export to a .safetensors file"
         ) from None
     return content
 
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Keeps what the exporter of some versions says to its own programmers off the screen."""
-    guards = logging.getLogger("torch.fx.experimental.symbolic_shapes")  # of batch sizes that other code paths suit
+    """Suppresses the exporter's warnings and output, which address developers of PyTorch."""
+    guards = logging.getLogger("torch.fx.experimental.symbolic_shapes")  # warns about specialised sizes
     level = guards.level
     guards.setLevel(logging.ERROR)
     try:
@@ -236,22 +236,22 @@ def _configuration(path: Path) -> Path:
 
 
 def _header(path: Path) -> str:
-    """The comment that a model's option file opens with."""
+    """The comment at the top of a model's option file."""
     model, options = (_one_line(shlex.quote(str(place))) for place in (path, _configuration(path)))
     if path.suffix.lower() == ".onnx":
         use = f"{model}, images (B, 3, H, W) -> embeddings (B, D), for onnxruntime and the like"
     else:
         use = f"python main.py --cfgs {options} --resume {model} --test-only --dataset NAME --data-root DIR"
     return (
-        "# What it takes to use a network that Anchor Neighbourhood Discovery trained:\n"
+        "# Options to use a network trained by Anchor Neighbourhood Discovery:\n"
         f"#   {use}\n"
-        "# Its images are RGB in [0, 1], resized, cropped in the middle to size, less means, divided by stds;\n"
-        "# its embeddings have unit length.\n"
+        "# Preprocessing: RGB in [0, 1]; resize to resize; centre crop to size; subtract means; divide by stds.\n"
+        "# The embeddings have unit length.\n"
     )
 
 
 def _one_line(text: str) -> str:
-    """Text for a comment: what would end it, and what UTF-8 cannot write, as question marks."""
+    """Text for a one-line comment: unprintable characters are replaced by question marks."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 

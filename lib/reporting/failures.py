@@ -1,6 +1,6 @@
-"""What ended the program, as an exit status and a sentence.
+"""Maps errors to exit statuses and messages.
 
-PyTorch is imported for errors that only it raises, so that a wrong option is answered at once.
+PyTorch is imported only for errors that need it, so that an invalid option is reported without that delay.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lib.distributed import launch
 from lib.distributed.launch import UNEXPECTED
 from lib.errors import ToldElsewhereError, UsageError, is_out_of_memory
 from lib.session.atomic_files import printable, reason
-from lib.session.console import FIRST
+from lib.session.console import IS_RANK0
 from lib.session.locate import latest
 
 if TYPE_CHECKING:
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 
 class UnexpectedError(Exception):
-    """An error that ``explain`` does not know; the message is a sentence, and the traceback is in the session's log."""
+    """An unknown error whose traceback was written to the session's log. The message is one sentence for the user."""
 
 
 def explain(error: Exception) -> tuple[int, str] | None:
-    """Exit status and sentence of an error; the sentence is empty where another process says it. None: not known."""
+    """Exit status and message of an error, or None if it is unknown. The message is '' if another rank prints it."""
     if isinstance(error, ToldElsewhereError):
         return 2, ""
     if isinstance(error, UnexpectedError):
         return UNEXPECTED, str(error)
     if isinstance(error, UsageError | datasets.DataError | models.NetworkError):
-        return 2, printable(str(error).rpartition("DataError: ")[2].strip())  # a worker's comes behind its traceback
+        return 2, printable(str(error).rpartition("DataError: ")[2].strip())  # a worker process prepends its traceback
     if isinstance(error, OSError):
         place = printable(str(error.filename or "the file system"))
-        return 2, f"{place}: cannot be used: {reason(error)}; mend that, or choose another place"
+        return 2, f"{place}: cannot be used: {reason(error)}; correct this, or choose another path"
 
     import torch._dynamo.exc
 
@@ -44,31 +44,31 @@ def explain(error: Exception) -> tuple[int, str] | None:
     from lib.errors import NonFiniteLossError
 
     if isinstance(error, NonFiniteLossError):
-        return 1, str(error) if FIRST else ""  # the same in every process
+        return 1, str(error) if IS_RANK0 else ""  # it is raised on every rank
     if isinstance(error, torch._dynamo.exc.TorchDynamoException):
-        return 2, f"--compile: PyTorch cannot compile the network here ({reason(error)}); leave it out"
+        return 2, f"--compile: PyTorch cannot compile the network on this machine ({reason(error)}); drop --compile"
     if is_out_of_memory(error):
         return 2, "memory ran out; set --batch-size or --size lower, or choose a smaller --network"
     if isinstance(error, RuntimeError) and launch.is_launched() and is_peer_failure(error):
-        return UNEXPECTED, "another process of the run has ended; --resume with the session's folder goes on"
+        return UNEXPECTED, "another process of the run has ended; resume with --resume and the session folder"
     return None
 
 
 def describe(error: Exception) -> str:
-    """Kind and message of an error that ``explain`` does not know, on one line."""
+    """Type and message of an unknown error, on one line."""
     return printable(f"unexpected {type(error).__name__}: {reason(error)}")
 
 
 def traceback_of(error: Exception) -> str:
-    """Where an error came from, as Python shows it."""
+    """The traceback of an error."""
     return "\n".join(map(printable, "".join(traceback.format_exception(error)).splitlines()))
 
 
 def in_session(error: Exception, session: Session) -> UnexpectedError | None:
-    """What to raise in place of an error that ended a session, after writing its traceback to the session's log.
+    """Writes the traceback of an unknown error to the session's log.
 
     Returns:
-        None where ``explain`` knows the error, or there is no log that the traceback could be written to.
+        The error to raise instead, or None if ``explain`` knows the error or the traceback could not be written.
     """
     if explain(error) is not None or not session.write_traceback(error):
         return None

@@ -1,4 +1,4 @@
-"""What a run shows, judges and hands over: test, report, queries, exports."""
+"""The results of a run: evaluation, report, queries and exports."""
 
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ from lib.training.recorder import Recorder
 from lib.training.setup import RunContext
 
 SIMILAR = 10
-"""Training images that a query shows."""
+"""Number of training images that a query shows."""
 PROJECTED = 1000
-"""Samples that TensorBoard's projector shows at most."""
+"""Maximum number of samples in TensorBoard's projector."""
 
 
 def check(options: Options) -> None:
-    """UsageError for what cannot be written, before anything is read or trained."""
+    """Raises UsageError if an export cannot be written; called before anything is loaded or trained."""
     export.check(options)
     if options.export_neighbourhoods:
         retrieval.check(options.export_neighbourhoods)
 
 
 def show(context: RunContext) -> None:
-    """What is asked for of a network that is not trained further: a report, similar images, or a test run."""
+    """Produces the results that need no training: a report, similar images, or an evaluation with its exports."""
     if isinstance(context.options.report, Path):
         write_report(context, context.options.report, context.loaded)
     elif context.options.query:
         show_similar(context)
     else:
-        test(context)
+        run_evaluation(context)
         if own := context.alone():
             export_results(own, own.loaded, folder_of(own.source) if own.source else None)
 
 
 def finish(context: RunContext, recorder: Recorder, final: Checkpoint, history: list[dict[str, Any]]) -> bool:
-    """What a run shows and writes when training is done; whether its last checkpoint was saved.
+    """Shows the summary and writes exports and report after training. Returns whether the last checkpoint was saved.
 
     Raises:
-        UsageError: an export or the report cannot be written, and the checkpoint was.
+        UsageError: an export or the report cannot be written, although the checkpoint was saved.
     """
     session = recorder.session
     failures: list[UsageError] = []
@@ -71,13 +71,13 @@ def finish(context: RunContext, recorder: Recorder, final: Checkpoint, history: 
     logger().info("\n%s", recorder.summary(history), extra=SUMMARY)
     logger().info("session: %s", session.folder or "none", extra=SUMMARY)
     attempt(lambda: export_results(context, final, session.folder))
-    if context.options.report and session.folder:  # also where an export fails
+    if context.options.report and session.folder:  # also after a failed export
         folder = session.folder
         attempt(lambda: write_report(context, folder, final))
-    for error in failures if recorder.unsaved else failures[:-1]:  # the last one is raised, unless the status is 3
+    for error in failures if recorder.unsaved else failures[:-1]:  # the last one is raised if the checkpoint was saved
         logger().error("%s", error)
     if recorder.unsaved:
-        print(f"error: {recorder.unsaved}; make room and go on with --resume", file=sys.stderr)
+        print(f"error: {recorder.unsaved}; free disk space, then continue with --resume", file=sys.stderr)
         return False
     if failures:
         raise failures[-1]
@@ -85,7 +85,7 @@ def finish(context: RunContext, recorder: Recorder, final: Checkpoint, history: 
 
 
 def show_embeddings(context: RunContext, memory: torch.Tensor, session: Session) -> None:
-    """Some rows of the memory bank, evenly spaced, for TensorBoard's projector."""
+    """Writes evenly spaced rows of the memory bank (N, D) for TensorBoard's projector."""
     train = context.splits.train
     index = np.linspace(0, len(train) - 1, min(len(train), PROJECTED)).round().astype(int).tolist()
     labels = None if train.labels is None else [train.classes[label] for label in train.labels[index]]
@@ -93,10 +93,10 @@ def show_embeddings(context: RunContext, memory: torch.Tensor, session: Session)
         session.write_projector(memory[index].cpu().numpy(), labels, image_grid.thumbnails(train.images, index))
 
 
-def test(context: RunContext) -> None:
-    """Prints the table of a test run, and keeps the figures with the session."""
+def run_evaluation(context: RunContext) -> None:
+    """Evaluates the network, prints the table and writes evaluation.json."""
     options, source = context.options, context.source
-    inputs = _subject(context)
+    inputs = _evaluation_inputs(context)
     unlabelled = inputs.train_labels is None or inputs.test_labels is None
     if unlabelled and "cluster" not in options.protocol and _exports(options):
         return
@@ -110,8 +110,7 @@ def test(context: RunContext) -> None:
         evaluate.save(rows, path, {**facts, **reached, "seed": options.seed})
 
 
-def _subject(context: RunContext) -> EvaluationInputs:
-    """What a test run judges."""
+def _evaluation_inputs(context: RunContext) -> EvaluationInputs:
     train, test = context.splits.train, context.splits.test
     evaluators = [context.evaluator(test, name) for name in context.options.protocol if name in ("knn", "nn")]
     assert context.options.seed is not None
@@ -135,8 +134,12 @@ def _exports(options: Options) -> bool:
 
 
 def write_report(context: RunContext, folder: Path, loaded: Checkpoint) -> None:
-    """Writes the report of a session, whose network is the setting's."""
-    from lib.reporting import page  # draws with matplotlib and scikit-learn, which take seconds to import
+    """Writes the report of a session with the network of the context.
+
+    Raises:
+        UsageError: the report cannot be written.
+    """
+    from lib.reporting import page  # imports matplotlib and scikit-learn, which takes seconds
 
     options, train, test = context.options, context.splits.train, context.splits.test
     evaluator = context.evaluator(test)
@@ -152,7 +155,7 @@ def write_report(context: RunContext, folder: Path, loaded: Checkpoint) -> None:
             k=options.knn_k,
             sigma=options.knn_sigma or options.npc_temperature,
         )
-    material = session_data.material(
+    report_data = session_data.material(
         folder,
         options,
         loaded,
@@ -164,18 +167,20 @@ def write_report(context: RunContext, folder: Path, loaded: Checkpoint) -> None:
         tested=tested,
     )
     try:
-        logger().info("report: %s", page.write(material, folder), extra=SUMMARY)
+        logger().info("report: %s", page.write(report_data, folder), extra=SUMMARY)
     except OSError as error:
-        raise UsageError(f"{folder}: the report cannot be written: {reason(error)}; make room there") from None
+        raise UsageError(
+            f"{folder}: the report cannot be written: {reason(error)}; check free space and permissions"
+        ) from None
 
 
 def show_similar(context: RunContext) -> None:
-    """Prints the training images most similar to each picture of ``--query``, and draws them."""
+    """Prints and draws the training images that are most similar to each image of ``--query``."""
     options = context.options
     queries = [retrieval.Query(str(path), datasets.read_picture(path)) for path in options.query]
     pictures = context.loader(datasets.ImageSet([query.image for query in queries]), train=False)
     embeddings = features.extract(context.network, pictures, "pictures")
-    logger().info("similarity: cosine between embeddings, computed with the test transform")
+    logger().info("similarity: cosine of the embeddings, computed with the test transform")
     indices, similarities = retrieval.query(embeddings, context.train_embeddings(), SIMILAR)
     gallery = gallery_of(context)
     for row, query in enumerate(queries):
@@ -186,18 +191,21 @@ def show_similar(context: RunContext) -> None:
 
 
 def gallery_of(context: RunContext) -> retrieval.Gallery:
-    """The training images by name and class."""
+    """The training images with their names and classes."""
     train = context.splits.train
     return retrieval.Gallery(train.images, train.names, train.labels, train.classes, train.indices)
 
 
 def export_results(context: RunContext, loaded: Checkpoint, folder: Path | None) -> None:
-    """Writes what the user asks for.
+    """Writes the exports that the options request.
 
     Args:
-        setting: with the network as it is now.
-        loaded: the checkpoint of now.
-        folder: the session's, or None.
+        context: options, data and the network to export.
+        loaded: the current checkpoint.
+        folder: the session folder, or None.
+
+    Raises:
+        UsageError: a file cannot be written, or a checkpoint of the session cannot be read.
     """
     options, splits = context.options, context.splits
     if options.export_features:

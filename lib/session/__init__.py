@@ -1,1 +1,1 @@
-"""What a run writes and says."""
+"""Session folders, atomic file writes, logging, metrics and TensorBoard."""

@@ -1,7 +1,7 @@
-"""What a person sees while it runs: log lines, progress bars and plain tables.
+"""Console output: log lines, progress bars and plain-text tables.
 
-Log lines go to standard output, bars to standard error; a bar appears only on a terminal and
-only for work that takes longer than a second, so a redirected run leaves nothing but lines.
+Log lines go to standard output, progress bars to standard error. A bar appears only on a terminal, and only after
+one second, so redirected output contains log lines alone.
 """
 
 from __future__ import annotations
@@ -21,51 +21,51 @@ from tqdm import tqdm
 
 LOGGER = "and"
 SUMMARY = {"summary": True}
-"""``extra`` of a log record that ``--brief`` shows, too."""
+"""``extra`` of a log record that ``--brief`` also shows."""
 T = TypeVar("T")
-FIRST = os.environ.get("RANK", "0") == "0"
-"""Of several processes that train together the first one speaks."""
+IS_RANK0 = os.environ.get("RANK", "0") == "0"
+"""Whether this process is rank 0, the only one that logs and shows progress bars."""
 CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069]")
-"""Characters that a terminal obeys, and does not show."""
+"""Control and formatting characters, which a terminal interprets instead of printing."""
 
 
 class _Formatter(logging.Formatter):
-    """Lines that a terminal shows, whatever names are in them: what it would obey stands there in words."""
+    """Escapes control characters, which may come from file names."""
 
     def format(self, record: logging.LogRecord) -> str:
         return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), super().format(record))
 
 
 class LogFile(logging.FileHandler):
-    """A log that lines are missing from where the disk is full; the run goes on.
+    """A log file whose write errors do not stop the run: the lines are lost, and a warning is printed once.
 
     Attributes:
-        has_failed: whether a line is missing.
+        has_failed: whether a line could not be written.
     """
 
     has_failed = False
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the name of logging
-        """Warns of the first line that cannot be written."""
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # overrides logging's method
+        """Prints a warning for the first line that cannot be written."""
         if not self.has_failed:
             print(f"warning: {self.baseFilename}: cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
         self.has_failed = True
 
 
 class _BarAwareHandler(logging.Handler):
-    """Writes records through tqdm, so that a line never lands in the middle of a bar."""
+    """Writes records with ``tqdm.write``, so that log lines do not break progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        text = self.format(record).encode(encoding, "backslashreplace").decode(encoding)  # file names may be any bytes
+        text = self.format(record).encode(encoding, "backslashreplace").decode(encoding)  # file names can be any bytes
         with closed_pipe_allowed():
             tqdm.write(text, file=sys.stdout)
 
 
 @contextmanager
 def closed_pipe_allowed() -> Iterator[None]:
-    """Flushes standard output when the block ends. If its reader has gone, as behind ``| head``, this and all later
-    output is discarded and the program continues.
+    """Flushes standard output when the block ends. If the pipe is closed, as by ``| head``, this and all later output
+    is discarded and the program continues.
     """
     try:
         try:
@@ -79,17 +79,14 @@ def closed_pipe_allowed() -> Iterator[None]:
 
 
 def logger() -> logging.Logger:
-    """The program's logger; the session adds its ``log.txt`` to it."""
+    """The program's logger. A session adds its ``log.txt`` as a handler."""
     return logging.getLogger(LOGGER)
 
 
 def start_logging(brief: bool = False) -> logging.Logger:
-    """Sends the program's log to the screen: everything, or with ``brief`` only what is marked so.
-
-    A record is marked by ``extra=SUMMARY``; warnings and errors always show.
-    """
+    """Shows the log on the screen. With ``brief``, only warnings, errors and records with ``extra=SUMMARY``."""
     log = logger()
-    log.setLevel(logging.INFO if FIRST else logging.ERROR)
+    log.setLevel(logging.INFO if IS_RANK0 else logging.ERROR)
     log.propagate = False
     for handler in list(log.handlers):
         log.removeHandler(handler)
@@ -99,12 +96,12 @@ def start_logging(brief: bool = False) -> logging.Logger:
     if brief:
         screen.addFilter(lambda r: r.levelno > logging.INFO or getattr(r, "summary", False))
     log.addHandler(screen)
-    log.addHandler(MemoryHandler(sys.maxsize, flushLevel=logging.CRITICAL + 1))  # until there is a file
+    log.addHandler(MemoryHandler(sys.maxsize, flushLevel=logging.CRITICAL + 1))  # until log_to_file is called
     return log
 
 
 def log_to_file(path: Path) -> LogFile:
-    """Adds a file to the log, with all that was logged since ``start_logging``; the handler is the caller's."""
+    """Adds a log file, which begins with all records since ``start_logging``. The caller closes the handler."""
     file = LogFile(path, encoding="utf-8", errors="backslashreplace")
     formatter = _Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
@@ -119,7 +116,7 @@ def log_to_file(path: Path) -> LogFile:
 
 
 def progress(items: Iterable[T], what: str, unit: str = "it", total: int | None = None) -> tqdm[T]:
-    """A progress bar around ``items``: after one second, on terminals only, gone when it is done."""
+    """A progress bar over ``items``: shown after one second, on terminals only, and removed at the end."""
     return tqdm(
         items,
         desc=what,
@@ -128,7 +125,7 @@ def progress(items: Iterable[T], what: str, unit: str = "it", total: int | None 
         delay=1,
         leave=False,
         dynamic_ncols=True,
-        disable=None if FIRST else True,  # no bar unless standard error is a terminal
+        disable=None if IS_RANK0 else True,  # None: disabled unless standard error is a terminal
     )
 
 
@@ -138,7 +135,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Rows as text: the first column to the left, the others to the right."""
+    """A plain-text table: the first column is left-aligned, the others right-aligned."""
     cells = [[str(c) for c in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
 

@@ -12,9 +12,9 @@ from PIL import Image, ImageOps
 from lib.session.atomic_files import atomic_write
 
 TILE = 48
-"""Pixels of an image in the picture."""
+"""Edge of a thumbnail, in pixels."""
 EQUAL, OTHER, UNKNOWN = "#2a9d4e", "#d1342f", "#9a9a9a"
-"""Frame of a neighbour: of the anchor's class, of another one, or without labels."""
+"""Frame colour of a neighbour: same class as the anchor, another class, or no labels."""
 
 
 def draw(

@@ -1,4 +1,4 @@
-"""What a session recorded: a JSON line for each epoch and for each start."""
+"""Reads a session's records: one JSON line for each epoch and for each start."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ STARTS = "starts.jsonl"
 
 
 def read(session: Path) -> list[dict[str, Any]]:
-    """A session's records, in order of rounds and epochs.
+    """The epoch records of a session, sorted by round and epoch.
 
-    Every record has whole numbers ``round`` and ``epoch``; its other values are finite numbers, lists of such, or
-    None. Of two records of one epoch the later counts. What a run that still goes, or was killed, has half written
-    behind the last line break is left out.
+    Every record has integers ``round`` and ``epoch``; other values are finite numbers, lists of them, or None. If an
+    epoch has two records, the later one is used. An incomplete last line, of a run that is active or was killed, is
+    ignored.
 
     Raises:
-        UsageError: there is no such session, it has no whole record, or a line is damaged.
+        UsageError: the folder is not a session, it has no complete record, or a line is damaged.
     """
     records: dict[tuple[int, int], dict[str, Any]] = {}
     *lines, rest = _content(session).split(b"\n")
@@ -29,19 +29,19 @@ def read(session: Path) -> list[dict[str, Any]]:
         record = _record(line)
         if record is None:
             raise UsageError(
-                f"{session / METRICS}, line {number}: damaged: should be a JSON object with round, epoch and numbers; "
-                "mend the line or take it out"
+                f"{session / METRICS}, line {number}: damaged: must be a JSON object with round, epoch and numbers; "
+                "correct or delete the line"
             )
         records[record["round"], record["epoch"]] = record
     if last := _record(rest):
         records[last["round"], last["epoch"]] = last
     if not records:
-        raise UsageError(f"{session / METRICS}: holds no whole epoch yet; name a session that has trained for one")
+        raise UsageError(f"{session / METRICS}: contains no complete epoch; choose a session with at least one")
     return [records[key] for key in sorted(records)]
 
 
 def starts(session: Path) -> list[dict[str, Any]]:
-    """With what the session's run started, and each time it was resumed; lines that are damaged are left out."""
+    """The start records of a session: one for its first start and one for each resume. Damaged lines are skipped."""
     try:
         lines = (session / STARTS).read_bytes().split(b"\n")
     except OSError:
@@ -52,18 +52,20 @@ def starts(session: Path) -> list[dict[str, Any]]:
 def _content(session: Path) -> bytes:
     try:
         if not session.is_dir():
-            raise UsageError(f"{session}: no such folder; name a session's, such as sessions/NAME")
+            raise UsageError(f"{session}: no such folder; name a session folder, such as sessions/NAME")
         if not (session / "config.yaml").is_file():
-            raise UsageError(f"{session}: no session: it has no config.yaml; name a folder such as sessions/NAME")
+            raise UsageError(
+                f"{session}: not a session folder: it has no config.yaml; name a folder such as sessions/NAME"
+            )
         return (session / METRICS).read_bytes()
     except FileNotFoundError:
-        raise UsageError(f"{session}: has no {METRICS}; name a session that has trained for an epoch") from None
+        raise UsageError(f"{session}: has no {METRICS}; choose a session with at least one complete epoch") from None
     except OSError as error:
-        raise UsageError(f"{session}: its {METRICS} cannot be read: {error.strerror}") from None
+        raise UsageError(f"{session / METRICS}: cannot be read: {error.strerror}; check its permissions") from None
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """The record of an epoch on a line, or None where it is none."""
+    """The epoch record of a line, or None if the line is not one."""
     record = _object(line)
     if record is None or not all(v is None or _is_finite(v) for v in record.values()):
         return None
@@ -80,8 +82,7 @@ def _object(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_finite(value: object) -> bool:
-    """Whether it is a number that arithmetic can go on with, or a list of such; JSON also spells larger ones, and
-    true is none."""
+    """Whether a value is a finite number, or a list of them. Booleans and integers beyond float's range are not."""
     if type(value) is list:
         return all(map(_is_finite, value))
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]

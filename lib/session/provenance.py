@@ -1,4 +1,4 @@
-"""What a run ran on: versions, commit, machine."""
+"""Records what a run uses: package versions, git commit and hardware."""
 
 from __future__ import annotations
 
@@ -30,26 +30,25 @@ PACKAGES = (
     "pillow",
 )
 
-
 CODE = ("main.py", "lib/*.py", "models/*.py", "datasets/*.py")
-"""What a run executes, from the root of the repository."""
+"""The source files of a run, relative to the root of the repository."""
 
 
 def versions() -> dict[str, str]:
-    """Python's and the packages' versions as installed."""
+    """Installed versions of Python and of ``PACKAGES``."""
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
 
 
 def commit() -> str:
-    """The git commit of the code; '' outside git.
+    """The git commit of the code, or '' outside a git repository.
 
-    Where ``CODE`` differs from it, new files included, there follow '+' and a digest of the files that do: two runs of
-    changed code are of the same code where these are equal, too.
+    If files of ``CODE`` differ from the commit or are untracked, '+' and a digest of these files follow. Two runs use
+    the same code if both parts are equal.
     """
     here = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> bytes:
-        # without a lock, which a run that is killed right now would leave in the repository
+        # no lock: a run that is killed here would leave it in the repository
         command = ["git", "--no-optional-locks", *words]
         return subprocess.run(command, cwd=here, capture_output=True, check=True, timeout=10).stdout
 
@@ -66,16 +65,16 @@ def commit() -> str:
 
 
 def processor() -> str:
-    """The CPU's model, and the vector instructions that PyTorch uses on it."""
+    """The CPU model and the vector instruction set that PyTorch uses."""
     model = platform.processor() or platform.machine()
     with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()  # Linux; elsewhere the line above
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()  # Linux only
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
     return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def hardware(device: torch.device) -> str:
-    """The device in words: a GPU's name, or the CPU's kind and the threads PyTorch uses."""
+    """Description of the device: the GPU's name, or the CPU model, cores and PyTorch threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()

@@ -1,14 +1,14 @@
-"""A session: the folder of one run and everything written into it but the checkpoints' content.
+"""A session: the folder of one run, and everything written to it except the content of checkpoints.
 
 sessions/NAME/
     config.yaml          the options; pass it to --cfgs to repeat the run
-    log.txt              what the screen showed, with times
-    metrics.jsonl        a JSON line for each epoch
-    starts.jsonl         a JSON line for each start: versions, commit, hardware, seed, data, network
-    checkpoint/          {round:04d}-{anchors:05d}.ckpt, the best of each round; latest.ckpt, every epoch, and
-                         previous.ckpt, the one before it
-    neighbours/          {round:04d}-{anchors:05d}.png, anchors beside their neighbours; .ckpt, what the discovery
-                         found, unless the best checkpoints of all rounds are kept
+    log.txt              the log with timestamps
+    metrics.jsonl        one JSON line for each epoch
+    starts.jsonl         one JSON line for each start: versions, commit, hardware, seed, data, network
+    checkpoint/          latest.ckpt, after every epoch; previous.ckpt, the one before it;
+                         {round:04d}-{anchors:05d}.ckpt, the best of each round (see --keep)
+    neighbours/          {round:04d}-{anchors:05d}.png, anchors next to their neighbours; .ckpt, the discovered
+                         neighbourhoods, unless --keep all stores them in the best checkpoints
     tfboard/             TensorBoard events: global/, and a folder for each round
 """
 
@@ -37,21 +37,25 @@ from lib.session.tensorboard import EventFile
 
 LOCK = ".lock"
 PROJECTOR = "projector_config.pbtxt"
-TENSORBOARD = "what TensorBoard shows"
+TENSORBOARD = "TensorBoard events"
 
 
 class Session:
-    """Where a run writes. With ``folder`` None (``--debug``) every call does nothing.
+    """Writes a run's log, metrics and TensorBoard events. With ``folder`` None (``--debug``) all methods do nothing.
 
-    What cannot be written is warned of and left out: a full disk is no reason to lose a run, and the checkpoints, which
-    others write, tell how it ended.
+    A write error is logged as a warning and does not stop the run: a full disk should not end the training.
+    Checkpoints are written, and their errors reported, by ``lib/training/recorder.py``.
 
     Args:
         folder: an existing folder, or None.
-        start: (round, epoch) that the run starts at; metrics and events from there on are dropped, so that
-            a run continued from an earlier checkpoint has no epoch twice.
+        start: (round, epoch) at which the run starts. Metrics and events from there on are removed, so that a run
+            resumed from an earlier checkpoint records no epoch twice.
         log_file: write log.txt.
         log_tfb: write TensorBoard events.
+
+    Raises:
+        UsageError: another process uses the session.
+        OSError: the folder cannot be written.
     """
 
     def __init__(
@@ -69,25 +73,29 @@ class Session:
         self._log: LogFile | None = None
         if folder is None:
             return
-        self._lock = filelock.FileLock(folder / LOCK, timeout=0)  # goes with the process, however it ends
+        self._lock = filelock.FileLock(folder / LOCK, timeout=0)  # released by the system when the process ends
         try:
             self._lock.acquire()
         except filelock.Timeout:
             raise UsageError(
-                f"{folder}: another process trains in this session; wait for it, stop it, or add --restart to go on "
-                "in a new one"
+                f"{folder}: another process is training in this session; wait for it, stop it, or add --restart to "
+                "continue in a new session"
             ) from None
         for name in ("checkpoint", "neighbours", *(["tfboard"] if self._tensorboard else [])):
             (folder / name).mkdir(exist_ok=True)
         for part in (*folder.glob("*.part"), *folder.glob("checkpoint/*.part"), *folder.glob("neighbours/*.part")):
-            part.unlink()  # what a killed run had half written
-        self._keep_metrics_before(start)
+            part.unlink()  # temporary files of a killed run
+        self._drop_metrics_from(start)
         if log_file:
             self._log = log_to_file(folder / "log.txt")
 
     @classmethod
     def open(cls, folder: Path, options: str, **arguments: Any) -> Session:
-        """A session in ``folder`` with ``options`` as its config.yaml; UsageError where it cannot be written."""
+        """Opens a session in ``folder`` and writes ``options`` to its config.yaml.
+
+        Raises:
+            UsageError: the folder cannot be written, or another process uses the session.
+        """
         try:
             opened = cls(folder, **arguments)
             try:
@@ -97,25 +105,26 @@ class Session:
                 raise
         except OSError as error:
             raise UsageError(
-                f"{folder}: cannot be written: {error.strerror}; choose another --sess-dir (to go on there: --restart)"
+                f"{folder}: cannot be written: {error.strerror}; choose another --sess-dir (with --resume, also add "
+                "--restart)"
             ) from None
         return opened
 
     @property
     def name(self) -> str:
-        """The folder's name, '' where nothing is stored."""
+        """The folder's name, '' with ``--debug``."""
         return self.folder.name if self.folder else ""
 
     def latest(self) -> Path | None:
-        """Where the checkpoint of every epoch goes."""
+        """Path of the checkpoint that is written after every epoch."""
         return self.folder / "checkpoint" / LATEST if self.folder else None
 
     def of_round(self, kind: str, round: int, anchors: int, ending: str) -> Path | None:
-        """Where a round's file of a kind ('checkpoint', 'neighbours') goes."""
+        """Path of a round's file in the folder ``kind`` ('checkpoint' or 'neighbours')."""
         return self.folder / kind / f"{_round_name(round, anchors)}.{ending}" if self.folder else None
 
     def _write_config(self, text: str) -> None:
-        """Writes config.yaml; one that a continued run changes is kept under another name."""
+        """Writes config.yaml. If a resumed run changes it, the former file is renamed to config.<i>.yaml."""
         assert self.folder is not None
         path = self.folder / "config.yaml"
         if path.exists():
@@ -123,20 +132,20 @@ class Session:
                 return
             before = next(p for i in range(1, 10**6) if not (p := self.folder / f"config.{i}.yaml").exists())
             path.rename(before)
-            logger().info("the options differ from the session's: the former config.yaml is now %s", before.name)
+            logger().info("the options have changed: the former config.yaml was renamed to %s", before.name)
         with atomic_write(path) as file:
             file.write(text.encode("utf-8"))
 
     @contextmanager
-    def spare(self, what: str) -> Iterator[None]:
-        """Around the writing of what a run can do without, in words; where that fails the log says so."""
+    def warn_on_write_error(self, what: str) -> Iterator[None]:
+        """Turns an OSError in the block into a warning that ``what`` could not be written."""
         try:
             yield
         except OSError as error:
             logger().warning("%s: %s could not be written: %s", self.folder, what, reason(error))
 
     def write_traceback(self, error: BaseException) -> bool:
-        """Writes where an error came from to log.txt, and not to the screen; whether it is there."""
+        """Writes an error's traceback to log.txt, not to the screen. Returns whether it was written."""
         if self._log is None:
             return False
         where = type(error), error, error.__traceback__
@@ -144,46 +153,47 @@ class Session:
         return not self._log.has_failed
 
     def write_start(self, facts: dict[str, Any]) -> None:
-        """Adds a line to starts.jsonl: with what a run, or one that went on, started."""
+        """Appends a line to starts.jsonl, at each start and resume."""
         self._add_line(STARTS, {name: str(value) for name, value in facts.items()})
 
     def write_metrics(self, record: dict[str, Any]) -> None:
-        """Adds a line to metrics.jsonl; numbers that are not finite become null."""
+        """Appends a line to metrics.jsonl. NaN and infinite values become null."""
         self._add_line(METRICS, {name: _finite(value) for name, value in record.items()})
 
     def _add_line(self, name: str, record: dict[str, Any]) -> None:
         if self.folder:
-            with self.spare(f"a line of {name}"), (self.folder / name).open("a", encoding="utf-8") as file:
+            path = self.folder / name
+            with self.warn_on_write_error(f"a line of {name}"), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
     def write_scalars(
         self, values: dict[str, float | None], step: int, round_folder: tuple[int, int] | None = None
     ) -> None:
-        """TensorBoard scalars by tag; None is left out.
+        """Writes TensorBoard scalars.
 
         Args:
-            values: tag -> value.
-            step: round for the global tags, epoch within the round otherwise.
+            values: tag -> value; None is skipped.
+            step: the round for the folder ``global``, the epoch within the round otherwise.
             round_folder: (round, anchors), or None for the folder ``global``.
         """
         if not self._tensorboard:
             return
-        with self.spare(TENSORBOARD):
+        with self.warn_on_write_error(TENSORBOARD):
             known = {tag: value for tag, value in values.items() if value is not None}
             self._event_file(round_folder).write_scalars(known, step)
 
     def write_picture(self, tag: str, picture: np.ndarray, step: int) -> None:
-        """A TensorBoard image (H, W, 3) of uint8, of a round (``step``)."""
+        """Writes a TensorBoard image, uint8 (H, W, 3); ``step`` is the round."""
         if self._tensorboard:
-            with self.spare(TENSORBOARD):
+            with self.warn_on_write_error(TENSORBOARD):
                 self._event_file(None).write_picture(tag, picture, step)
 
     def write_projector(self, rows: np.ndarray, labels: Sequence[str] | None, thumbnails: np.ndarray) -> None:
-        """Rows for TensorBoard's embedding projector; once a session.
+        """Writes embeddings for TensorBoard's projector, once per session.
 
         Args:
             rows: (n, D).
-            labels: n, or None where nobody said.
+            labels: n class names, or None without labels.
             thumbnails: (n, 3, S, S) in [0, 1].
         """
         if not self._tensorboard or self.folder is None:
@@ -191,15 +201,15 @@ class Session:
         folder = self.folder / "tfboard" / "global"
         if (folder / PROJECTOR).exists():
             return
-        words = None if labels is None else [" ".join(label.split()) for label in labels]  # a line each
-        # tensorboardX computes with what it leaves unset beyond the last thumbnail
-        with self.spare(TENSORBOARD), np.errstate(all="ignore"):
-            folder.mkdir(exist_ok=True)  # tensorboardX would make those above, too
-            writer = SummaryWriter(str(folder), write_to_disk=False)  # no events: an embedding has files of its own
+        words = None if labels is None else [" ".join(label.split()) for label in labels]  # one line each
+        # tensorboardX computes with uninitialised memory after the last thumbnail
+        with self.warn_on_write_error(TENSORBOARD), np.errstate(all="ignore"):
+            folder.mkdir(exist_ok=True)  # tensorboardX would also create the parents
+            writer = SummaryWriter(str(folder), write_to_disk=False)  # no event file: embeddings have their own files
             writer.add_embedding(rows, metadata=words, label_img=thumbnails, tag="memory bank")
 
     def _event_file(self, round_folder: tuple[int, int] | None) -> EventFile:
-        """Of the folder ``global``, or of a (round, anchors)."""
+        """The event file of the folder ``global``, or of (round, anchors); opened on first use."""
         assert self.folder is not None
         name = "global" if round_folder is None else _round_name(*round_folder)
         if name not in self._events:
@@ -210,18 +220,18 @@ class Session:
         return self._events[name]
 
     def close(self) -> None:
-        """Closes what is open; the files stay."""
+        """Closes all files and releases the lock."""
         for file in self._events.values():
-            with self.spare(TENSORBOARD):
+            with self.warn_on_write_error(TENSORBOARD):
                 file.close()
         if self._log:
             logger().removeHandler(self._log)
-            with self.spare("the end of log.txt"):
+            with self.warn_on_write_error("the end of log.txt"):
                 self._log.close()
         if self.folder:
             self._lock.release()
 
-    def _keep_metrics_before(self, start: tuple[int, int]) -> None:
+    def _drop_metrics_from(self, start: tuple[int, int]) -> None:
         assert self.folder is not None
         path = self.folder / METRICS
         if not path.exists():
@@ -239,7 +249,7 @@ def _is_before(line: bytes, start: tuple[int, int]) -> bool:
     try:
         record = json.loads(line.decode("utf-8"))
         return (record["round"], record["epoch"]) < start
-    except (ValueError, KeyError, TypeError, RecursionError):  # damaged, or the half line of a killed run
+    except (ValueError, KeyError, TypeError, RecursionError):  # damaged, or the incomplete line of a killed run
         return False
 
 
@@ -248,17 +258,17 @@ def _finite(value: Any) -> Any:
 
 
 def create_folder(sess_dir: Path, name: str | None) -> Path:
-    """A new folder for a session; one that exists is never used again.
+    """Creates a new session folder; an existing one is never reused.
 
     Args:
         sess_dir: folder of all sessions.
-        name: the session's; None: the UTC time, with a number behind it where two start in one second.
+        name: name of the session; None: the UTC time, plus a number if two sessions start in the same second.
 
     Raises:
-        UsageError: the name exists or is not a plain name, or nothing can be written there.
+        UsageError: the session exists, the name contains a path, or the folder cannot be created.
     """
     if name is not None and (name in ("", ".", "..") or Path(name).name != name or "\0" in name):
-        raise UsageError(f"--session {name!r}: should be the name of a folder inside {sess_dir}, without a path")
+        raise UsageError(f"--session {name!r}: must be the name of a folder in {sess_dir}, without a path")
     stem = name or datetime.now(timezone.utc).strftime("%Y-%m-%d-%H-%M-%S")
     try:
         sess_dir.mkdir(parents=True, exist_ok=True)
@@ -270,15 +280,17 @@ def create_folder(sess_dir: Path, name: str | None) -> Path:
             except FileExistsError:
                 if name is not None:
                     resume = f"--resume {shlex.quote(str(folder))}"
-                    raise UsageError(f"{folder}: exists; choose another --session, or resume it by {resume}") from None
-    except (OSError, ValueError) as error:  # ValueError: a name that no folder can have
+                    raise UsageError(
+                        f"{folder}: already exists; choose another --session, or resume it with {resume}"
+                    ) from None
+    except (OSError, ValueError) as error:  # ValueError: an invalid folder name
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{sess_dir}: no session can be made there: {reason}; choose another --sess-dir") from None
-    raise UsageError(f"{sess_dir}: holds a million sessions of {stem}")
+        raise UsageError(f"{sess_dir}: cannot create a session: {reason}; choose another --sess-dir") from None
+    raise UsageError(f"{sess_dir}: already holds a million sessions named {stem}; choose another --session")
 
 
 def of_job(sess_dir: Path, job: str) -> Path | None:
-    """The latest session that a job (see ``lib.distributed.launch``) has started, or None."""
+    """The latest session started by a launcher job (see ``lib.distributed.launch``), or None."""
     if not sess_dir.is_dir():
         return None
     begun = [path for path in sess_dir.glob(f"*/{STARTS}") if json.dumps(job) in path.read_text(encoding="utf-8")]

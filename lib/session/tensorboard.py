@@ -1,7 +1,8 @@
-"""TensorBoard's event files, each word on the disk when the call returns.
+"""Synchronous TensorBoard event files: every value is written when the call returns.
 
-tensorboardX's own writer hands words to a thread: what a killed run wrote last is lost, and where the disk is full the
-thread ends and the run waits for it for ever. So its formats are used here, and its file, without the thread.
+tensorboardX's ``SummaryWriter`` writes in a thread. A killed run loses its last values, and on a full disk the thread
+dies and the run blocks forever. This module uses tensorboardX's protocol buffers and ``EventsWriter`` without the
+thread.
 """
 
 from __future__ import annotations
@@ -21,29 +22,29 @@ class EventFile:
     """A new event file.
 
     Args:
-        folder: where it comes into being; the folder above must exist.
-        purge_step: TensorBoard hides what other files of the folder say of this step and later ones; None: nothing.
+        folder: the folder to create it in; the parent folder must exist.
+        purge_step: TensorBoard hides the values of the folder's earlier files from this step on; None: hides nothing.
 
     Raises:
-        OSError: it cannot be written; so does every method.
+        OSError: the file cannot be written. All methods raise it, too.
     """
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
         folder.mkdir(exist_ok=True)
-        # two files of one second would share a name, the second emptying the first
+        # two files created in the same second would have the same name, and the second would overwrite the first
         self._file = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         if purge_step is not None:
             self._write(purge_step, session_log=SessionLog(status=SessionLog.START))
         self._file.flush()
 
     def write_scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers by tag."""
+        """Writes scalars, tag -> value."""
         for tag, value in values.items():
             self._write(step, summary=summary.scalar(tag, value))
         self._file.flush()
 
     def write_picture(self, tag: str, picture: np.ndarray, step: int) -> None:
-        """An image (H, W, 3) of uint8."""
+        """Writes an image, uint8 (H, W, 3)."""
         self._write(step, summary=summary.image(tag, picture, dataformats="HWC"))
         self._file.flush()
 

@@ -1,4 +1,4 @@
-"""Puts a training run together: state, session, trainer."""
+"""Builds a training run: state, session, recorder and trainer."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from lib.training.trainer import Trainer
 
 
 def build_trainer(context: RunContext) -> Trainer:
-    """A trainer in a new session, or one that resumes the checkpoint's. Call it on every rank.
+    """Builds a trainer in a new session, or one that resumes from the checkpoint. Call it on every rank.
 
     Raises:
-        UsageError: the data, the checkpoint or the place to write does not suit the options; nothing is written.
+        UsageError: the data or the checkpoint does not match the options, or the session cannot be written.
     """
     options, splits, ranks = context.options, context.splits, context.ranks
     learning_rate = run_on_all_ranks(ranks, lambda: optim.build_schedule(options))
@@ -47,7 +47,7 @@ def build_trainer(context: RunContext) -> Trainer:
         batches = context.loader(splits.train, train=False)
         embed = partial(features.extract, context.network, batches, "filling the memory bank")
         state.restore(context.loaded, context.source, embed=embed)
-        context.loaded.clear()  # the whole bank is in it
+        context.loaded.clear()  # frees the checkpoint's memory bank
     size, precision = height_and_width(options.size), PRECISIONS[options.amp] if options.amp else None
     peak = rehearse(state, loss, ranks, batch_size=options.batch_size, size=size, precision=precision)
     logger().info("memory: %s", peak)
@@ -78,29 +78,27 @@ def build_trainer(context: RunContext) -> Trainer:
 
 
 def check_sizes(context: RunContext) -> None:
-    """UsageError if there are fewer samples than a batch or a neighbourhood takes, or fewer images in a batch than
-    its ranks take.
-    """
+    """Raises UsageError if the batch size or the neighbourhood size does not suit the number of samples or ranks."""
     options, samples, ranks = context.options, len(context.splits.train), context.ranks.size
     if options.batch_size < 2 * ranks:
         raise UsageError(
-            f"--batch-size {options.batch_size}: is of all {ranks} processes together, and each takes two images at "
-            f"least; set it to {2 * ranks} or more"
+            f"--batch-size {options.batch_size}: the batch is divided among {ranks} processes, and each needs at least "
+            f"two images; set it to {2 * ranks} or more"
         )
     if samples < options.batch_size:
         raise UsageError(
             f"{options.data_root or options.dataset}: {samples} training images are fewer than a batch of "
-            f"{options.batch_size}; set --batch-size to {samples} or less, or bring more images"
+            f"{options.batch_size}; set --batch-size to {samples} or less, or add images"
         )
     if options.ANs_size >= samples:
         raise UsageError(
-            f"--ANs-size {options.ANs_size}: {samples} training images leave an anchor only {samples - 1} "
+            f"--ANs-size {options.ANs_size}: with {samples} training images an anchor has only {samples - 1} "
             f"neighbours; set it to {samples - 1} or less"
         )
 
 
 def build_state(context: RunContext) -> TrainingState:
-    """Everything that training changes, as it is before the first step."""
+    """The initial training state."""
     options, samples = context.options, len(context.splits.train)
     assert options.seed is not None
     bank = MemoryBank(
@@ -119,7 +117,7 @@ def build_state(context: RunContext) -> TrainingState:
 
 
 def open_session(context: RunContext, start: tuple[int, int]) -> Session:
-    """The session of the checkpoint that is resumed, or a new one."""
+    """Opens the session of the resumed checkpoint, or a new one. On ranks other than 0 it writes nothing."""
     options = context.options
     if options.debug or not context.ranks.is_rank0:
         return Session(None)
@@ -134,13 +132,13 @@ def open_session(context: RunContext, start: tuple[int, int]) -> Session:
 
 
 def log_start(context: RunContext, session: Session) -> None:
-    """The head of the log and a line in starts.jsonl: what runs, on what, with what."""
+    """Logs versions, hardware, data and network, and appends them to starts.jsonl."""
     options, splits = context.options, context.splits
     tests = f", {len(splits.test)} test images" if splits.test else ""
     classes = f", {len(splits.train.classes)} classes" if splits.train.classes else ""
     parameters = sum(p.numel() for p in context.network.parameters())
     lines = {
-        "session": session.folder or "none (--debug stores nothing)",
+        "session": session.folder or "none (--debug)",
         "versions": ", ".join(f"{name} {number}" for name, number in provenance.versions().items()),
         "commit": provenance.commit() or "unknown (not a git checkout)",
         "device": provenance.hardware(context.device),

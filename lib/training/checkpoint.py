@@ -1,12 +1,12 @@
-"""What a run is at the end of an epoch, written to a file and read back.
+"""Saves and restores the training state.
 
-A checkpoint has the reference's form: ``net``, ``optimizer``, ``ANs_discovery``, ``npc``, ``acc`` (share of
-right answers of this state), ``epoch`` (next to run), ``round``, ``session``; and beside it what going on
-exactly takes: ``step`` (next to run in the epoch), ``total`` and ``seen`` (sum of the losses so far, and of how
-many images), ``best_acc`` of the round so far, ``seed``, ``history`` (the figures of each round), ``health``
-(what the next ones compare with), ``scaler`` (of the loss, for fp16) and ``network`` (the backbone's name). It
-holds tensors and plain containers only and is read as such. Of a file that lacks parts, such as somebody's weights
-alone, what is there is taken.
+A checkpoint has the reference's keys: ``net``, ``optimizer``, ``ANs_discovery``, ``npc``, ``acc`` (accuracy in
+[0, 1]), ``epoch`` (next to run), ``round``, ``session``. Further keys make resuming exact: ``step`` (next to run in
+the epoch), ``total`` and ``seen`` (sum of the losses of the epoch so far, and their number of images), ``skipped``
+(batches of the epoch that were skipped), ``best_acc`` (of the round so far), ``seed``, ``history`` (metrics of each
+round), ``health`` (state of the health metrics), ``scaler`` (gradient scaler for fp16) and ``network`` (name of the
+backbone). It contains only tensors and plain containers, and is read with ``weights_only=True``. Keys may be
+missing, as in a file with weights alone.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from lib.errors import UsageError
 from lib.method import diagnostics
 from lib.method.memory_bank import MemoryBank
 from lib.method.neighbourhoods import Neighbourhoods
-from lib.session.atomic_files import atomic_write, keep, reason
+from lib.session.atomic_files import atomic_write, hard_link, reason
 from lib.session.console import logger
 from lib.session.locate import LATEST, PREVIOUS, locate
 from lib.training import pretrained
 
 Checkpoint = dict[str, Any]
 DISCOVERY = ("ANs_discovery", "epoch", "round", "step")
-"""The parts of a checkpoint that tell what the discovery of its round found."""
+"""Keys of a checkpoint that describe the neighbourhoods of its round."""
 
 
 @dataclass
 class TrainingState:
-    """All that training changes.
+    """The complete state of training.
 
     Attributes:
         network: images (B, 3, H, W) -> embeddings (B, D).
         optimizer: over the network's parameters.
         bank: N rows.
         neighbourhoods: of the current round.
-        seed: of the whole run.
-        scaler: of the loss, for fp16; does nothing otherwise.
-        round, epoch: next to run; epoch == the epochs of a round: the round is done.
-        step: next to run in the epoch; the number of steps: the epoch is trained, and not yet judged.
-        total, seen: sum of the losses of the epoch so far, a scalar on the device, and of how many images.
-        skipped: batches of the epoch that were left out, as their loss was not finite.
-        acc: accuracy after the last epoch, None without labels.
-        best_acc: best of the round so far.
-        history: the figures of each round's last epoch so far.
-        health: what the next epoch's health figures compare with; None before the first.
+        seed: seed of the run.
+        scaler: gradient scaler for fp16; disabled otherwise.
+        round, epoch: next to run. The round is complete when ``epoch`` equals ``max_epoch``.
+        step: next to run in the epoch. When it equals the number of steps, the epoch is trained but not evaluated.
+        total, seen: sum of the losses of the epoch so far, a scalar on the device, and their number of images.
+        skipped: batches of the epoch that were skipped because the loss was NaN or infinite.
+        acc: accuracy in [0, 1] after the last epoch; None without labels.
+        best_acc: best accuracy of the round so far.
+        history: metrics of the last epoch of each round.
+        health: state that the next epoch's health metrics are compared with; None before the first epoch.
     """
 
     network: torch.nn.Module
@@ -73,10 +73,7 @@ class TrainingState:
     health: diagnostics.State | None = None
 
     def checkpoint(self, network_name: str, session: str) -> Checkpoint:
-        """Everything, as tensors and plain containers.
-
-        To be called in every process; the memory bank is in the first one's alone.
-        """
+        """The state as tensors and plain containers. Call it on every rank; only rank 0's has the memory bank."""
         device = self.bank.memory.device
         return {
             "net": {
@@ -103,20 +100,19 @@ class TrainingState:
         }
 
     def restore(self, loaded: Checkpoint, where: Path, *, embed: Callable[[], torch.Tensor]) -> None:
-        """Goes on from a checkpoint; what it lacks starts afresh, and the log says so.
+        """Restores the state from a checkpoint. Missing parts are initialised, and the log says so.
 
         Args:
             loaded: the checkpoint.
             where: its file, for messages.
-            embed: embeddings (n, D) of this process's training images, for a checkpoint without memory bank.
+            embed: returns the embeddings (n, D) of this rank's training images; called if there is no memory bank.
 
         Raises:
-            UsageError: it is of another network, embedding size or number of samples, or its parts contradict
-                each other.
+            UsageError: the checkpoint has another network, embedding size or number of samples, or is inconsistent.
         """
         load_network(self.network, loaded, where)
         if "npc" not in loaded:
-            logger().info("%s: holds no memory bank: it is filled with the training images' embeddings", where)
+            logger().info("%s: no memory bank: it is initialised with the embeddings of the training images", where)
             self.bank.memory.copy_(embed())
         try:
             if "npc" in loaded:
@@ -124,7 +120,7 @@ class TrainingState:
             if "optimizer" in loaded:
                 load_optimizer(self.optimizer, loaded["optimizer"], where)
             else:
-                logger().info("%s: holds no optimiser: its momentum starts at zero", where)
+                logger().info("%s: no optimiser state: the momentum starts at zero", where)
             if loaded.get("scaler") and self.scaler.is_enabled():
                 self.scaler.load_state_dict(loaded["scaler"])
             self.round, self.epoch = int(loaded.get("round", 0)), int(loaded.get("epoch", 0))
@@ -132,12 +128,12 @@ class TrainingState:
             self.skipped = int(loaded.get("skipped", 0))
             self.total = torch.as_tensor(loaded.get("total", 0.0), dtype=torch.float32).to(self.bank.memory.device)
             if min(self.round, self.epoch, self.step, self.seen) < 0 or self.total.dim():
-                raise ValueError("the round, the epoch or the step is negative, or the loss is no number")
+                raise ValueError("the round, the epoch or the step is negative, or the loss is not a scalar")
             self._restore_neighbourhoods(loaded, where)
             self.acc, best = (None if loaded.get(key) is None else float(loaded[key]) for key in ("acc", "best_acc"))
             self.best_acc = self.acc if best is None else best
             earlier = loaded.get("health")
-            if earlier is not None and earlier["rows"] is None:  # as ``without_copies`` left it
+            if earlier is not None and earlier["rows"] is None:  # removed by without_copies
                 rows = diagnostics.measured(self.bank.samples).to(self.bank.memory.device)
                 earlier = {**earlier, "rows": self.bank.rows.index_select(rows)}
             self.health = (
@@ -145,24 +141,24 @@ class TrainingState:
             )
             self.history = [{**row, "round": int(row["round"])} for row in loaded.get("history", [])]
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError, OverflowError) as error:
-            raise UsageError(f"{where}: its parts do not fit together: {reason(error)}") from None
+            raise UsageError(f"{where}: inconsistent content: {reason(error)}; choose another checkpoint") from None
 
     def _restore_neighbourhoods(self, loaded: Checkpoint, where: Path) -> None:
-        """Those of the checkpoint; where it has none, or the reference's empty ones, the round starts again."""
+        """Restores the neighbourhoods. If they are missing or empty, the round starts again with a discovery."""
         if "ANs_discovery" in loaded and loaded["ANs_discovery"]["neighbours"].shape != (0,):
             found = Neighbourhoods.from_state_dict(loaded["ANs_discovery"], self.bank.memory.device)
             if len(found.position) != self.bank.samples:
-                raise ValueError("the memory bank and the neighbourhoods are of different samples")
+                raise ValueError("the memory bank and the neighbourhoods have different numbers of samples")
             self.neighbourhoods = found
         elif self.round and self.epoch:
-            logger().info("%s: holds no neighbourhoods: round %d starts again with a discovery", where, self.round)
+            logger().info("%s: no neighbourhoods: round %d starts again with a discovery", where, self.round)
             self.epoch = self.step = 0
 
 
 def saved_name(name: str, network_name: str, device: torch.device) -> str:
-    """A parameter's name in a checkpoint: from a GPU with the prefix that the reference writes there, and expects.
+    """A parameter's name in a checkpoint. On a GPU, it has the prefix that the reference's DataParallel adds.
 
-    The reference splits the batches of an AlexNet's convolutions alone over GPUs, and of other networks the whole.
+    The reference wraps only the convolutions of AlexNet in DataParallel, and other networks as a whole.
     """
     if device.type != "cuda":
         return name
@@ -172,48 +168,48 @@ def saved_name(name: str, network_name: str, device: torch.device) -> str:
 
 
 def save(content: Checkpoint, path: Path) -> None:
-    """Writes a checkpoint, whole or not at all, with its checksum behind it; the latest becomes the previous one.
+    """Writes a checkpoint atomically and appends its checksum. An existing latest.ckpt becomes previous.ckpt.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     if path.name == LATEST and path.exists():
-        keep(path, path.with_name(PREVIOUS))
+        hard_link(path, path.with_name(PREVIOUS))
     with atomic_write(path) as file:
         try:
-            # PyTorch 1.0, the reference's, reads no other form
+            # the only format that PyTorch 1.0, which the reference uses, can read
             torch.save(content, file, _use_new_zipfile_serialization=False)
         except RuntimeError as error:
             if "write()" not in str(error):
                 raise
-            raise OSError(0, str(error)) from None  # PyTorch's word for a full disk
+            raise OSError(0, str(error)) from None  # PyTorch reports a full disk as a RuntimeError
         pretrained.append_checksum(file)
 
 
 def without_copies(content: Checkpoint) -> Checkpoint:
-    """A checkpoint of the end of an epoch without the rows of the memory bank that are in it twice, for ``health``."""
+    """A checkpoint of the end of an epoch without ``health["rows"]``, which are copies of rows of its memory bank."""
     if content.get("health") is None:
         return content
     return {**content, "health": {**content["health"], "rows": None}}
 
 
 def save_discovery(content: Checkpoint, path: Path) -> None:
-    """Writes what ``discoveries`` reads of a checkpoint: its neighbourhoods, but no network, optimiser or memory bank.
+    """Writes only the neighbourhoods of a checkpoint, without network, optimiser and memory bank; see ``discoveries``.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     save({"net": {}, **{name: content[name] for name in DISCOVERY if name in content}}, path)
 
 
-def drop_bests(folder: Path, but: Path | None) -> None:
-    """Removes the best checkpoints of a session's rounds but one; what their discoveries found stays.
+def remove_best_checkpoints(folder: Path, except_for: Path | None) -> None:
+    """Removes the best checkpoints of all rounds except one. Their neighbourhoods are kept in ``neighbours/``.
 
     Raises:
         OSError: a file cannot be written or removed.
     """
     for path in sorted((folder / "checkpoint").glob("[0-9]*.ckpt")):
-        if path == but:
+        if path == except_for:
             continue
         record = folder / "neighbours" / path.name
         try:
@@ -221,34 +217,35 @@ def drop_bests(folder: Path, but: Path | None) -> None:
                 save_discovery(load(path), record)
             path.unlink()
         except UsageError as error:
-            logger().warning("%s; it is not removed", error)
+            logger().warning("%s (the file was not removed)", error)
 
 
 def make_latest(path: Path) -> None:
-    """Makes a checkpoint of a session its latest one: what comes after it is of another run, or damaged.
+    """Makes the checkpoint that is resumed the latest one of its session.
 
-    Otherwise the next save would keep that as the previous one, in place of the one that is gone on from.
+    Otherwise the next ``save`` would make the old latest.ckpt, which belongs to another run or is damaged, the previous
+    checkpoint.
 
     Raises:
-        OSError: the file system does not allow it.
+        OSError: the link or copy cannot be created.
     """
     if path.name != LATEST:
-        keep(path, path.with_name(LATEST))
+        hard_link(path, path.with_name(LATEST))
 
 
 def load_resumed(resume: Path, ranks: Ranks | None = None) -> tuple[Path, Checkpoint]:
-    """What ``--resume`` means, and its content; where a session's latest is damaged, the one before it.
+    """Reads the checkpoint of ``--resume``: its path and content. If a session's latest is damaged, the previous one.
 
-    The first process alone reads, and tells the others; in place of the memory bank these get a table of its shape
-    that holds no numbers (device "meta"), as the rows would fill each one's memory.
+    Rank 0 reads the file and broadcasts the content. The other ranks receive a tensor on the "meta" device in place of
+    the memory bank, which would fill their memory.
 
     Raises:
-        UsageError: there is none, or none that can be used; as ``agreement.together``.
+        UsageError: there is no usable checkpoint. Raised on all ranks (see ``run_on_all_ranks``).
     """
     ranks = ranks or Ranks()
-    read = run_on_all_ranks(ranks, lambda: _latest_whole(resume) if ranks.is_rank0 else None)
-    told = ranks.broadcast_object(read and (read[0], _without_rows(read[1])))
-    return read or told
+    read = run_on_all_ranks(ranks, lambda: _latest_undamaged(resume) if ranks.is_rank0 else None)
+    received = ranks.broadcast_object(read and (read[0], _without_rows(read[1])))
+    return read or received
 
 
 def _without_rows(loaded: Checkpoint) -> Checkpoint:
@@ -257,7 +254,7 @@ def _without_rows(loaded: Checkpoint) -> Checkpoint:
     return {**loaded, "npc": {**loaded["npc"], "memory": memory.to("meta")}}
 
 
-def _latest_whole(resume: Path) -> tuple[Path, Checkpoint]:
+def _latest_undamaged(resume: Path) -> tuple[Path, Checkpoint]:
     path = locate(resume)
     previous = path.with_name(PREVIOUS)
     if not resume.is_dir() or path == previous or not previous.is_file():
@@ -266,37 +263,37 @@ def _latest_whole(resume: Path) -> tuple[Path, Checkpoint]:
         return path, load(path)
     except UsageError as error:
         logger().warning("%s", error)
-        logger().warning("going on from the one before it: %s", previous)
+        logger().warning("resuming from the previous checkpoint: %s", previous)
         return previous, load(previous)
 
 
 def load(path: Path) -> Checkpoint:
-    """Reads a checkpoint, or somebody's weights (as ``weights``), tensors and plain containers only, onto the CPU.
+    """Reads a checkpoint, or a file with weights (returned under ``weights``), onto the CPU.
 
     Raises:
-        UsageError: the file is damaged, holds anything else, or no weights, or its memory bank is no table.
+        UsageError: the file is damaged, contains other objects or no weights, or its memory bank is not a tensor.
     """
     loaded = pretrained.read(path)
     if "npc" in loaded:
         memory = loaded["npc"].get("memory") if isinstance(loaded["npc"], dict) else None
         if not isinstance(memory, torch.Tensor) or memory.layout != torch.strided or memory.is_nested or memory.is_meta:
-            raise UsageError(f"{path}: its memory bank is no table of numbers; choose another checkpoint")
+            raise UsageError(f"{path}: its memory bank is not a plain tensor; choose another checkpoint")
     return loaded
 
 
 def discoveries(folder: Path | None, current: Checkpoint, samples: int) -> list[tuple[int, Neighbourhoods]]:
-    """What the discovery of each round found, in order of rounds.
+    """(round, neighbourhoods) of each round with a discovery, sorted by round.
 
     Args:
-        folder: a session's, whose best checkpoints of earlier rounds are read, or what ``save_discovery`` left in
-            their place; None: none are.
+        folder: a session folder, whose best checkpoints, or the files that ``save_discovery`` wrote, are read for the
+            earlier rounds; None: only ``current`` is used.
         current: a checkpoint.
         samples: N.
 
     Raises:
-        UsageError: a checkpoint is damaged, or of other samples.
+        UsageError: a checkpoint is damaged, or has another number of samples.
     """
-    # the later take precedence, so a checkpoint over what stands in for it
+    # later files take precedence: a checkpoint over a file of save_discovery
     paths = (
         [path for kind in ("neighbours", "checkpoint") for path in sorted((folder / kind).glob("[0-9]*.ckpt"))]
         if folder
@@ -309,40 +306,47 @@ def discoveries(folder: Path | None, current: Checkpoint, samples: int) -> list[
         try:
             here = Neighbourhoods.from_state_dict(content["ANs_discovery"])
             if len(here.position) != samples:
-                raise UsageError(f"{where}: is of {len(here.position)} samples, not {samples}; choose its data")
-            # before its first step a round has those of the round before
+                raise UsageError(
+                    f"{where}: has {len(here.position)} samples, not {samples}; choose the data it was trained on"
+                )
+            # until its first step, a round has the neighbourhoods of the previous round
             begun = int(content["epoch"]) > 0 or int(content.get("step", 0)) > 0
             if here.num_anchors:
                 found[int(content["round"]) - (not begun)] = here
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise UsageError(f"{where}: its neighbourhoods cannot be read: {reason(error)}") from None
+            raise UsageError(
+                f"{where}: its neighbourhoods cannot be read: {reason(error)}; choose another checkpoint"
+            ) from None
     return sorted(found.items())
 
 
 def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> None:
-    """Puts the checkpoint's weights into the network; prefixes of multi-GPU training are bridged.
+    """Loads the checkpoint's weights into the network. Prefixes of DataParallel are removed.
 
-    A training run's (``net``) must fit wholly, for going on with a part of a run is none; those of a file that is
-    no training run are taken as far as they fit.
+    The weights of a training run (``net``) must match completely; of other files (``weights``), those that match by
+    name and shape are loaded.
 
     Raises:
-        UsageError: it is of another network or embedding size, and says which; or it holds NaN or infinite numbers.
+        UsageError: the checkpoint has another network or embedding size, or contains NaN or infinite values.
     """
     if "net" not in loaded:
         pretrained.load(network, loaded["weights"], where)
         return
     if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded["net"].items()):
-        raise UsageError(f"{where}: its 'net' holds more than tensors by name; choose another checkpoint")
+        raise UsageError(f"{where}: its 'net' must map names to tensors only; choose another checkpoint")
     state = {pretrained.strip_prefix(name): value for name, value in loaded["net"].items()}
     own = network.state_dict()
     for name in own.keys() - state.keys():
         if name.endswith(pretrained.COUNTER):
-            state[name] = own[name]  # files from before PyTorch 0.4.1 have none, and nothing depends on them
+            state[name] = own[name]  # missing in files of PyTorch before 0.4.1; nothing depends on it
     if state.keys() != own.keys():
         name = f"network {loaded['network']}" if "network" in loaded else "another network"
         first = min(state.keys() ^ own.keys())
-        side = "which the checkpoint lacks" if first in own else "which only the checkpoint has"
-        raise UsageError(f"{where}: is of {name}, not of the one chosen by --network (they differ in {first}, {side})")
+        side = "missing in the checkpoint" if first in own else "only in the checkpoint"
+        raise UsageError(
+            f"{where}: contains weights of {name}, not of the network chosen with --network ({first} is {side}); set "
+            "--network to the one of the checkpoint"
+        )
     head = pretrained.head(network)
     for name, value in own.items():
         fault = pretrained.refusal(state[name], value)
@@ -350,10 +354,13 @@ def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> N
             continue
         there = tuple(state[name].shape)
         if there == tuple(value.shape):
-            raise UsageError(f"{where}: cannot be gone on with: {name} is {fault}; choose another checkpoint")
+            raise UsageError(f"{where}: cannot be resumed: {name} is {fault}; choose another checkpoint")
         if name == head and len(there) == 2 and there[1] == value.shape[1]:
             raise UsageError(f"{where}: has embedding size {there[0]}, not {value.shape[0]}; set --low-dim to it")
-        raise UsageError(f"{where}: is of another network: {name} is {list(there)} there and {list(value.shape)} here")
+        raise UsageError(
+            f"{where}: contains another network: {name} has shape {list(there)} in the checkpoint and "
+            f"{list(value.shape)} in the network; set --network to the one of the checkpoint"
+        )
     pretrained.refuse_nonfinite(state, where)
     bank = loaded.get("npc")
     memory = bank.get("memory") if isinstance(bank, dict) else None
@@ -363,13 +370,14 @@ def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> N
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], where: Path) -> None:
-    """Takes over what the optimiser has gathered (momentum); learning rate, decay and so on stay the options'.
+    """Loads the optimiser's buffers, such as momentum. Learning rate, weight decay etc. are set by the options.
 
     Raises:
-        UsageError: it is of another kind of optimiser.
+        UsageError: the state belongs to another type of optimiser.
+        ValueError: its buffers have other shapes than the parameters.
     """
     own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    kinds = {"nesterov", "betas", "alpha"}  # of SGD, Adam, RMSprop; other keys come and go between versions
+    kinds = {"nesterov", "betas", "alpha"}  # of SGD, Adam, RMSprop; other keys differ between PyTorch versions
     if any(
         kinds & mine.keys() != kinds & theirs.keys() for mine, theirs in zip(own, state["param_groups"], strict=True)
     ):
@@ -377,13 +385,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], wher
     optimizer.load_state_dict(state)
     for parameter, gathered in optimizer.state.items():
         if any(value.dim() and value.shape != parameter.shape for value in gathered.values() if torch.is_tensor(value)):
-            raise ValueError("the optimiser's state is of parameters of other sizes")
+            raise ValueError("the optimiser's state has other shapes than the parameters")
     for group, mine in zip(optimizer.param_groups, own, strict=True):
         group.update(mine)
 
 
 def load_bank(bank: MemoryBank, state: dict[str, torch.Tensor], where: Path) -> None:
-    """Takes over the rows; UsageError where they are of another number of samples or embedding size."""
+    """Loads the rows of the memory bank.
+
+    Raises:
+        UsageError: they have another number of samples or embedding size.
+    """
     memory, (samples, low_dim) = state["memory"], bank.rows.shape
     if memory.dim() == 2 and len(memory) != samples:
         raise UsageError(

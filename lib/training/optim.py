@@ -1,6 +1,6 @@
-"""Learning rate by epoch, and the optimiser it drives.
+"""Optimisers and learning rate schedules.
 
-The schedule starts again in every round (docs/method.md, equation 9).
+The schedule restarts in every round, as in the reference: it depends only on the epoch within the round.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ Schedule = Callable[[int], float]
 """Epoch within the round, from 0 -> learning rate."""
 
 LIMIT = 2.0**128
-"""Where float32 ends, in which the optimiser steps."""
+"""Upper limit of float32, in which the optimiser computes."""
 
 
 def fixed(base_lr: float) -> Schedule:
-    """The same rate in every epoch."""
+    """A constant learning rate."""
     return lambda epoch: base_lr
 
 
 def step(base_lr: float, *, offset: int, every: int, rate: float) -> Schedule:
     """base_lr * rate ** ((epoch - offset) // every) from ``offset`` on, base_lr before.
 
-    The first drop therefore comes at epoch offset + every, as in the reference. ``every`` 0, by which the reference
-    divides, means no drops.
+    The first decay is at epoch offset + every, as in the reference. With ``every`` 0, for which the reference divides
+    by zero, there is no decay.
     """
     if every == 0:
         return fixed(base_lr)
@@ -40,19 +40,19 @@ def step(base_lr: float, *, offset: int, every: int, rate: float) -> Schedule:
 
 
 def multistep(rates: dict[int, float]) -> Schedule:
-    """The rate of the last change at or before the epoch; ``rates`` maps epochs to rates and has epoch 0."""
+    """The rate of the last change at or before the epoch; ``rates`` maps epochs to rates and contains epoch 0."""
     return lambda epoch: rates[max(change for change in rates if change <= epoch)]
 
 
 def read_rates(path: Path) -> dict[int, float]:
-    """The file of a multistep schedule: YAML, a line ``epoch: learning rate`` for each change.
+    """Reads a multistep schedule: a YAML file with a line ``epoch: learning rate`` for each change.
 
         0: 0.03
         120: 0.003   # from epoch 120 on
         160: 3e-4
 
     Raises:
-        UsageError: the file is missing, no such mapping, or says nothing about epoch 0.
+        UsageError: the file is missing or not such a mapping, or epoch 0 is missing.
     """
     entry = TypeAdapter(dict[Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0, lt=LIMIT, allow_inf_nan=False)]])
     try:
@@ -60,17 +60,21 @@ def read_rates(path: Path) -> dict[int, float]:
     except ValidationError as failure:
         error = failure.errors()[0]
         raise UsageError(
-            f"{path}: should hold lines 'epoch: learning rate', but {error['input']!r} does not fit: {error['msg']}"
+            f"{path}: must contain lines 'epoch: learning rate'; {error['input']!r} is invalid: {error['msg']}"
         ) from None
     if 0 not in rates:
-        raise UsageError(f"{path}: says nothing about epoch 0; add a line '0: learning rate'")
+        raise UsageError(f"{path}: epoch 0 is missing; add a line '0: learning rate'")
     return rates
 
 
 def build_schedule(options: Options) -> Schedule:
-    """The schedule of ``lr_policy``."""
+    """The schedule of ``lr_policy``.
+
+    Raises:
+        UsageError: the schedule file is invalid, or the learning rate overflows.
+    """
     if options.lr_policy == "multistep":
-        assert options.lr_schedule is not None  # Options saw to it
+        assert options.lr_schedule is not None  # checked by Options
         return multistep(read_rates(options.lr_schedule))
     if options.lr_policy == "fixed":
         return fixed(options.base_lr)
@@ -83,14 +87,14 @@ def build_schedule(options: Options) -> Schedule:
         is_usable = False
     if not is_usable:
         raise UsageError(
-            f"--lr-decay-rate {options.lr_decay_rate:g}: the learning rate grows beyond all numbers until epoch "
-            f"{options.max_epoch}; set it to 1 or less"
+            f"--lr-decay-rate {options.lr_decay_rate:g}: the learning rate overflows before epoch {options.max_epoch}; "
+            "set it to 1 or less"
         )
     return rates
 
 
 def build_optimizer(options: Options, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD, Adam or RMSprop over all parameters, weight decay included."""
+    """SGD, Adam or RMSprop over all parameters. Weight decay applies to all of them, too."""
     common: dict[str, Any] = {"lr": options.base_lr, "weight_decay": options.weight_decay}
     if options.optimizer == "adam":
         betas = options.beta1, options.beta2
@@ -110,6 +114,6 @@ def build_optimizer(options: Options, parameters: Iterable[torch.nn.Parameter]) 
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate for every parameter from the next step on."""
+    """Sets the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -1,6 +1,6 @@
-"""Network weights of any origin: read from a file, matched by name and shape.
+"""Reads network weights from files, and matches them by name and shape.
 
-Files hold tensors and plain containers, or are refused: nothing in them can run.
+Only tensors and plain containers are read. A file that contains anything else is refused, as it could run code.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from lib.errors import UsageError
 from lib.session.console import logger
 
 OLD_FORMAT = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
-"""What a file that is no zip, as PyTorch before 1.6 wrote it, starts with."""
+"""First bytes of the file format of PyTorch before 1.6, which is not a zip file."""
 
-SEAL = b"\nSHA-256 "
-"""Stands before the checksum at the end of this program's checkpoints."""
-SEALED = len(SEAL) + 64
-"""Bytes of both."""
+CHECKSUM_MARK = b"\nSHA-256 "
+"""Precedes the checksum at the end of this program's checkpoints."""
+CHECKSUM_SIZE = len(CHECKSUM_MARK) + 64
+"""Size of the mark and the checksum, in bytes."""
 SHOWN = 20
-"""Names that a message lists before it counts the others."""
+"""Maximum number of names that a message lists."""
 
 COUNTER = "num_batches_tracked"
-"""Of batch normalisation: PyTorch before 0.4.1 did not write it, and nothing here depends on it."""
+"""Buffer of batch normalisation that PyTorch before 0.4.1 did not save. Nothing here depends on it."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """What of a file's weights a network can take.
+    """The tensors of a file that match a network.
 
     Attributes:
-        loaded: tensors by the network's names.
-        dropped: names in the file, and why each is of no use.
-        fresh: names in the network that the file has nothing for.
-        prefix: what the file puts in front of every name.
+        loaded: matching tensors, by the network's names.
+        unexpected_keys: names in the file that cannot be loaded -> the reason.
+        missing_keys: names in the network without a matching tensor in the file.
+        prefix: prefix of the names in the file.
     """
 
     loaded: dict[str, torch.Tensor]
@@ -54,18 +54,20 @@ class Match:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint or weights file, onto the CPU; its weights are under ``net`` or, where the
-    file is nobody's training run, ``weights``.
+    """Reads a checkpoint or weights file onto the CPU.
 
-    Takes this program's checkpoints and the reference's, a state dict, bare or under ``state_dict`` or
-    ``model``, and safetensors, whatever the file is called; PyTorch's files as a zip or in the old format.
+    Accepts checkpoints of this program and of the reference, state dicts, plain or under ``state_dict`` or ``model``,
+    and safetensors files, with any file name; PyTorch files in the zip or the old format.
+
+    Returns:
+        The checkpoint, with its weights under ``net``, or a dict with the state dict under ``weights``.
 
     Raises:
-        UsageError: the file is missing, damaged, holds anything else, or no weights.
+        UsageError: the file is missing or damaged, contains other objects, or contains no weights.
     """
     content = _open(path)
     if not isinstance(content, dict):
-        raise UsageError(f"{path}: holds no weights but a {type(content).__name__}; choose another file")
+        raise UsageError(f"{path}: contains no weights, but a {type(content).__name__}; choose another file")
     if isinstance(content.get("net"), dict):
         return content
     for name in ("state_dict", "model"):
@@ -74,35 +76,35 @@ def read(path: Path) -> dict[str, Any]:
     if content and all(torch.is_tensor(value) for value in content.values()):
         return {"weights": content}
     raise UsageError(
-        f"{path}: holds no weights under 'net', 'state_dict' or 'model', and is no state dict; choose another file"
+        f"{path}: is not a state dict, and has no weights under 'net', 'state_dict' or 'model'; choose another file"
     )
 
 
 def append_checksum(file: BinaryIO) -> None:
-    """Adds the checksum of all that was written to a file of PyTorch's old format, whose readers stop before it."""
+    """Appends the SHA-256 checksum to an open file in PyTorch's old format, whose readers ignore trailing bytes."""
     file.flush()
     with Path(file.name).open("rb") as written:
         digest = _digest(written, file.tell())
-    file.write(SEAL + digest)
+    file.write(CHECKSUM_MARK + digest)
 
 
-def _is_sealed(file: BinaryIO) -> bool:
-    """Whether the checksum stands at the end; ValueError where it does not fit. Files of others have none."""
-    size = file.seek(0, io.SEEK_END) - SEALED
+def _has_checksum(file: BinaryIO) -> bool:
+    """Whether the file ends in this program's checksum. Raises ValueError if it does not match."""
+    size = file.seek(0, io.SEEK_END) - CHECKSUM_SIZE
     if size < 0:
         return False
     file.seek(size)
-    if file.read(len(SEAL)) != SEAL:
+    if file.read(len(CHECKSUM_MARK)) != CHECKSUM_MARK:
         return False
     expected = file.read()
     file.seek(0)
     if _digest(file, size) != expected:
-        raise ValueError("the checksum does not fit")
+        raise ValueError("checksum mismatch")
     return True
 
 
 def _digest(file: BinaryIO, size: int) -> bytes:
-    """SHA-256 of the next ``size`` bytes, as it is written down."""
+    """SHA-256 of the next ``size`` bytes, in hexadecimal digits."""
     digest = hashlib.sha256()
     while size > 0 and (part := file.read(min(size, 2**20))):
         digest.update(part)
@@ -113,47 +115,47 @@ def _digest(file: BinaryIO, size: int) -> bytes:
 def _open(path: Path) -> Any:
     try:
         with path.open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of PyTorch, about files that it then refuses
+            warnings.simplefilter("ignore")  # PyTorch warns about files before it refuses them
             start = file.read(len(OLD_FORMAT))
             if start[8:9] == b"{":  # safetensors: eight bytes with the size of a JSON header, then the header
                 return safetensors.torch.load_file(path)
             file.seek(0)
             if start != OLD_FORMAT:
                 return torch.load(file, map_location="cpu", weights_only=True)
-            is_sealed = _is_sealed(file)
+            has_checksum = _has_checksum(file)
             source = _python_3(file)
             content = torch.load(source, map_location="cpu", weights_only=True)
-            if not is_sealed and 0 < len(source.read(SEALED + 1)) <= SEALED:
-                raise ValueError("what stands behind the content is no whole checksum")
+            if not has_checksum and 0 < len(source.read(CHECKSUM_SIZE + 1)) <= CHECKSUM_SIZE:
+                raise ValueError("incomplete checksum")
             return content
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such file; name one that exists") from None
+        raise UsageError(f"{path}: no such file; choose an existing file") from None
     except Exception as error:  # damaged files make the readers raise nearly anything
         if isinstance(error, OSError) and error.strerror:
             what = f"cannot be read: {error.strerror}"
         elif (isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)) or "TorchScript" in str(error):
-            what = "holds more than tensors and plain containers, which could run code, and was not opened"
+            what = "contains objects other than tensors and plain containers, which could run code; it was not loaded"
         else:
-            what = "is damaged, cut short, or no file of PyTorch or safetensors"
+            what = "is damaged, incomplete, or not a PyTorch or safetensors file"
         raise UsageError(f"{path}: {what}; choose another file") from None
 
 
 def _python_3(file: BinaryIO) -> BinaryIO:
-    """A file in the old format, with what Python 2 alone pickled that way as PyTorch's safe reader takes it: itself,
-    or a copy where there is such a thing.
+    """Converts a file in the old format that was pickled by Python 2, so that ``weights_only`` loading accepts it.
 
-    Python 2 wrote integers beyond 32 bits as text, among them the parameters' names in PyTorch 1.0's optimisers, and
-    strings of more than 255 bytes with a code of their own. Codes are listed here and never followed.
+    Python 2 pickled integers beyond 32 bits as text (opcode INT), among them the parameter ids of PyTorch 1.0's
+    optimisers, and strings of more than 255 bytes with opcode BINSTRING. The opcodes are listed, never executed.
+    Returns the file itself if there are none of these, and a converted copy otherwise.
     """
-    other: dict[int, tuple[int, bytes]] = {}  # where a code starts: where it ends, and what is to stand there
+    other: dict[int, tuple[int, bytes]] = {}  # start of an opcode -> its end and its replacement
     start = file.seek(0)
-    for _ in range(5):  # magic number, version, machine, content, names of the storages; raw numbers follow
+    for _ in range(5):  # magic number, version, system, content, storage keys; raw data follows
         for code, value, _ in pickletools.genops(file):
             end = file.tell()
             if code.name == "INT":
-                other[start] = end, pickle.dumps(value, protocol=2)[2:-1]  # without its head and its full stop
+                other[start] = end, pickle.dumps(value, protocol=2)[2:-1]  # without PROTO and STOP
             elif code.name == "BINSTRING":
-                other[start] = start + 1, b"X"  # BINUNICODE, which has the same form
+                other[start] = start + 1, b"X"  # BINUNICODE, which has the same layout
             start = end
     file.seek(0)
     if not other:
@@ -166,15 +168,15 @@ def _python_3(file: BinaryIO) -> BinaryIO:
 
 
 def strip_prefix(name: str) -> str:
-    """A parameter's name without what the reference's GPU training adds: to AlexNet's features, or to all."""
+    """A parameter's name without the ``module.`` of DataParallel, in front or after ``features.`` (AlexNet)."""
     return name.removeprefix("module.").replace("features.module.", "features.", 1)
 
 
 def match(network: torch.nn.Module, state: Mapping[Any, Any]) -> Match:
-    """Pairs tensors by name and shape.
+    """Matches tensors by name and shape.
 
-    Names in the file may all stand behind a path, such as ``module.`` or ``module.encoder_q.``: the one that
-    lets most of them match is taken away.
+    The names in the file may have a prefix, such as ``module.`` or ``module.encoder_q.``. The prefix that gives the
+    most matches is removed.
     """
     own = network.state_dict()
     named = {str(name).replace("features.module.", "features.", 1): value for name, value in state.items()}
@@ -200,11 +202,11 @@ def match(network: torch.nn.Module, state: Mapping[Any, Any]) -> Match:
 
 
 def refusal(value: Any, own: torch.Tensor) -> str | None:
-    """Why a value of a file cannot stand for a tensor of the network; None: it can."""
+    """Why a value cannot be loaded into a tensor of the network, or None if it can."""
     if not torch.is_tensor(value) or value.is_nested or value.layout is not torch.strided:
-        return "no plain tensor"
+        return "not a plain tensor"
     if value.is_meta != own.is_meta:
-        return "without numbers"
+        return "without data"
     if value.shape != own.shape:
         return f"of shape {list(value.shape)} where the network has {list(own.shape)}"
     if value.is_floating_point() != own.is_floating_point():
@@ -213,20 +215,20 @@ def refusal(value: Any, own: torch.Tensor) -> str | None:
 
 
 def refuse_nonfinite(tensors: Mapping[str, torch.Tensor], where: Path) -> None:
-    """UsageError where a tensor of a file holds NaN or an infinite number: all that is computed from it would, too."""
+    """Raises UsageError if a tensor contains NaN or infinite values."""
     bad = [name for name, value in tensors.items() if not value.is_meta and not value.isfinite().all()]
     if bad:
         raise UsageError(
-            f"{where}: holds numbers that are not finite (in {_list(bad, 3)}), as of a run that has diverged; choose "
-            "an earlier checkpoint"
+            f"{where}: contains values that are not finite (in {_list(bad, 3)}), probably because the run diverged; "
+            "choose an earlier checkpoint"
         )
 
 
 def load(network: torch.nn.Module, state: Mapping[Any, Any], where: Path) -> Match:
-    """Puts somebody's weights into the network, as far as they fit, and logs what was loaded and what was not.
+    """Loads the weights that match into the network, and logs loaded, unexpected and missing names.
 
     Raises:
-        UsageError: less than half of the network's tensors are there.
+        UsageError: fewer than half of the network's tensors match, or a tensor contains NaN or infinite values.
     """
     found = match(network, state)
     loaded = [name for name in found.loaded if not name.endswith(COUNTER)]
@@ -234,14 +236,14 @@ def load(network: torch.nn.Module, state: Mapping[Any, Any], where: Path) -> Mat
     unexpected_keys = [f"{name} ({reason})" for name, reason in found.unexpected_keys.items()]
     if 2 * len(loaded) < total:
         raise UsageError(
-            f"{where}: only {len(loaded)} of the network's {total} tensors are there by name and shape (it lacks "
-            f"{_list(found.missing_keys, 3)}; it has {_list(unexpected_keys, 3) or 'nothing else'}); set --network to "
-            "the one that it is of"
+            f"{where}: only {len(loaded)} of the network's {total} tensors match by name and shape (missing: "
+            f"{_list(found.missing_keys, 3)}; unexpected: {_list(unexpected_keys, 3) or 'none'}); set --network to the "
+            "network of the file"
         )
     refuse_nonfinite(found.loaded, where)
     network.load_state_dict(found.loaded, strict=False)
     parts = Counter(name.split(".")[0] for name in loaded)
-    behind = f" (names without {found.prefix!r})" if found.prefix else ""
+    behind = f" (prefix {found.prefix!r} removed)" if found.prefix else ""
     log = logger().info
     log(
         "%s: loaded %d of %d tensors%s: %s",
@@ -252,22 +254,22 @@ def load(network: torch.nn.Module, state: Mapping[Any, Any], where: Path) -> Mat
         _list(f"{n} {k}" for n, k in parts.items()),
     )
     if unexpected_keys:
-        log("dropped: %s", _list(unexpected_keys))
+        log("unexpected keys, not loaded: %s", _list(unexpected_keys))
     if found.missing_keys:
-        log("left as initialised: %s", _list(found.missing_keys))
+        log("missing keys, left as initialised: %s", _list(found.missing_keys))
     if head(network) in found.missing_keys:
-        logger().warning("%s: has no weights for the embedding: until it is trained it is a random projection", where)
+        logger().warning("%s: has no weights for the embedding layer, which is random until it is trained", where)
     return found
 
 
 def load_pretrained(network: torch.nn.Module, path: Path) -> Match:
-    """``load`` of a file that holds weights in any form; UsageError where it holds none, or too few that fit."""
+    """Reads a weights file and loads it into the network; raises UsageError as ``read`` and ``load``."""
     content = read(path)
     return load(network, content["net"] if "net" in content else content["weights"], path)
 
 
 def head(network: torch.nn.Module) -> str:
-    """Name of the weights that lead to the embedding: (D, inputs)."""
+    """Name of the embedding layer's weight (D, inputs)."""
     return [name for name in network.state_dict() if name.endswith(".weight")][-1]
 
 

@@ -1,4 +1,4 @@
-"""What training leaves: log lines, metrics.jsonl, TensorBoard, pictures of anchors, checkpoints."""
+"""Writes the records of training: log lines, metrics.jsonl, TensorBoard, pictures of anchors, checkpoints."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from lib.training.checkpoint import TrainingState
 
 
 class Recorder:
-    """Records what training has reached, and changes nothing of it.
+    """Records the progress of training. It does not change the training state.
 
     Args:
-        session: where it writes.
-        options: of the run.
-        signals: a stop waits until a checkpoint is written.
-        protocol: how the test images are judged; '' without labels.
-        images, labels: of the training images, for the pictures of anchors; labels may be None.
+        session: the session to write to.
+        options: options of the run.
+        signals: stop signals, which are deferred while a checkpoint is written.
+        protocol: name of the evaluation protocol; '' without labels.
+        images, labels: the training images, for the pictures of anchors; labels may be None.
 
     Attributes:
-        unsaved: why the last checkpoint could not be written; None if it was.
+        unsaved: why the last checkpoint could not be written; None if it was written.
     """
 
     def __init__(
@@ -59,13 +59,14 @@ class Recorder:
         self._has_warned = False
 
     def round_started(self, state: TrainingState) -> None:
-        """The picture of anchors with their neighbours, and the scalars of the round; also of a round that is resumed,
-        as TensorBoard hides what it was told before.
+        """Writes the picture of anchors and neighbours, and the scalars of the round.
+
+        Also for a resumed round, as TensorBoard hides the values that were written before the restart.
         """
         found = state.neighbourhoods
         if state.round:
             path = self.session.of_round("neighbours", state.round, found.num_anchors, "png")
-            with self.session.spare("the picture of anchors and neighbours"):
+            with self.session.warn_on_write_error("the picture of anchors and neighbours"):
                 if path and (
                     picture := image_grid.save_anchors(path, self.images, self.labels, found.anchors, found.neighbours)
                 ):
@@ -74,7 +75,7 @@ class Recorder:
         self.session.write_scalars(scalars, state.round)
 
     def step_finished(self, bar: tqdm[Any], number: int, loss: torch.Tensor) -> None:
-        """Now and then shows the loss of a batch beside the progress bar."""
+        """Shows the loss of a batch next to the progress bar, every ``display_freq`` steps."""
         if not bar.disable and number % self.options.display_freq == 0:
             now = time.monotonic()
             if now - self._shown > bar.mininterval:
@@ -82,7 +83,7 @@ class Recorder:
                 self._shown = now
 
     def epoch_finished(self, record: dict[str, Any], accuracy: Accuracy | None) -> None:
-        """The log line of the epoch, its record in metrics.jsonl and its TensorBoard scalars."""
+        """Writes the log line of the epoch, its record in metrics.jsonl and its TensorBoard scalars."""
         judged = ""
         if accuracy:
             judged = f"  {self.protocol} {accuracy} (best top-1 {record['best_top1']:.2%})"
@@ -123,9 +124,9 @@ class Recorder:
             self._has_warned = True
 
     def round_finished(self, state: TrainingState) -> None:
-        """The log line of the round and its global scalars."""
+        """Writes the log line of the round and its global TensorBoard scalars."""
         last = state.history[-1] if state.history else {}
-        if last.get("round") != state.round:  # a finished round of a checkpoint that tells nothing of it
+        if last.get("round") != state.round:  # resumed from a checkpoint without this round's history
             return
         self.session.write_scalars({"Evaluate/best_acc": last["best_top1"]}, state.round)
         known = last["top1"] is not None
@@ -140,11 +141,10 @@ class Recorder:
         )
 
     def save(self, state: TrainingState, is_best: bool) -> None:
-        """Writes the latest checkpoint, and the best of the round where this is it (without labels: the last), as far
-        as ``--keep`` keeps it.
+        """Writes the latest checkpoint and, if ``is_best`` and ``--keep`` allow it, the best of the round.
 
-        Call it on every rank. Where a file cannot be written the log says so, the last good ones stay, and the next
-        epoch tries again.
+        Call it on every rank. If a file cannot be written, a warning is logged, the previous files are kept, and the
+        next epoch tries again.
         """
         session, anchors = self.session, state.neighbourhoods.num_anchors
         content = state.checkpoint(self.options.network, session.name)
@@ -159,15 +159,15 @@ class Recorder:
                         checkpoint.save(checkpoint.without_copies(content) if path == best else content, path)
                 except OSError as error:
                     self.unsaved = f"{path}: could not be saved: {reason(error)}"
-                    logger().warning("%s; the last good one stays, and the next epoch tries again", self.unsaved)
+                    logger().warning("%s; the previous file is kept, and the next epoch tries again", self.unsaved)
         if session.folder and best and discovery and self.options.keep != "all" and not self.unsaved:
-            with self.signals.defer(), session.spare("what the discovery found"):
+            with self.signals.defer(), session.warn_on_write_error("the neighbourhoods of the round"):
                 if is_best or not discovery.exists():
                     checkpoint.save_discovery(content, discovery)
-                checkpoint.drop_bests(session.folder, best if self.options.keep == "best" else None)
+                checkpoint.remove_best_checkpoints(session.folder, best if self.options.keep == "best" else None)
 
     def summary(self, history: list[dict[str, Any]]) -> str:
-        """The table of all rounds and how its figures came about; columns without a figure are left out."""
+        """A table of the metrics of all rounds, and how they were measured. Columns without values are omitted."""
         columns: list[tuple[str, str, str]] = [
             ("round", "round", "d"),
             ("anchors", "anchors", "d"),

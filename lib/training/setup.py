@@ -1,6 +1,6 @@
-"""What a run starts from, be it to train, to test or to show something, and how it comes together.
+"""Prepares a run: checks the options, and loads the data, the network and the checkpoint.
 
-Letters: N training samples, D embedding.
+Notation: N training samples, D embedding size.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from lib.training import checkpoint, pretrained
 from lib.training.checkpoint import Checkpoint
 
 EXAMPLES = 10
-"""Files, and reasons, that are named when many are left out."""
+"""Maximum number of skipped files per reason, and of reasons, that are logged."""
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """Options, data, network, and the checkpoint where one is gone on from."""
+    """Options, data, network, ranks, and the checkpoint that is resumed or evaluated."""
 
     options: Options  # with a seed
     splits: datasets.Splits
@@ -49,19 +49,19 @@ class RunContext:
     augmentations: tuple[Augmentation, Augmentation]  # for training, for testing
     device: torch.device
     network: torch.nn.Module
-    source: Path | None  # of the checkpoint
+    source: Path | None  # path of the checkpoint
     loaded: Checkpoint  # empty without --resume
     ranks: Ranks = field(default_factory=Ranks)
-    begun: Path | None = None  # the session that the launcher's processes had begun before they were started anew
-    resident: dict[int, torch.Tensor] = field(default_factory=dict)  # images on the device, by their array's id
-    embedded: list[torch.Tensor] = field(default_factory=list)  # the training images' embeddings, once computed
+    begun: Path | None = None  # session that the job had started before the launcher restarted it
+    resident: dict[int, torch.Tensor] = field(default_factory=dict)  # images on the device, by the id of their array
+    embedded: list[torch.Tensor] = field(default_factory=list)  # cached embeddings of the training images
 
     def alone(self) -> RunContext | None:
-        """The same for the first process when the others have nothing more to do; None for these."""
+        """This context for a single process on rank 0, for work without collectives; None on the other ranks."""
         return replace(self, ranks=Ranks()) if self.ranks.is_rank0 else None
 
     def loader(self, split: datasets.ImageSet, *, train: bool) -> Loader:
-        """Batches of a split: shuffled and augmented, or in order and as they are."""
+        """Batches of a split: shuffled and augmented if ``train``, else in order with the test transform."""
         return Loader(
             self.placed(split.images),
             self.augmentations[0 if train else 1],
@@ -73,7 +73,7 @@ class RunContext:
         )
 
     def placed(self, images: Sequence[np.ndarray] | np.ndarray) -> Sequence[np.ndarray] | torch.Tensor:
-        """One array of images as a tensor on the device, which all loaders share; others as they are."""
+        """An array of images as a tensor on the device, shared by all loaders; other sequences unchanged."""
         if not isinstance(images, np.ndarray):
             return images
         if id(images) not in self.resident:
@@ -81,7 +81,7 @@ class RunContext:
         return self.resident[id(images)]
 
     def evaluator(self, queries: datasets.ImageSet | None, protocol: str | None = None) -> Evaluator | None:
-        """A protocol, by default the training's, over test images or those held out; None where labels are missing."""
+        """An evaluator of the queries, by default with the protocol of training; None without labels."""
         options, train = self.options, self.splits.train
         if queries is None or queries.labels is None or train.labels is None:
             return None
@@ -98,10 +98,9 @@ class RunContext:
         )
 
     def train_embeddings(self) -> torch.Tensor:
-        """(N, D) embeddings of the training images by the network as it is now, with the test transform.
+        """Embeddings (N, D) of the training images with the test transform. They are computed once and cached.
 
-        They are computed once. The memory bank is not the same: its rows are running means over augmented views, so
-        that identical images have different rows.
+        The memory bank differs: its rows are running means over augmented views.
         """
         if not self.embedded:
             train = self.loader(self.splits.train, train=False)
@@ -110,36 +109,41 @@ class RunContext:
 
 
 def prepare(options: Options, ranks: Ranks | None = None) -> RunContext:
-    """Checks everything that can be checked before anything is written, in all processes that train together."""
+    """Loads data, network and checkpoint, and checks them before anything is written. Call it on every rank.
+
+    Raises:
+        UsageError: options, data or checkpoint cannot be used, or differ between ranks.
+        DataError, NetworkError: on the rank that found the error.
+    """
     ranks = ranks or Ranks()
-    consensus.assert_equal_across_ranks(ranks, asked(options))  # first of all: what is done together hangs on them
+    consensus.assert_equal_across_ranks(ranks, option_fingerprint(options))  # first: the collectives depend on them
     device.allow_nondeterminism(not options.deterministic)
     place = consensus.run_on_all_ranks(ranks, lambda: device.select(options.gpus))
-    if options.download and ranks.size > 1:  # one process of each machine fetches
+    if options.download and ranks.size > 1:  # one process of each machine downloads
         here = int(os.environ.get("LOCAL_RANK", 0))
         consensus.run_on_all_ranks(ranks, lambda: load_data(options) if here == 0 else None, (datasets.DataError,))
     begun = None
     if launch.restarts():
         begun = ranks.broadcast_object(of_job(options.sess_dir, launch.job()))
-        if begun and ranks.broadcast_object(latest(begun).is_file()):  # it is the first process that reads it
+        if begun and ranks.broadcast_object(latest(begun).is_file()):  # as seen by rank 0, which reads it
             options = options.model_copy(update={"resume": begun, "restart": False, "session": None})
     source, loaded = checkpoint.load_resumed(options.resume, ranks) if options.resume else (None, {})
     seed = seeding.choose(options.seed, loaded.get("seed"), ranks.broadcast_object(int(time.time())))
     options = options.model_copy(update={"seed": seed})
     read = partial(assemble, options, place, ranks, source=source, loaded=loaded)
     context = consensus.run_on_all_ranks(ranks, read, (datasets.DataError, models.NetworkError))
-    if ranks.size > 1:  # it decodes images and hashes every name
-        consensus.assert_equal_across_ranks(ranks, seen(context))
+    if ranks.size > 1:  # the fingerprint decodes images and hashes every name
+        consensus.assert_equal_across_ranks(ranks, data_fingerprint(context))
     return replace(context, begun=begun)
 
 
 def assemble(
     options: Options, place: torch.device, ranks: Ranks, *, source: Path | None, loaded: Checkpoint
 ) -> RunContext:
-    """Reads what a run starts from, beside its checkpoint."""
+    """Builds the network and loads the data, but not the checkpoint's weights."""
     data_source = datasets.DATASETS[options.dataset]
     assert options.seed is not None
-    torch.manual_seed(seeding.seed_for(options.seed, Stream.WEIGHTS))  # the network's first weights
+    torch.manual_seed(seeding.seed_for(options.seed, Stream.WEIGHTS))  # for the initial weights
     network = models.build(options.network, low_dim=options.low_dim, size=height_and_width(options.size))
     if options.pretrained and not source:
         pretrained.load_pretrained(network, options.pretrained)
@@ -154,23 +158,23 @@ def assemble(
     return RunContext(options, splits, means_and_stds, augmentations, place, network, source, loaded, ranks)
 
 
-def asked(options: Options) -> dict[str, str]:
-    """The options, in words; of paths, which may be others on every machine, whether there is one."""
+def option_fingerprint(options: Options) -> dict[str, str]:
+    """The options as text. Paths may differ between machines: only whether they are set is compared."""
     return {
         parser.flag(name): ("a path" if value else "none") if parser.is_path(name) else str(value)
         for name, value in options
     }
 
 
-def seen(context: RunContext) -> dict[str, str]:
-    """What all processes of a run must see alike beside their options, in words."""
+def data_fingerprint(context: RunContext) -> dict[str, str]:
+    """Fingerprints of the images, and PyTorch's version, which must be equal on all ranks."""
     named = {"training images": context.splits.train, "test images": context.splits.test}
     images = {name: datasets.fingerprint(split) if split else "none" for name, split in named.items()}
     return {**images, "PyTorch": torch.__version__}
 
 
 def load_data(options: Options) -> datasets.Splits:
-    """The splits, with what the user should know about them said once."""
+    """Loads the splits and logs notes, skipped images and missing labels."""
 
     def bar(items: Iterable[Any], what: str, total: int, unit: str) -> Iterable[Any]:
         return progress(items, what, unit, total)
@@ -196,20 +200,20 @@ def load_data(options: Options) -> datasets.Splits:
 
 
 def warn_of_skipped(skipped: Sequence[tuple[str, str]]) -> None:
-    """Says which files were left out and why; many of one reason, or many reasons, by examples."""
+    """Logs the skipped files by reason, at most ``EXAMPLES`` files per reason and ``EXAMPLES`` reasons."""
     names_of: dict[str, list[str]] = {}
     for name, why in skipped:
         names_of.setdefault(why, []).append(name)
     for why, names in list(names_of.items())[:EXAMPLES]:
         more = f" and {len(names) - EXAMPLES} more" if len(names) > EXAMPLES else ""
-        logger().warning("unreadable, left out: %s%s: %s", ", ".join(names[:EXAMPLES]), more, why)
+        logger().warning("unreadable, skipped: %s%s: %s", ", ".join(names[:EXAMPLES]), more, why)
     if skipped:
-        logger().warning("%d unreadable images were left out; --strict-data refuses them", len(skipped))
+        logger().warning("%d unreadable images were skipped; --strict-data stops instead", len(skipped))
 
 
 def load_network(context: RunContext) -> None:
-    """The network of the checkpoint, where nothing is trained."""
+    """Loads the checkpoint's weights, for runs that do not train."""
     if context.source:
         checkpoint.load_network(context.network, context.loaded, context.source)
     elif not context.options.pretrained:
-        logger().warning("no --resume: the network has random weights")
+        logger().warning("the network has random weights; use --resume or --pretrained to load weights")

@@ -179,13 +179,13 @@ def test_without_a_root_the_option_is_named(name: str) -> None:
 @pytest.mark.parametrize("missing", [*BATCHES, "test_batch", "batches.meta"])
 def test_a_missing_file_is_refused(missing: str, cifar10: Path) -> None:
     (cifar10 / "cifar-10-batches-py" / missing).unlink()
-    with pytest.raises(DataError, match="is not whole"):
+    with pytest.raises(DataError, match="is incomplete"):
         datasets.load("cifar10", cifar10)
 
 
 def test_files_of_other_content_than_published_are_refused(cifar10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    with pytest.raises(DataError, match="is not whole"):
+    with pytest.raises(DataError, match="is incomplete"):
         datasets.load("cifar10", cifar10)
 
 
@@ -274,7 +274,7 @@ def test_an_archive_that_is_cut_short_is_refused_by_name(fetched: tuple[str, Sou
 def test_a_folder_that_is_not_whole_is_not_downloaded_over(fetched: tuple[str, Source], tmp_path: Path) -> None:
     name, source = fetched
     (tmp_path / FOLDERS[name]).mkdir()
-    with pytest.raises(DataError, match="is not whole; move it away"):
+    with pytest.raises(DataError, match="is incomplete; move it away"):
         datasets.load(name, tmp_path, download=True)
     assert source.asked == [] and list(tmp_path.iterdir()) == [tmp_path / FOLDERS[name]]
 

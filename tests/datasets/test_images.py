@@ -284,7 +284,7 @@ def test_a_file_that_would_run_a_program_is_refused_and_runs_nothing(
     path = tmp_path / f"a{ending}"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
     for read in (read_rgb, size_of):
-        with pytest.raises(UnreadableImageError, match="not an image that Pillow knows"):
+        with pytest.raises(UnreadableImageError, match="not an image that Pillow can read"):
             read(path)
     assert not proof.exists()
     with pytest.raises(OSError), Image.open(path) as opened:
@@ -408,7 +408,7 @@ def test_nothing_to_hold_out_is_refused() -> None:
         (Splits(ImageSet(pixels)), 0.5),
         (Splits(labelled(pixels)), 0.99),
     ):
-        with pytest.raises(DataError, match="val_fraction"):
+        with pytest.raises(DataError, match="--val-fraction"):
             hold_out(splits, fraction)
 
 

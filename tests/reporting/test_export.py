@@ -191,9 +191,9 @@ def test_a_line_of_the_log_tells_of_each_file(
     export.save_model(tmp_path / "net.safetensors", resnet, options_of(), **COLOURS)
     sizes = {name: f"{(tmp_path / name).stat().st_size:,}" for name in ("out.npz", "net.safetensors", "net.yaml")}
     assert caplog.messages == [
-        f"embeddings: {tmp_path}/out.npz (7 train, 5 test, of 6 numbers each; {sizes['out.npz']} bytes)",
-        f"model: {tmp_path}/net.safetensors (resnet10, embedding 6; {sizes['net.safetensors']} bytes)",
-        f"model's options: {tmp_path}/net.yaml (for --cfgs; {sizes['net.yaml']} bytes)",
+        f"embeddings: {tmp_path}/out.npz (7 train, 5 test, embedding size 6; {sizes['out.npz']} bytes)",
+        f"model: {tmp_path}/net.safetensors (resnet10, embedding size 6; {sizes['net.safetensors']} bytes)",
+        f"options of the model: {tmp_path}/net.yaml (for --cfgs; {sizes['net.yaml']} bytes)",
     ]
     assert all(getattr(record, "summary", False) == SUMMARY["summary"] for record in caplog.records)
 
@@ -254,7 +254,9 @@ def test_where_the_exporter_fails_a_sentence_says_so_and_nothing_is_left(
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)
     network = Unknown().train()
-    with pytest.raises(UsageError, match=r"^the exporter to ONNX of PyTorch .* failed: .*bessel_j0.*safetensors file$"):
+    with pytest.raises(
+        UsageError, match=r"^--export-model: the ONNX exporter of PyTorch .* failed: .*bessel_j0.*safetensors file$"
+    ):
         export.save_model(tmp_path / "net.onnx", network, options_of(), **COLOURS)
     assert network.training and not list(tmp_path.iterdir())
     assert capfd.readouterr() == ("", "")
@@ -275,13 +277,13 @@ def test_what_can_be_exported_passes_and_writes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["out", "out.npy", ".npz", "out.npz.gz", "out.safetensors"])
 def test_embeddings_need_their_ending(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match=r"^--export-features .*: the file's name should end in \.npz$"):
+    with pytest.raises(UsageError, match=r"^--export-features .*: the file name must end in \.npz$"):
         export.check(asked(features=tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["out", "out.pt", ".onnx", "out.npz", "out.yaml"])
 def test_a_network_needs_one_of_its_endings(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match=r"^--export-model .*: the file's name should end in \.safetensors or \.onnx$"):
+    with pytest.raises(UsageError, match=r"^--export-model .*: the file name must end in \.safetensors or \.onnx$"):
         export.check(asked(model=tmp_path / name))
 
 
@@ -301,7 +303,9 @@ def test_nothing_is_overwritten(
 ) -> None:
     taken = tmp_path / there
     taken.symlink_to(tmp_path / "nowhere") if link else taken.write_text("mine")
-    refused = pytest.raises(UsageError, match=rf"/{re.escape(there)}: exists; choose another name, or move it away$")
+    refused = pytest.raises(
+        UsageError, match=rf"/{re.escape(there)}: already exists; choose another name, or move the file away$"
+    )
     with refused:
         export.check(asked(**{what: tmp_path / name}))
     with refused:  # it came while the network was trained
@@ -319,7 +323,7 @@ def test_nothing_is_overwritten(
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     for given in (asked(features=tmp_path / "no" / "out.npz"), asked(model=tmp_path / "no" / "out.onnx")):
-        with pytest.raises(UsageError, match=r"out\.\w+: there is no folder .*/no; make it"):
+        with pytest.raises(UsageError, match=r"out\.\w+: the folder .*/no does not exist; create it"):
             export.check(given)
 
 
@@ -333,7 +337,7 @@ def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path, name: str) -> N
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
-        with pytest.raises(UsageError, match="cannot be written to; allow it, or choose another one"):
+        with pytest.raises(UsageError, match="no permission to write to the folder"):
             export.check(asked(features=tmp_path / "out.npz"))
     finally:
         tmp_path.chmod(0o700)
@@ -341,7 +345,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_the_system_calls_read_only_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path or not mode & os.W_OK)
-    with pytest.raises(UsageError, match="cannot be written to; allow it, or choose another one"):
+    with pytest.raises(UsageError, match="no permission to write to the folder"):
         export.check(asked(model=tmp_path / "out.safetensors"))
 
 
@@ -353,7 +357,7 @@ def test_missing_packages_are_named_with_the_command_that_brings_them(
         monkeypatch.setitem(sys.modules, name, sys.modules[__name__])
     export.check(asked(model=tmp_path / "out.onnx"))
     monkeypatch.setitem(sys.modules, package, None)  # type: ignore[arg-type]  # importing it fails
-    with pytest.raises(UsageError, match=rf"{package}, which .*; pip install -r requirements-onnx\.txt$"):
+    with pytest.raises(UsageError, match=rf"{package}, which .*; run pip install -r requirements-onnx\.txt$"):
         export.check(asked(model=tmp_path / "out.onnx"))
     export.check(asked(model=tmp_path / "out.safetensors"))
 

@@ -168,7 +168,7 @@ def test_the_table_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UsageError, match=r"out.csv: cannot be written: No space left on device; choose another place$"):
+    with pytest.raises(UsageError, match=r"out.csv: cannot be written: No space left on device; choose another path$"):
         written(tmp_path / "out.csv", memory, 1, [NEVER] * 5, dummies(5))
     assert list(tmp_path.iterdir()) == []
 
@@ -185,11 +185,11 @@ def test_a_place_that_will_do_passes_and_nothing_is_written(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("out.txt", r"--export-neighbourhoods .*out.txt: the file's name should end in .csv$"),
-        ("csv", r"should end in .csv$"),
-        ("taken.csv", r"taken.csv: exists; choose another name, or move it away$"),
-        ("link.csv", r"link.csv: exists"),
-        ("no/out.csv", r"there is no folder .*no; make it, or choose another one$"),
+        ("out.txt", r"--export-neighbourhoods .*out.txt: the file name must end in .csv$"),
+        ("csv", r"must end in .csv$"),
+        ("taken.csv", r"taken.csv: already exists; choose another name, or move the file away$"),
+        ("link.csv", r"link.csv: already exists"),
+        ("no/out.csv", r"the folder .*no does not exist; create it, or choose another folder$"),
         ("x" * 252 + ".csv", r"cannot be written: File name too long; choose another name$"),
         ("a\0b.csv", r"cannot be written: .*null"),
     ],
@@ -206,9 +206,9 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     memory = oracles.rows("random", 3, 3, seed=1)
     for name in ("out.csv", "out.png"):
         (tmp_path / name).write_text("mine")
-    with pytest.raises(UsageError, match=r"out.csv: exists"):
+    with pytest.raises(UsageError, match=r"out.csv: already exists"):
         written(tmp_path / "out.csv", memory, 1, [NEVER] * 3, dummies(3))
-    with pytest.raises(UsageError, match=r"out.png: exists"):
+    with pytest.raises(UsageError, match=r"out.png: already exists"):
         retrieval.save_picture(tmp_path / "out.png", Image.new("RGB", (2, 2)))
     assert sorted(p.name for p in tmp_path.iterdir() if p.read_text() == "mine") == ["out.csv", "out.png"]
 

@@ -92,7 +92,7 @@ def test_what_cannot_be_read_goes_with_its_label_and_its_box(
     assert list(images.names or []) == [found.names[i] for i in (0, 2, 3)]
     for i, image in zip((0, 2, 3), images.images, strict=True):
         assert np.array_equal(image, made.picture(i)[: 10 + i, i : i + 10])
-    assert work.skipped == [(found.names[1], "not an image that Pillow knows")]
+    assert work.skipped == [(found.names[1], "not an image that Pillow can read")]
 
 
 @pytest.mark.parametrize("in_memory", [0, 2**30])

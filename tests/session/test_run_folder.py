@@ -374,7 +374,7 @@ sys.stdin.readline()
     first = start(program=("-c", hold))
     read_until(first, "held")
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(UsageError, match="another process trains in this session"):
+    with pytest.raises(UsageError, match="another process is training in this session"):
         Session(tmp_path, start=(0, 0))
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     kill_group(first)

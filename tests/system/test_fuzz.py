@@ -487,7 +487,7 @@ def test_a_damaged_checkpoint_of_this_program_is_refused_or_the_one_before_it_is
         assert run(["--cfgs", "base.yaml", "--resume", str(latest), "--test-only"]).status == 2
         assert run(["--cfgs", "base.yaml", "--resume", str(latest)]).status == 2
         went_on = run(["--resume", "session", "--max-round", "3"])
-        assert went_on.status == 0 and "going on from the one before it" in went_on.out
+        assert went_on.status == 0 and "resuming from the previous checkpoint" in went_on.out
         assert checkpoint.load(latest)["round"] == 2
 
 

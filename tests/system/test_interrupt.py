@@ -71,7 +71,9 @@ def test_a_run_killed_again_and_again_ends_as_the_one_that_was_not(whole: Path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", ["best", "last"])
-@pytest.mark.parametrize(("place", "calls"), [("save_discovery", 1), ("drop_bests", 8), ("drop_bests", 9)])
+@pytest.mark.parametrize(
+    ("place", "calls"), [("save_discovery", 1), ("remove_best_checkpoints", 8), ("remove_best_checkpoints", 9)]
+)
 def test_a_run_that_keeps_fewer_checkpoints_is_resumed_from_wherever_it_was_killed(
     place: str, calls: int, keep: str, whole: Path, tmp_path: Path, new: New
 ) -> None:
@@ -201,7 +203,7 @@ def test_a_run_that_can_write_nothing_at_all_goes_on_to_its_end(new: New, tmp_pa
     shown = output_of(process)
     assert process.returncode == 3, shown
     assert "Traceback" not in shown and "Logging error" not in shown
-    for part in ("log.txt", "metrics.jsonl", "what TensorBoard shows", "the picture of anchors", "the report"):
+    for part in ("log.txt", "metrics.jsonl", "TensorBoard events", "the picture of anchors", "the report"):
         assert part in shown, part
     assert not out.exists()
 

@@ -216,7 +216,7 @@ def test_bad_input_is_told_once_and_by_its_status(photos: Path, tmp_path: Path) 
     words = words_of(photos, tmp_path, "bad")
     for wrong, said in {
         ("--data-root", "nowhere"): "error: nowhere: no such folder",
-        ("--batch-size", "3"): "error: --batch-size 3: is of all 2 processes together",
+        ("--batch-size", "3"): "error: --batch-size 3: the batch is divided among 2 processes",
         ("--ANs-size", "100"): "error: --ANs-size 100",
         ("--resume", "nowhere.ckpt", "--restart"): "error: nowhere.ckpt: no such checkpoint",
     }.items():

@@ -219,7 +219,7 @@ def test_the_command_that_resumes_a_stopped_run_is_quoted_for_the_shell(
     (command,) = re.findall(r"resume with: python main\.py (.*)$", capsys.readouterr().out, re.MULTILINE)
     assert shlex.split(command) == ["--resume", str(tmp_path / "runs of mine" / "first try")]
     said = refused(words, capsys)
-    assert shlex.split(said.partition("resume it by ")[2]) == shlex.split(command)
+    assert shlex.split(said.partition("resume it with ")[2]) == shlex.split(command)
     assert main.main(shlex.split(command)) == 0
 
 
@@ -392,7 +392,7 @@ def test_a_report_is_made_at_the_end_and_of_any_session(
     assert main.main(["--report", str(session)]) == 0
     assert str(session / "report.html") in capsys.readouterr().out
     assert (session / "report.html").read_text(encoding="utf-8") == page
-    assert "no session" in refused(["--report", str(tmp_path)], capsys)
+    assert "not a session folder" in refused(["--report", str(tmp_path)], capsys)
     (session / "metrics.jsonl").write_text("")
     assert "metrics.jsonl" in refused(["--report", str(session)], capsys)
     assert (session / "report.html").read_text(encoding="utf-8") == page
@@ -586,7 +586,7 @@ def test_of_many_files_that_are_left_out_for_one_reason_some_are_named(
     for number in range(12):
         (photos / "train" / "dark" / f"{number:02}.CR2").write_bytes(b"a raw file")
     assert main.main([*start, "--test-only"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
     assert (
         len(lines) == 2 and "09.CR2 and 2 more: camera raw files" in lines[0] and lines[1].startswith("12 unreadable")
     )
@@ -724,15 +724,15 @@ BAD_OPTIONS = {
     "--lr-policy multistep --lr-schedule none.yaml": "none.yaml",
     "stray": "stray",
     "--protocol svm": "protocol",
-    "--val-fraction 0.01": "val_fraction",
+    "--val-fraction 0.01": "--val-fraction",
     "--test-only --protocol linear --linear-layers conv6": "stage",
-    "--download": "nothing to fetch",
+    "--download": "nothing to download",
     "--bounding-boxes": "cub200",
     "--dataset imagenet --download": "image-net.org",
     "--pretrained none.pth": "none.pth",
     "--export-features out.txt": ".npz",
     "--export-model none/out.onnx": "none",
-    "--size 2 --resize 2": "--network tiny: takes no images of 2 x 2 pixels",
+    "--size 2 --resize 2": "--network tiny: does not accept images of 2 x 2 pixels",
     "--max-epoch 9 --lr-decay-offset 0 --lr-decay-step 1 --lr-decay-rate 1e30": "--lr-decay-rate 1e+30",
     f"--resume {'x' * 300}": "File name too long",
     f"--query {'x' * 300}": "File name too long",
@@ -782,7 +782,7 @@ def test_memory_that_ran_out_is_told(
     def fail(context: object) -> None:
         raise error
 
-    monkeypatch.setattr(outputs, "test", fail)
+    monkeypatch.setattr(outputs, "run_evaluation", fail)
     assert "--batch-size" in refused([*start, "--test-only"], capsys)
 
 
@@ -792,7 +792,7 @@ def test_an_error_of_the_program_without_a_session_shows_its_traceback(
     def fail(context: object) -> None:
         raise RuntimeError("shapes do not fit\x1b[31m")
 
-    monkeypatch.setattr(outputs, "test", fail)
+    monkeypatch.setattr(outputs, "run_evaluation", fail)
     assert main.main([*start, "--test-only"]) == 70
     *above, last = capsys.readouterr().err.splitlines()
     assert above[0].startswith("Traceback") and any("in fail" in line for line in above)
@@ -892,12 +892,12 @@ class Unlike(Tiny):
 
 LACKING = {
     "stages": "has no method stages(images)",
-    "size": "its embedding of one image should be of shape (1, 8), by --low-dim, and is (1, 9)",
-    "tensor": "its embedding of one image should be of shape (1, 8), by --low-dim, and is list",
-    "length": "its embeddings should be of unit length, and one has 2",
-    "dict": "its stages(images) should be a dict of tensors by name",
-    "tensors": "its stages(images) should be a dict of tensors by name",
-    "fc": "its stages(images) should have the embeddings as 'fc'",
+    "size": "its embedding of one image must have shape (1, 8), as set by --low-dim, and is (1, 9)",
+    "tensor": "its embedding of one image must have shape (1, 8), as set by --low-dim, and is list",
+    "length": "its embeddings must have unit length, and one has 2",
+    "dict": "its stages(images) must return a dict of tensors by name",
+    "tensors": "its stages(images) must return a dict of tensors by name",
+    "fc": "its stages(images) must contain the embeddings as 'fc'",
 }
 
 
@@ -945,7 +945,7 @@ def test_checkpoints_that_do_not_fit_say_how(
     session = session_in(tmp_path)
     before = {path: path.read_bytes() for path in session.rglob("*") if path.is_file()}
     resume = ["--resume", str(session)]
-    assert "is of network tiny" in refused([*resume, "--network", "resnet10"], capsys)
+    assert "contains weights of network tiny" in refused([*resume, "--network", "resnet10"], capsys)
     assert "embedding size 8, not 16" in refused([*resume, "--low-dim", "16"], capsys)
     (photos / "train" / "dark" / "0.png").unlink()
     assert "24 samples, not 23" in refused(resume, capsys)

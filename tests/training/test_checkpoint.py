@@ -627,12 +627,15 @@ def test_every_damaged_byte_of_this_program_s_checkpoints_is_refused(tmp_path: P
     path = tmp_path / "a.ckpt"
     checkpoint.save(CONTENT, path)
     whole = path.read_bytes()
-    for place in [*range(0, len(whole) - pretrained.SEALED, 7), *range(len(whole) - pretrained.SEALED, len(whole))]:
+    for place in [
+        *range(0, len(whole) - pretrained.CHECKSUM_SIZE, 7),
+        *range(len(whole) - pretrained.CHECKSUM_SIZE, len(whole)),
+    ]:
         damaged = bytearray(whole)
         damaged[place] ^= 0x01
         path.write_bytes(bytes(damaged))
         refusal(path)
-    for length in range(len(whole) - pretrained.SEALED + 1, len(whole)):
+    for length in range(len(whole) - pretrained.CHECKSUM_SIZE + 1, len(whole)):
         path.write_bytes(whole[:length])
         refusal(path)
 
@@ -685,7 +688,7 @@ def test_a_file_that_is_no_checkpoint_is_told_in_a_plain_sentence(kind: str, tmp
     path.write_bytes(ALIENS[kind])
     text = refusal(path)
     sensible(text)
-    assert "more than tensors" not in text or kind == "a pickle"  # damage is not called an attack
+    assert "other than tensors" not in text or kind == "a pickle"  # damage is not called an attack
 
 
 @pytest.mark.parametrize(
@@ -736,7 +739,7 @@ def test_a_file_that_would_run_something_is_told_in_a_plain_sentence(zipped: boo
     path.write_bytes(bytes_of({**CONTENT, "history": Evil(tmp_path / "executed")}, zipped))
     text = refusal(path)
     sensible(text)
-    assert "more than tensors and plain containers" in text
+    assert "other than tensors and plain containers" in text
 
 
 def test_a_checkpoint_is_never_opened_with_a_warning(tmp_path: Path) -> None:

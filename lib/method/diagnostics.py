@@ -42,8 +42,8 @@ READING = {
     "with the learning rate, and where it stays high the embeddings have not settled.",
     "hubness": "The skewness of how often samples serve as a neighbour, 0 where all serve equally often: about 1 is "
     "usual, and if it keeps rising a few samples (hubs) draw the others towards themselves.",
-    "orphans": "The share of samples that are nobody's neighbour: with one neighbour each a third to two fifths is "
-    "usual, and if it keeps rising training relies on ever fewer images.",
+    "orphans": "The share of samples that are no other sample's neighbour: with one neighbour each a third to two "
+    "fifths is usual, and if it keeps rising training relies on ever fewer images.",
     "largest_hub": "The share of samples that have the same one sample as a neighbour: times N it is a handful of "
     "samples as a rule, and at some per cent that sample deserves a look, as it may be blank or damaged.",
 }

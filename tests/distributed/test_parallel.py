@@ -272,7 +272,7 @@ def trained(
         state,
         loader_of(ranks, batch, train=True),
         optim.fixed(0.01),
-        Recorder(session, options, protocol=evaluator.name),
+        Recorder(session, options, protocol=evaluator.name, images=images_of(SAMPLES)),
         labels=torch.from_numpy(labels),
         evaluate=evaluator,
         ranks=ranks,

@@ -16,8 +16,8 @@ IMPORTS = ["-c", "import torch, torchvision"]
 FIRST_STEP = """
 import os, sys
 import main
-from lib import curriculum
-curriculum.neighbourhood_loss = lambda *arguments, **options: os._exit(0)
+from lib.training.trainer import Trainer
+Trainer.backward = lambda *arguments: os._exit(0)
 main.main("--cfgs configs/base.yaml configs/digits.yaml --debug --brief --seed 0".split() + sys.argv[1:])
 os._exit(3)
 """

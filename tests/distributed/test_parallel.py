@@ -390,4 +390,4 @@ def test_a_memory_bank_that_is_no_dense_matrix_is_an_error_on_all_ranks(
 ) -> None:
     checkpoint.save({"net": {}, "npc": {"memory": memory}}, tmp_path / "a.ckpt")
     said, *others = team.run(damaged, tmp_path / "a.ckpt")
-    assert "its memory bank is no table of numbers" in said and set(others) == {"elsewhere"}
+    assert "its memory bank is not a plain tensor" in said and set(others) == {"elsewhere"}

@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there"),
 ]
-LAUNCH = "import sys; from lib import launch; sys.exit(launch.run(sys.argv[1], sys.argv[2:], 2))"
+LAUNCH = "import sys; from lib.distributed import launch; sys.exit(launch.run(sys.argv[1], sys.argv[2:], 2))"
 """What ``--gpus 0,1`` does, on CPUs; the first word is the program."""
 
 

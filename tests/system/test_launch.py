@@ -132,7 +132,8 @@ def action():
 """
 BOTH_LOSE_THEIR_NUMBERS = """
 def action():
-    raise curriculum.NonFiniteLossError("the loss is not a finite number")
+    from lib.errors import NonFiniteLossError
+    raise NonFiniteLossError("the loss is not a finite number")
 """
 A_SIGNAL_IS_AWAITED = """
 def action():

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from lib.distributed.launch import is_launched
 from lib.distributed.processes import Ranks
 
 STATUS: dict[signal.Signals, int] = {
@@ -41,7 +42,9 @@ class StopSignals:
 
     With a single process ``Stopped`` is raised at once, or at the end of a ``defer`` block. With several ranks it is
     raised only in ``raise_if_stopped``, on all of them. A second SIGINT raises ``KeyboardInterrupt`` at once, unless it
-    follows within ``BOUNCE`` seconds: launchers forward the SIGINT that the terminal has already sent to every process.
+    follows within ``BOUNCE`` seconds: programs that start others forward the SIGINT that the terminal has already sent
+    to every process. PyTorch's launcher does so too, and on a busy machine later than that, so under it one more SIGINT
+    is needed: the forwarded copy of the second Ctrl-C is that one.
 
     Use it as a context manager in the main thread. In other threads it does nothing: Python runs signal handlers in
     the main thread only.
@@ -55,6 +58,7 @@ class StopSignals:
         self._first_time = 0.0
         self._previous_handlers: dict[signal.Signals, Any] = {}
         self._pending: signal.Signals | None = None
+        self._ignored_repeats = 1 if is_launched() else 0
         self._defer_depth = 0
 
     def __enter__(self) -> StopSignals:
@@ -86,7 +90,9 @@ class StopSignals:
         if self._pending is None:
             self._pending, self._first_time = signal.Signals(number), time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._first_time > BOUNCE:
-            raise KeyboardInterrupt
+            if self._ignored_repeats == 0:
+                raise KeyboardInterrupt
+            self._ignored_repeats -= 1
         if not self._defer_depth and self.ranks.size == 1:
             raise Stopped(self._pending)
 

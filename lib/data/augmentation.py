@@ -29,6 +29,8 @@ GREY, FLIP = 30, 31
 """Which of the random numbers are used for what."""
 LUMA = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in greyscale, as in torchvision."""
+SECTORS = np.array([[5 / 6 + 1], [3 / 6 + 1], [1 / 6 + 1]])
+"""n / 6 + 1 of red, green and blue in ``shift_hue``."""
 CONTRAST, SATURATION, HUE = 1, 2, 3  # adjustments in torchvision's order; 0 is brightness
 
 
@@ -323,7 +325,7 @@ def shift_hue(images: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
     hue = torch.lerp((blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4), not_green)
     hue = torch.lerp(green - blue, hue, not_red).div_(chroma.clamp(min=1e-12))  # any hue will do where chroma is 0
     hue.div_(6).add_(shifts)
-    sector = hue[:, None] + hue.new_tensor([[5 / 6 + 1], [3 / 6 + 1], [1 / 6 + 1]])  # (B, 3, P), k / 6, all positive
+    sector = hue[:, None] + to_device(SECTORS, hue)  # (B, 3, P), k / 6, all positive
     sector.frac_().sub_(1 / 3).abs_().mul_(-6).add_(2).clamp_(0, 1)
     return torch.addcmul(value[:, None], chroma[:, None], sector, value=-1)
 

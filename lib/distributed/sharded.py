@@ -107,10 +107,12 @@ class ShardedRows:
 
     def index_select(self, index: torch.Tensor) -> torch.Tensor:
         """Rows (M, D) of global indices (M,), on all ranks. A collective: ``index`` must be the same on every rank."""
-        selected, position = self.local_rows(index)
-        rows = self.local.new_zeros(len(index), self.local.shape[1])
-        rows[selected] = self.local[position]
-        return self.ranks.all_reduce_sum(rows)
+        if self.ranks.size == 1:
+            return self.local[index]
+        if not len(self.local):
+            return self.ranks.all_reduce_sum(self.local.new_zeros(len(index), self.local.shape[1]))
+        position, is_local = self.local_positions(index)
+        return self.ranks.all_reduce_sum(torch.where(is_local[:, None], self.local[position], 0))
 
     def ring(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yields the shards of all ranks with the global index of their first row, the local shard first.

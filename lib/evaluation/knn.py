@@ -62,5 +62,6 @@ def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int, ranks: Ra
     """
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices  # (Q, k)
     correct = (best == labels[:, None]).any(dim=1).sum()
-    correct, total = (ranks or Ranks()).all_reduce_sum(torch.stack([correct, correct.new_tensor(len(labels))]))
-    return float(correct.item() / total.item())
+    counts = (ranks or Ranks()).all_reduce_sum(torch.stack([correct, correct.new_full((), len(labels))]))
+    correct_count, total = counts.tolist()  # waits for the device once
+    return float(correct_count / total)

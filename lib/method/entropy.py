@@ -29,7 +29,9 @@ def softmax_statistics(logits: torch.Tensor) -> torch.Tensor:
 
 def empty_statistics(like: torch.Tensor) -> torch.Tensor:
     """Statistics (R, 3) of rows without logits, the neutral element of ``merge_statistics``; R = ``len(like)``."""
-    return like.new_tensor([-torch.inf, 0, 0]).repeat(len(like), 1)
+    statistics = like.new_zeros(len(like), 3)
+    statistics[:, 0] = -torch.inf
+    return statistics
 
 
 def merge_statistics(parts: torch.Tensor) -> torch.Tensor:

@@ -76,9 +76,19 @@ class MemoryBank:
             embeddings: (B, D) of the whole batch, unit length, the same on every rank.
             index: (B,) sample indices without repetition.
         """
-        selected, position = self.rows.local_rows(index)
-        mixed = self.momentum * self.memory[position] + (1 - self.momentum) * embeddings[selected]
-        self.memory[position] = F.normalize(mixed, dim=1)
+        if not len(self.memory):
+            return
+        position, is_local = (index, None) if self.ranks.size == 1 else self.rows.local_positions(index)
+        mixed = self.momentum * self.memory[position] + (1 - self.momentum) * embeddings
+        updated = F.normalize(mixed, dim=1)
+        if is_local is not None:
+            # selecting the local entries by a mask would wait for the GPU; instead the others repeat the write of a
+            # local entry, or rewrite row 0 as it is if there is none
+            some = is_local.int().argmax(dim=0, keepdim=True)  # (1,)
+            repeated = torch.where(is_local[some, None], updated[some], self.memory[:1])  # (1, D)
+            position = torch.where(is_local, position, position[some])
+            updated = torch.where(is_local[:, None], updated, repeated)
+        self.memory[position] = updated
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """``params`` = [temperature, momentum] and ``memory`` (N, D), as the reference saves them.

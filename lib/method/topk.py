@@ -31,6 +31,9 @@ def _candidates(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
     """
     columns = values.shape[1]
     size = round(math.sqrt(columns / max(k, 1)))  # G
+    if k == 1 and values.device.type != "cpu":  # one pass; topk takes several
+        best, column = values.max(dim=1, keepdim=True)
+        return best, column
     if values.device.type != "cpu" or size < 4 or k == 0:
         found = values.topk(k, dim=1, sorted=False)
         return found.values, found.indices
@@ -65,6 +68,10 @@ class TopK:
         """Adds the similarities (r, S) of the rows from ``first_row`` to the samples from ``first_column``."""
         size = self.samples.shape[1]
         if not size or not similarity.numel():
+            return
+        if similarity.device.type != "cpu":  # choosing rows would make the host wait for the device
+            values, columns = _candidates(similarity, min(size, similarity.shape[1]))
+            self._merge_candidates(slice(first_row, first_row + len(similarity)), values, columns + first_column)
             return
         kth_best = self.similarities[first_row : first_row + len(similarity), -1]
         (improved,) = (similarity.amax(dim=1) > kth_best).nonzero(as_tuple=True)  # few rows after the first updates

@@ -1,0 +1,258 @@
+"""The program's computations on a GPU that is not there: nothing is on a wrong device, and a step never waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import models
+from fake_cuda import CUDA, Trace, trace
+from lib.config.options import Options
+from lib.data.augmentation import Augmentation
+from lib.data.loader import Loader
+from lib.distributed.processes import Ranks
+from lib.distributed.sharded import ShardedRows
+from lib.evaluation import classifier, features, knn, linear_probe
+from lib.method import diagnostics, discovery
+from lib.method.memory_bank import MemoryBank
+from lib.method.neighbourhoods import Neighbourhoods, consistency
+from lib.reporting import retrieval
+from lib.training.checkpoint import TrainingState
+from lib.training.rehearsal import rehearse
+from lib.training.trainer import NonFiniteCheck, Trainer
+
+SAMPLES, LOW_DIM, BATCH = 50_000, 128, 128
+AUGMENTATION = Augmentation((32, 32), (32, 32), (0.5,) * 3, (0.2,) * 3, (0.2, 1.0), jitter=(0.4,) * 4, grey=0.2)
+
+
+@pytest.fixture(params=[1, 2])
+def ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ranks:
+    """A single process, and the last of two whose collectives do nothing."""
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for name in ("all_reduce", "all_gather", "broadcast"):
+        monkeypatch.setattr(dist, name, lambda *arguments: None)
+
+    class Exchanged:
+        def wait(self) -> None: ...
+
+    monkeypatch.setattr(dist, "P2POp", lambda *arguments: arguments)
+    monkeypatch.setattr(dist, "batch_isend_irecv", lambda operations: [Exchanged()])
+    size = int(request.param)
+    return Ranks(size - 1, size)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device=CUDA)
+
+
+def rows_of(samples: int, ranks: Ranks) -> ShardedRows:
+    return ShardedRows(empty(ranks.shard_sizes(samples)[ranks.rank], LOW_DIM), samples, ranks)
+
+
+def state_of(ranks: Ranks, *, anchors: int = SAMPLES // 4, optimizer: str = "SGD", **options: Any) -> TrainingState:
+    with torch.device(CUDA):
+        network = models.build("resnet18", low_dim=LOW_DIM)
+    bank = MemoryBank(SAMPLES, LOW_DIM, temperature=0.1, momentum=0.5, seed=0, device=CUDA, ranks=ranks)
+    long = partial(empty, dtype=torch.long)
+    neighbourhoods = Neighbourhoods(
+        long(anchors), long(SAMPLES - anchors), long(SAMPLES), long(anchors, 1), empty(SAMPLES)
+    )
+    stepper = getattr(torch.optim, optimizer)(network.parameters(), lr=0.03, **options)
+    return TrainingState(network, stepper, bank, neighbourhoods, 0, round=1, total=torch.zeros((), device=CUDA))
+
+
+@pytest.fixture(autouse=True)
+def backward(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.nn.Module]]:
+    """The engine's backward pass cannot run: the networks in the list get gradients instead."""
+    networks: list[torch.nn.Module] = []
+
+    def instead(loss: torch.Tensor, *arguments: Any, **options: Any) -> None:
+        assert loss.device == CUDA and loss.dim() == 0
+        for network in networks:
+            for parameter in network.parameters():
+                parameter.grad = torch.empty_like(parameter)
+
+    monkeypatch.setattr(torch.Tensor, "backward", instead)
+    yield networks
+
+
+def a_step(
+    ranks: Ranks, networks: list[torch.nn.Module], options: Options, state: Callable[[], TrainingState]
+) -> Trace:
+    def given() -> Trainer:
+        trainer = Trainer(options, state(), None, lambda epoch: 0.03, None, ranks=ranks)  # type: ignore[arg-type]
+        networks.append(trainer.state.network)
+        return trainer
+
+    def work(trainer: Trainer) -> tuple[torch.device, torch.dtype]:
+        check = NonFiniteCheck(trainer)
+        for number in range(2):
+            images = empty(BATCH // ranks.size, 3, 32, 32)
+            loss = trainer.backward((images, empty(BATCH, dtype=torch.long)), number, 1)
+            check.add(loss, number)
+            trainer.optimizer_step()
+        assert trainer.state.bank.memory.device == CUDA
+        return loss.device, loss.dtype
+
+    return trace(work, given)
+
+
+@pytest.mark.parametrize("anchors", [0, SAMPLES // 4, SAMPLES])
+@pytest.mark.parametrize(
+    ("optimizer", "values"),
+    [("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}), ("Adam", {}), ("RMSprop", {"momentum": 0.9})],
+)
+def test_step_never_waits_for_the_gpu(
+    anchors: int, optimizer: str, values: dict[str, Any], ranks: Ranks, backward: list[torch.nn.Module]
+) -> None:
+    state = partial(state_of, ranks, anchors=anchors, optimizer=optimizer, **values)
+    found = a_step(ranks, backward, Options(), state)
+    assert not found.waits
+    assert found.result == (CUDA, torch.float32)
+    assert found.kernels > 500  # the trace has seen the step
+
+
+def test_wait_in_a_step_is_found(
+    ranks: Ranks, backward: list[torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trace can fail: skipping non-finite batches reads each loss, as ``--help`` says."""
+    found = a_step(ranks, backward, Options(on_nonfinite="skip"), partial(state_of, ranks))
+    assert found.places() == {"training/trainer.py backward"}
+    assert found.waits.total() == 2
+
+
+def test_tensor_on_the_wrong_device_is_found() -> None:
+    with pytest.raises(RuntimeError, match="found at least two devices, cuda:0 and cpu"):
+        trace(lambda: empty(3) + torch.empty(3))
+
+
+@pytest.mark.parametrize("on_worker", [False, True])
+def test_augmentation_never_waits_for_the_gpu(on_worker: bool) -> None:
+    random_numbers = np.random.default_rng(0).random((BATCH, 32))
+    images = partial(empty, BATCH, 32, 32, 3, dtype=torch.uint8)
+    augment = AUGMENTATION.augment_on_device if on_worker else AUGMENTATION
+    found = trace(lambda: augment(images(), random_numbers))
+    assert not found.waits
+    assert found.result.shape == (BATCH, 3, 32, 32) and found.result.device == CUDA
+
+
+def test_batches_are_made_on_the_gpu_without_a_wait(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.data.loader._prefetch", lambda batches, *arguments: batches)
+
+    def work() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        images = empty(1000, 32, 32, 3, dtype=torch.uint8)
+        loader = Loader(images, AUGMENTATION, batch_size=BATCH, workers=0, seed=0, device=CUDA, ranks=ranks)
+        return list(loader.epoch())
+
+    found = trace(work)
+    assert not found.waits
+    assert {tensor.device for batch in found.result for tensor in batch} == {CUDA}
+
+
+def test_rehearsal_leaves_no_tensor_elsewhere(
+    ranks: Ranks, backward: list[torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: torch.autograd.set_grad_enabled(True))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    from lib.method.loss import neighbourhood_loss
+
+    def work() -> str:
+        return rehearse(state_of(ranks), neighbourhood_loss, ranks, batch_size=BATCH, size=(32, 32))
+
+    assert trace(work).result == "1.00 GiB at the peak of one step of 128 images"
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_discovery_waits_for_the_largest_norm_and_the_instance_samples_only(size: int, ranks: Ranks) -> None:
+    found = trace(lambda: discovery.discover(rows_of(20_000, ranks), temperature=0.1, anchors=5_000, size=size))
+    assert found.waits == {
+        "_local_scalar_dense at method/discovery.py entropy_and_topk": 2,  # one copy of two numbers
+        "nonzero at method/neighbourhoods.py _positions": 1,
+    }
+    assert found.kernels > 300
+
+
+def test_fallback_of_discovery_never_waits(ranks: Ranks) -> None:
+    found = trace(lambda: discovery.entropy_and_topk_by_row_maximum(rows_of(20_000, ranks), temperature=0.1, size=1))
+    assert not found.waits
+    assert {tensor.device for tensor in found.result} == {CUDA}
+
+
+def test_consistency_waits_once() -> None:
+    long = partial(empty, dtype=torch.long)
+    found = trace(lambda: consistency(long(1000), long(1000, 1), long(SAMPLES)))
+    assert found.waits.total() == 1
+
+
+def test_knn_waits_for_its_accuracies_only(ranks: Ranks) -> None:
+    def work() -> classifier.Accuracy:
+        labels = torch.empty(SAMPLES, dtype=torch.long, device=CUDA)
+        scores = knn.weighted_knn(empty(500, LOW_DIM), rows_of(SAMPLES, ranks), labels, classes=10, k=200, sigma=0.1)
+        assert scores.device == CUDA
+        return classifier.Accuracy(
+            *(knn.top_k_accuracy(scores, empty(500, dtype=torch.long), k, ranks) for k in (1, 5))
+        )
+
+    found = trace(work)
+    assert found.waits == {
+        "_local_scalar_dense at evaluation/knn.py top_k_accuracy": 4
+    }  # one copy of two numbers, twice
+
+
+def test_health_figures_wait_once_an_epoch_each(ranks: Ranks) -> None:
+    def given() -> tuple[ShardedRows, diagnostics.State]:
+        bank = rows_of(SAMPLES, ranks)
+        return bank, diagnostics.measure(bank, None, round=0, temperature=0.1, size=1)[1]
+
+    found = trace(lambda both: diagnostics.measure(*both, round=1, temperature=0.1, size=1), given)
+    assert found.result[1].rows.device == CUDA
+    assert found.waits == {
+        "cpu to cuda at method/diagnostics.py measure": 2,  # the measured rows, the quantiles
+        "_local_scalar_dense at method/diagnostics.py measure": 6,  # one copy of five quantiles, the largest hub
+        "bincount at method/diagnostics.py measure": 1,
+        "_unique2 at method/diagnostics.py _reciprocal": 1,
+        "_local_scalar_dense at method/diagnostics.py _reciprocal": 1,
+        "_local_scalar_dense at method/diagnostics.py _kept": 1,
+        "_local_scalar_dense at method/diagnostics.py _drift": 1,
+        "bincount at method/diagnostics.py _hubs": 1,
+        "_local_scalar_dense at method/diagnostics.py _hubs": 3,
+    }
+
+
+def test_features_are_extracted_without_a_wait_until_the_end(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.data.loader._prefetch", lambda batches, *arguments: batches)
+
+    def given() -> tuple[torch.nn.Module, Loader]:
+        images = empty(1000, 32, 32, 3, dtype=torch.uint8)
+        with torch.device(CUDA):
+            network = models.build("resnet10-w16", low_dim=LOW_DIM)
+        return network, Loader(images, AUGMENTATION, batch_size=BATCH, workers=0, seed=None, device=CUDA, ranks=ranks)
+
+    found = trace(lambda both: features.extract(*both, "features"), given)
+    assert found.result.device == CUDA and not found.waits
+
+
+def test_linear_probe_copies_each_batch_to_the_gpu_and_reads_accuracies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_probe, "STEPS", (1, 8))
+
+    def work() -> linear_probe.Probed:
+        labels = torch.zeros(1000, dtype=torch.long)
+        train, test = torch.empty(1000, 64, dtype=torch.float16), torch.empty(100, 64, dtype=torch.float16)
+        return linear_probe.probe(train, labels, test, labels[:100], classes=10, seed=0, device=CUDA, what="probe")
+
+    assert {wait.rsplit(" ", 1)[0] for wait in trace(work).waits} == {
+        "cpu to cuda at evaluation/linear_probe.py",
+        "cuda to cpu at evaluation/linear_probe.py",
+    }
+
+
+def test_queries_come_to_the_host_once() -> None:
+    found = trace(lambda: retrieval.query(empty(3, LOW_DIM), empty(SAMPLES, LOW_DIM), 10))
+    assert found.waits == {"cuda to cpu at reporting/retrieval.py query": 2}  # indices and similarities

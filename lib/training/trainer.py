@@ -150,7 +150,11 @@ class Trainer:
             state.health = measured
             is_best = self.finish_epoch(accuracy, held_out, record)
             self.recorder.epoch_finished(state.history[-1], accuracy)
-            self.recorder.save(state, is_best)
+            is_due = state.epoch == self.options.max_epoch or self.recorder.is_save_due()
+            if self.ranks.any_rank(self.ranks.is_rank0 and is_due):  # saving is a collective, and clocks differ
+                self.recorder.save(state, is_best)
+            elif is_best:
+                self.recorder.keep_best(state)
 
     def finish_epoch(self, accuracy: Accuracy | None, held_out: Accuracy | None, figures: dict[str, Any]) -> bool:
         """Adds the record of the epoch to the history and moves on to the next; whether it is the round's best."""

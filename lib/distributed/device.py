@@ -32,6 +32,12 @@ def select(gpus: tuple[int, ...]) -> torch.device:
     return torch.device("cuda", gpus[local_rank])
 
 
+def of_process(gpus: tuple[int, ...]) -> torch.device | None:
+    """``select`` for a process of several: None on the CPU. Raises UsageError as ``select`` does."""
+    device = select(gpus)
+    return device if device.type == "cuda" else None
+
+
 def available(gpus: tuple[int, ...]) -> tuple[int, ...]:
     """The entries of ``gpus`` that exist on this machine, otherwise GPU 0, otherwise () for the CPU.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,7 @@ def run(words: Sequence[str]) -> int:
 
 def read_on_all_ranks(words: Sequence[str]) -> tuple[Options, Ranks]:
     """The options on one of several ranks that a launcher started, and these; what one refuses all refuse."""
+    from lib.distributed import device
     from lib.distributed.consensus import run_on_all_ranks
     from lib.distributed.processes import Ranks
 
@@ -86,7 +88,10 @@ def read_on_all_ranks(words: Sequence[str]) -> tuple[Options, Ranks]:
             raise UsageError("--report, --query and --compare are for one process; start them without a launcher")
         return options
 
-    ranks = Ranks.from_environment()
+    gpu = None
+    with suppress(UsageError):  # raised on all ranks together, below and in ``prepare``
+        gpu = device.of_process(read().gpus)
+    ranks = Ranks.from_environment(gpu)
     return run_on_all_ranks(ranks, read), ranks
 
 

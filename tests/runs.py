@@ -25,7 +25,7 @@ RUN = """
 --dataset folder --network resnet10-w16 --resize 8 --size 8 --scale 0.3 1 --low-dim 16 --colorjitter 0.4 0.4 0.4 0.1
 --batch-size 8 --workers-num 2 --max-round 2 --max-epoch 4 --ANs-select-rate 0.5 --base-lr 0.01 --seed 3 --brief
 --momentum 0.9 --weight-decay 5e-4
---ckpt-every 5"""
+--ckpt-every 5 --ckpt-interval 0"""
 TIMES = {"images_per_s", "train_s", "evaluate_s"}
 LIMIT = 600
 """Seconds after which a process that hangs is killed. Nothing else here depends on how fast the machine is."""

@@ -232,7 +232,14 @@ class Options(BaseModel):
         ge=1,
     )
     ckpt_every: Integer = _option(
-        0, "training", "optimiser steps between checkpoints within an epoch; 0: only at the end of each epoch", ge=0
+        0, "training", "optimiser steps between checkpoints within an epoch; 0: none within an epoch", ge=0
+    )
+    ckpt_interval: Number = _option(
+        30.0,
+        "training",
+        "seconds after which the next epoch writes a checkpoint; always at the end of a round and on a stop signal; 0: "
+        "after every epoch",
+        ge=0,
     )
     on_nonfinite: Annotated[Literal["stop", "skip"], BeforeValidator(_lower)] = _option(
         "stop",

@@ -7,6 +7,7 @@ import os
 import torch
 
 from lib.config.options import Options
+from lib.distributed import gpus as machine
 from lib.distributed import sync_batchnorm
 from lib.distributed.processes import Ranks
 from lib.errors import UsageError
@@ -21,14 +22,20 @@ def select(gpus: tuple[int, ...]) -> torch.device:
     """
     if not gpus:
         return torch.device("cpu")
-    flag, seen = f"--gpus {','.join(map(str, gpus))}", torch.cuda.device_count()
+    flag, seen = f"--gpus {','.join(map(str, gpus))}", machine.count()
     if any(gpu >= seen for gpu in gpus):
-        found = f"only GPUs 0 to {seen - 1}" if seen else "no GPU"
-        raise UsageError(f"{flag}: PyTorch {torch.__version__} sees {found} here; --gpus '' runs on the CPU")
+        found = f"only GPUs 0 to {seen - 1} here" if seen else f"no GPU here ({machine.why_none()})"
+        raise UsageError(f"{flag}: PyTorch {torch.__version__} sees {found}; --gpus '' runs on the CPU")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if local_rank >= len(gpus):
         raise UsageError(f"{flag}: no GPU for local rank {local_rank}; name as many GPUs as processes on this machine")
     return torch.device("cuda", gpus[local_rank])
+
+
+def of_process(gpus: tuple[int, ...]) -> torch.device | None:
+    """``select`` for a process of several: None on the CPU. Raises UsageError as ``select`` does."""
+    device = select(gpus)
+    return device if device.type == "cuda" else None
 
 
 def available(gpus: tuple[int, ...]) -> tuple[int, ...]:
@@ -36,7 +43,7 @@ def available(gpus: tuple[int, ...]) -> tuple[int, ...]:
 
     This allows a session trained on GPUs, whose options name them, to be evaluated on any machine.
     """
-    seen = torch.cuda.device_count()
+    seen = machine.count()
     return tuple(gpu for gpu in gpus if gpu < seen) or ((0,) if gpus and seen else ())
 
 

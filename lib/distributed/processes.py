@@ -46,10 +46,14 @@ class Ranks:
         self.size = size
 
     @classmethod
-    def from_environment(cls) -> Ranks:
+    def from_environment(cls, gpu: torch.device | None = None) -> Ranks:
         """Initialises the process group from RANK, WORLD_SIZE and the like: gloo, and NCCL for GPU tensors.
 
         Returns a single process if no launcher started this one.
+
+        Args:
+            gpu: the GPU of this process, if it is known. If it is on all ranks, NCCL connects them at once and reports
+                an error here; otherwise it does so at the first collective of GPU tensors.
         """
         ranks = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
         if ranks.size > 1:
@@ -57,7 +61,17 @@ class Ranks:
             # a restart reuses the store, which still has the addresses of the previous processes
             store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-            dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=TIMEOUT)
+            # NCCL would wait for a rank that has none, such as one that is about to refuse its options
+            store.set(f"GPU of rank {ranks.rank}", str(gpu or ""))
+            device = gpu if all(store.get(f"GPU of rank {rank}") for rank in range(ranks.size)) else None
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=ranks.rank,
+                world_size=ranks.size,
+                timeout=TIMEOUT,
+                device_id=device if "nccl" in backend else None,
+            )
         return ranks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:

@@ -5,6 +5,7 @@ PyTorch is imported only for errors that need it, so that an invalid option is r
 
 from __future__ import annotations
 
+import os
 import shlex
 import traceback
 from typing import TYPE_CHECKING
@@ -23,7 +24,16 @@ if TYPE_CHECKING:
 
 
 class UnexpectedError(Exception):
-    """An unknown error whose traceback was written to the session's log. The message is one sentence for the user."""
+    """An error in training whose traceback was written to the session's log.
+
+    Args:
+        message: one sentence for the user.
+        status: exit status.
+    """
+
+    def __init__(self, message: str, status: int = UNEXPECTED) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def explain(error: Exception) -> tuple[int, str] | None:
@@ -31,7 +41,7 @@ def explain(error: Exception) -> tuple[int, str] | None:
     if isinstance(error, ToldElsewhereError):
         return 2, ""
     if isinstance(error, UnexpectedError):
-        return UNEXPECTED, str(error)
+        return error.status, str(error)
     if isinstance(error, UsageError | datasets.DataError | models.NetworkError):
         return 2, printable(str(error).rpartition("DataError: ")[2].strip())  # a worker process prepends its traceback
     if isinstance(error, OSError):
@@ -40,6 +50,7 @@ def explain(error: Exception) -> tuple[int, str] | None:
 
     import torch._dynamo.exc
 
+    from lib.distributed import gpus
     from lib.distributed.processes import is_peer_failure
     from lib.errors import NonFiniteLossError
 
@@ -48,10 +59,20 @@ def explain(error: Exception) -> tuple[int, str] | None:
     if isinstance(error, torch._dynamo.exc.TorchDynamoException):
         return 2, f"--compile: PyTorch cannot compile the network on this machine ({reason(error)}); drop --compile"
     if is_out_of_memory(error):
-        return 2, "memory ran out; set --batch-size or --size lower, or choose a smaller --network"
+        advice = "set --batch-size or --size lower, or choose a smaller --network"
+        return 2, f"memory ran out{_on_rank()}; {advice}{gpus.memory_of_others()}"
+    if gpus.is_failure(error):
+        return UNEXPECTED, (
+            f"the GPU failed{_on_rank()}: {printable(reason(error))}; nvidia-smi and the system's log (dmesg) may tell "
+            "why, and CUDA_LAUNCH_BLOCKING=1 makes the traceback name the operation"
+        )
     if isinstance(error, RuntimeError) and launch.is_launched() and is_peer_failure(error):
         return UNEXPECTED, "another process of the run has ended; resume with --resume and the session folder"
     return None
+
+
+def _on_rank() -> str:
+    return f" on rank {os.environ['RANK']}" if launch.is_launched() else ""
 
 
 def describe(error: Exception) -> str:
@@ -65,15 +86,23 @@ def traceback_of(error: Exception) -> str:
 
 
 def in_session(error: Exception, session: Session) -> UnexpectedError | None:
-    """Writes the traceback of an unknown error to the session's log.
+    """Writes the traceback of an unknown error, or of one of memory or of a GPU, to the session's log.
 
     Returns:
-        The error to raise instead, or None if ``explain`` knows the error or the traceback could not be written.
+        The error to raise instead, whose message names the last checkpoint; None if ``explain`` knows another cause,
+        or the traceback could not be written.
     """
-    if explain(error) is not None or not session.write_traceback(error):
+    from lib.distributed import gpus
+
+    known = explain(error)
+    if known and not (is_out_of_memory(error) or gpus.is_failure(error)):
+        return None
+    if not session.write_traceback(error):
         return None
     assert session.folder is not None
-    folder = shlex.quote(str(session.folder))
-    is_saved = latest(session.folder).is_file()
-    resume = f"resume with: python main.py --resume {folder}" if is_saved else "no checkpoint was saved yet"
+    folder, checkpoint = shlex.quote(str(session.folder)), latest(session.folder)
+    resume = f"resume with: python main.py --resume {folder}" if checkpoint.is_file() else "no checkpoint was saved yet"
+    if known:
+        saved = f"the last checkpoint is {checkpoint}; " if checkpoint.is_file() else ""
+        return UnexpectedError(f"{known[1]}; {saved}{resume}", known[0])
     return UnexpectedError(f"{describe(error)}; its traceback is at the end of {session.folder / 'log.txt'}; {resume}")

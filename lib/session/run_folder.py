@@ -5,7 +5,7 @@ sessions/NAME/
     log.txt              the log with timestamps
     metrics.jsonl        one JSON line for each epoch
     starts.jsonl         one JSON line for each start: versions, commit, hardware, seed, data, network
-    checkpoint/          latest.ckpt, after every epoch; previous.ckpt, the one before it;
+    checkpoint/          latest.ckpt (see --ckpt-interval); previous.ckpt, the one before it;
                          {round:04d}-{anchors:05d}.ckpt, the best of each round (see --keep)
     neighbours/          {round:04d}-{anchors:05d}.png, anchors next to their neighbours; .ckpt, the discovered
                          neighbourhoods, unless --keep all stores them in the best checkpoints
@@ -116,7 +116,7 @@ class Session:
         return self.folder.name if self.folder else ""
 
     def latest(self) -> Path | None:
-        """Path of the checkpoint that is written after every epoch."""
+        """Path of the latest checkpoint."""
         return self.folder / "checkpoint" / LATEST if self.folder else None
 
     def of_round(self, kind: str, round: int, anchors: int, ending: str) -> Path | None:

@@ -193,6 +193,27 @@ def without_copies(content: Checkpoint) -> Checkpoint:
     return {**content, "health": {**content["health"], "rows": None}}
 
 
+def copy_to_host(content: Any, memory: Any = None) -> Any:
+    """A deep copy of a checkpoint in host memory.
+
+    Args:
+        content: the checkpoint, or a part of it.
+        memory: an earlier copy, whose tensors are overwritten where they fit. That takes less than half of the time:
+            the system has to clear new memory first.
+    """
+    if isinstance(content, torch.Tensor):
+        if isinstance(memory, torch.Tensor) and (memory.shape, memory.dtype) == (content.shape, content.dtype):
+            return memory.copy_(content)
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        earlier = memory if isinstance(memory, dict) else {}
+        return {name: copy_to_host(value, earlier.get(name)) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        parts = memory if isinstance(memory, (list, tuple)) and len(memory) == len(content) else [None] * len(content)
+        return type(content)(copy_to_host(*pair) for pair in zip(content, parts, strict=True))
+    return content
+
+
 def save_discovery(content: Checkpoint, path: Path) -> None:
     """Writes only the neighbourhoods of a checkpoint, without network, optimiser and memory bank; see ``discoveries``.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from lib.session.atomic_files import reason
 from lib.session.console import SUMMARY, logger, table
 from lib.session.run_folder import Session
 from lib.training import checkpoint
-from lib.training.checkpoint import TrainingState
+from lib.training.checkpoint import Checkpoint, TrainingState
 
 
 class Recorder:
@@ -55,6 +56,9 @@ class Recorder:
         self.labels = labels
         self.unsaved: str | None = None
         self._shown = 0.0
+        self._saved_at: float | None = None  # time.monotonic() after the last successful save
+        self._best: tuple[Path, Checkpoint] | None = None  # the best checkpoint of a round, not yet written
+        self._host_copy: Checkpoint | None = None  # memory of the last best checkpoint, to be overwritten
         self._epochs: list[dict[str, Any]] = []
         self._has_warned = False
 
@@ -140,8 +144,30 @@ class Recorder:
             extra=SUMMARY,
         )
 
+    def is_save_due(self) -> bool:
+        """Whether the last save failed, is ``--ckpt-interval`` seconds ago, or there was none. Only rank 0 knows."""
+        if self._saved_at is None or self.unsaved is not None:
+            return True
+        return time.monotonic() - self._saved_at >= self.options.ckpt_interval
+
+    def keep_best(self, state: TrainingState) -> None:
+        """Keeps the state in host memory as the best checkpoint of its round, which the next ``save`` writes.
+
+        Call it on every rank; rank 0 keeps it. ``--keep last`` keeps nothing.
+        """
+        if self.options.keep == "last":
+            return
+        content = checkpoint.without_copies(state.checkpoint(self.options.network, self.session.name))
+        path = self.session.of_round("checkpoint", state.round, state.neighbourhoods.num_anchors, "ckpt")
+        if path:
+            self._keep(content, path)
+
     def save(self, state: TrainingState, is_best: bool) -> None:
-        """Writes the latest checkpoint and, if ``is_best`` and ``--keep`` allow it, the best of the round.
+        """Writes the latest checkpoint and, if ``--keep`` allows it, the best of the round.
+
+        The best is the current state if ``is_best``, otherwise what ``keep_best`` kept since the last save. It is
+        written first: a run that is killed between the two repeats the epochs since the latest checkpoint, and does not
+        lose the best one.
 
         Call it on every rank. If a file cannot be written, a warning is logged, the previous files are kept, and the
         next epoch tries again.
@@ -151,20 +177,38 @@ class Recorder:
         best, discovery = (
             session.of_round(kind, state.round, anchors, "ckpt") for kind in ("checkpoint", "neighbours")
         )
-        self.unsaved = None
-        for path in (session.latest(), best if is_best and self.options.keep != "last" else None):
-            if path:
-                try:
-                    with self.signals.defer():
-                        checkpoint.save(checkpoint.without_copies(content) if path == best else content, path)
-                except OSError as error:
-                    self.unsaved = f"{path}: could not be saved: {reason(error)}"
-                    logger().warning("%s; the previous file is kept, and the next epoch tries again", self.unsaved)
+        unwritten = dict([self._best] if self._best else [])  # of an earlier round if the last save failed
+        if best and is_best and self.options.keep != "last":
+            unwritten[best] = checkpoint.without_copies(content)
+        self.unsaved = self._best = None
+        for path, kept in unwritten.items():
+            if not self._write(kept, path):
+                self._keep(kept, path)
+        if latest := session.latest():
+            self._write(content, latest)
+        if not self.unsaved:
+            self._saved_at = time.monotonic()
         if session.folder and best and discovery and self.options.keep != "all" and not self.unsaved:
             with self.signals.defer(), session.warn_on_write_error("the neighbourhoods of the round"):
                 if is_best or not discovery.exists():
                     checkpoint.save_discovery(content, discovery)
                 checkpoint.remove_best_checkpoints(session.folder, best if self.options.keep == "best" else None)
+
+    def _write(self, content: Checkpoint, path: Path) -> bool:
+        """Writes a checkpoint; returns whether it was written. If not, ``unsaved`` and a warning say why."""
+        try:
+            with self.signals.defer():
+                checkpoint.save(content, path)
+        except OSError as error:
+            self.unsaved = f"{path}: could not be saved: {reason(error)}"
+            logger().warning("%s; the previous file is kept, and the next epoch tries again", self.unsaved)
+            return False
+        return True
+
+    def _keep(self, content: Checkpoint, path: Path) -> None:
+        self._best = None  # not half overwritten if memory runs out
+        self._host_copy = checkpoint.copy_to_host(content, self._host_copy)
+        self._best = path, self._host_copy
 
     def summary(self, history: list[dict[str, Any]]) -> str:
         """A table of the metrics of all rounds, and how they were measured. Columns without values are omitted."""

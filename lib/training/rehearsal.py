@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from lib.distributed import gpus
 from lib.distributed.processes import Ranks
 from lib.errors import UsageError, is_out_of_memory
 from lib.method.loss import Loss
@@ -49,7 +50,9 @@ def rehearse(
         if device.type == "cuda" and ranks.size == 1:  # elsewhere a smaller batch may be killed and not refused
             fitting = _largest_fitting(state, loss, ranks, batch_size // 2, size, precision)
         advice = f"--batch-size {fitting} fits" if fitting else "set it lower, or --size, or choose a smaller --network"
-        raise UsageError(f"--batch-size {batch_size}: memory ran out in one step of the network; {advice}") from None
+        raise UsageError(
+            f"--batch-size {batch_size}: memory ran out in one step of the network; {advice}{gpus.memory_of_others()}"
+        ) from None
     peak = _peak(device)
     return f"{peak / 2**30:.2f} GiB at the peak of one step of {batch_size} images" if peak else "not known here"
 

@@ -20,6 +20,7 @@ import torch
 
 from lib.config.options import Options
 from lib.data.loader import Batch, Loader
+from lib.distributed.data_parallel import GradientSum
 from lib.distributed.device import PRECISIONS
 from lib.distributed.processes import Ranks
 from lib.distributed.signals import Stopped, StopSignals
@@ -66,6 +67,10 @@ class Trainer:
     validate: Evaluator | None = None
     signals: StopSignals = field(default_factory=StopSignals)
     ranks: Ranks = field(default_factory=Ranks)
+
+    def __post_init__(self) -> None:
+        may_skip = self.options.on_nonfinite == "skip"
+        self.gradients = GradientSum(self.state.network, self.ranks, may_skip=may_skip)
 
     def fit(self) -> None:
         """Trains the rounds that are left.
@@ -150,7 +155,11 @@ class Trainer:
             state.health = measured
             is_best = self.finish_epoch(accuracy, held_out, record)
             self.recorder.epoch_finished(state.history[-1], accuracy)
-            self.recorder.save(state, is_best)
+            is_due = state.epoch == self.options.max_epoch or self.recorder.is_save_due()
+            if self.ranks.any_rank(self.ranks.is_rank0 and is_due):  # saving is a collective, and clocks differ
+                self.recorder.save(state, is_best)
+            elif is_best:
+                self.recorder.keep_best(state)
 
     def finish_epoch(self, accuracy: Accuracy | None, held_out: Accuracy | None, figures: dict[str, Any]) -> bool:
         """Adds the record of the epoch to the history and moves on to the next; whether it is the round's best."""
@@ -224,12 +233,13 @@ class Trainer:
         skips = self.options.on_nonfinite == "skip"
         buffers = [buffer.clone() for buffer in state.network.buffers()] if skips else []
         precision = PRECISIONS[self.options.amp] if self.options.amp else None
-        loss, embeddings = batch_loss(state, self.loss, self.ranks, images, index, precision)
-        if skips and not loss.isfinite():  # waits for the device
-            state.skipped += 1
-            _restore(state.network.buffers(), buffers)  # batch normalisation has seen the batch already
-            return loss.detach()
-        state.scaler.scale(loss / group).backward()
+        with self.gradients.batch(is_last=number == state.step + group - 1) as network:
+            loss, embeddings = batch_loss(state, self.loss, self.ranks, images, index, precision, network)
+            if skips and not loss.isfinite():  # waits for the device
+                state.skipped += 1
+                _restore(state.network.buffers(), buffers)  # batch normalisation has seen the batch already
+                return loss.detach()
+            state.scaler.scale(loss / group).backward()
         state.bank.update(embeddings.detach(), index)  # after the backward pass, which needs the rows as they were
         state.total += loss.detach() * len(index)
         state.seen += len(index)
@@ -239,7 +249,7 @@ class Trainer:
         """One step on the gradients gathered by ``backward``, summed over the ranks."""
         state = self.state
         if any(parameter.grad is not None for parameter in state.network.parameters()):  # all may be skipped
-            self.ranks.all_reduce_gradients(state.network.parameters())
+            self.gradients.finish()
             state.scaler.step(state.optimizer)
             state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
@@ -252,6 +262,7 @@ def batch_loss(
     images: torch.Tensor,
     index: torch.Tensor,
     precision: torch.dtype | None = None,
+    network: torch.nn.Module | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of a batch against the memory bank, and its embeddings.
 
@@ -264,12 +275,13 @@ def batch_loss(
         images: (b, 3, h, w) of this rank.
         index: (B,) samples of the whole batch.
         precision: of mixed precision; None: float32.
+        network: wraps the one of ``state``; None: that one itself.
 
     Returns:
         Scalar and (B, D), the same on every rank; the gradient goes to the images of this rank.
     """
     with torch.autocast(images.device.type, precision, enabled=precision is not None):
-        local = state.network(images)  # (b, D), float32
+        local = (network or state.network)(images)  # (b, D), float32
     embeddings = ranks.all_gather_batch(local, ranks.local_batch_sizes(len(index)))  # (B, D)
     temperature, neighbourhoods = state.bank.temperature, state.neighbourhoods.of(index)
     return loss(embeddings, state.bank.rows, neighbourhoods, temperature=temperature), embeddings

@@ -26,6 +26,7 @@ SMALL = {
     "knn": {"QUERIES": 30, "SAMPLES": 400},
     "memory": {"SAMPLES": 5000, "TILES": 5, "CASES": [("resnet10", 8, 4)]},
     "parallel": {"SAMPLES": 600, "BATCH": 8, "QUERIES": 9, "PROCESSES": (1, 2)},
+    "saving": {"SAMPLES": 100, "NETWORK": "resnet10-w16"},
     "scale": {"MEASURED": 2000},
     "start": {},
     "step": {"SAMPLES": 32, "BATCH": 4, "WORKERS": 0},

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from lib.distributed import device
+from lib.distributed import device, gpus
 from lib.errors import UsageError
 
 
+def has_gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+
+
 def test_without_gpus_the_cpu_is_selected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    has_gpus(4, monkeypatch)
     assert device.select(()) == torch.device("cpu")
 
 
@@ -22,12 +28,12 @@ def test_without_gpus_the_cpu_is_selected(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_single_process_uses_the_first_gpu_of_the_list(
     gpus: tuple[int, ...], first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    has_gpus(4, monkeypatch)
     assert device.select(gpus) == torch.device("cuda", first)
 
 
 def test_the_local_rank_selects_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    has_gpus(4, monkeypatch)
     for number, gpu in enumerate((2, 0, 3)):
         monkeypatch.setenv("LOCAL_RANK", str(number))
         assert device.select((2, 0, 3)) == torch.device("cuda", gpu)
@@ -37,9 +43,65 @@ def test_the_local_rank_selects_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_gpus_on_a_machine_without_gpus_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    has_gpus(0, monkeypatch)
     with pytest.raises(UsageError, match=r"--gpus 0: .*no GPU.*--gpus '' runs on the CPU"):
         device.select((0,))
+
+
+OLD_DRIVER = (
+    "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading "
+    "and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx Alternatively, go to: "
+    "https://pytorch.org to install a PyTorch version that has been compiled with your version of the CUDA driver."
+)
+
+
+def test_gpus_with_a_driver_too_old_are_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML counts the GPUs without the CUDA driver, so their number alone is no sign that they can be used."""
+
+    def is_available() -> bool:
+        warnings.warn(f"CUDA initialization: {OLD_DRIVER}", stacklevel=1)
+        return False
+
+    def init() -> None:
+        raise RuntimeError(OLD_DRIVER)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    with pytest.raises(UsageError) as refused:
+        device.select((0,))
+    assert str(refused.value) == (
+        f"--gpus 0: PyTorch {torch.__version__} sees no GPU here (The NVIDIA driver on your system is too old (found "
+        "version 11040); update the driver, or install a PyTorch that was built for it); --gpus '' runs on the CPU"
+    )
+    assert device.available((0, 1)) == ()
+
+
+def test_a_pytorch_without_cuda_is_named_as_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init() -> None:
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    has_gpus(0, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    with pytest.raises(UsageError, match=r"sees no GPU here \(Torch not compiled with CUDA enabled\); --gpus ''"):
+        device.select((0,))
+
+
+def test_memory_that_other_programs_fill_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 80 GiB, 70 GiB filled, of which this process holds 2."""
+    values = {"is_initialized": True, "current_device": 1, "memory_reserved": 2 * 2**30}
+    for name, value in values.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *gpu, value=value: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (10 * 2**30, 80 * 2**30))
+    assert "other programs take 68.0 of the 80.0 GiB of GPU 1: end them" in gpus.memory_of_others()
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda gpu: 69 * 2**30)
+    assert gpus.memory_of_others() == ""  # the rest is the context of CUDA
+
+    def lost(gpu: int) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lost)
+    assert gpus.memory_of_others() == ""
 
 
 @pytest.mark.parametrize(
@@ -49,7 +111,7 @@ def test_gpus_on_a_machine_without_gpus_are_an_error(monkeypatch: pytest.MonkeyP
 def test_available_returns_the_gpus_that_exist(
     gpus: tuple[int, ...], seen: int, chosen: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    has_gpus(seen, monkeypatch)
     assert device.available(gpus) == chosen
 
 
@@ -57,7 +119,7 @@ def test_available_returns_the_gpus_that_exist(
 def test_a_gpu_that_does_not_exist_is_an_error_that_names_the_valid_range(
     gpus: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    has_gpus(2, monkeypatch)
     with pytest.raises(UsageError) as refused:
         device.select(gpus)
     text = str(refused.value)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
 
+from lib.distributed import processes
 from lib.distributed.processes import Ranks
 from team import Team
 
@@ -50,3 +54,23 @@ def from_rank0(ranks: Ranks) -> str:
 
 def test_broadcast_object_sends_the_object_of_rank_0(team: Team) -> None:
     assert set(team.run(from_rank0)) == {"rank 0"}
+
+
+@pytest.mark.parametrize(
+    ("others", "given"), [("cuda:1", torch.device("cuda", 0)), ("", None)], ids=["all have a GPU", "one has none"]
+)
+def test_nccl_gets_the_gpu_if_every_rank_has_one(
+    others: str, given: torch.device | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it would wait for the rank that has none."""
+    arguments: dict[str, Any] = {}
+    store = dist.HashStore()
+    dist.PrefixStore("start 0", store).set("GPU of rank 1", others)
+    monkeypatch.setattr(processes, "rendezvous", lambda *words, **named: iter([(store, 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *words, **named: arguments.update(named, backend=words[0]))
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    Ranks.from_environment(torch.device("cuda", 0))
+    assert arguments["backend"] == "cpu:gloo,cuda:nccl" and arguments["device_id"] == given

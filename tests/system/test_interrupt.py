@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 
 import runs
 from lib.distributed import signals
@@ -70,6 +71,31 @@ def test_a_run_killed_again_and_again_ends_as_the_one_that_was_not(whole: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("epochs", [3, 7])
+def test_a_run_killed_between_two_saves_repeats_the_epochs_since_the_last_one(
+    epochs: int, whole: Path, tmp_path: Path, new: New
+) -> None:
+    """Only the first epoch and the end of each round (four epochs) are saved: no interval passes."""
+    session, steps = tmp_path / "killed", 13
+    words = [*new("killed"), "--ckpt-every", "0", "--ckpt-interval", "1e6"]
+    process = start(*STEP, str(epochs * steps + 6), *words, program=altered("kill_itself()"))
+    shown = output_of(process)
+    assert process.returncode == -signal.SIGKILL, shown
+    before = content(session)
+    assert (before["round"], before["epoch"]) == ((0, 1) if epochs == 3 else (0, 4))
+    assert len(metrics(session)) == epochs  # rows of epochs that are not in the checkpoint
+    finished("--resume", str(session), "--brief")
+    assert_alike(session, whole)
+    best = {path.name for path in (whole / "checkpoint").glob("0*.ckpt")}
+    assert best == {path.name for path in (session / "checkpoint").glob("0*.ckpt")} == {BEST_0, BEST_1}
+    for name in best:
+        ours, theirs = (torch.load(folder / "checkpoint" / name, weights_only=True) for folder in (session, whole))
+        assert equal({**ours, "session": ""}, {**theirs, "session": ""}), name
+    starts = (session / "starts.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(starts) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["best", "last"])
 @pytest.mark.parametrize(
     ("place", "calls"), [("save_discovery", 1), ("remove_best_checkpoints", 8), ("remove_best_checkpoints", 9)]
@@ -91,6 +117,7 @@ def test_a_run_that_keeps_fewer_checkpoints_is_resumed_from_wherever_it_was_kill
 
 
 STEP = "lib.training.trainer", "Trainer.backward"
+BEST_0, BEST_1 = "0000-00000.ckpt", "0001-00050.ckpt"
 PLACES = {
     "in training": (*STEP, 8),
     "with a checkpoint half written": ("lib.training.pretrained", "append_checksum", 1),
@@ -99,14 +126,14 @@ PLACES = {
     "in the evaluation": ("lib.evaluation.knn", "similarities", 1),
     "in the health figures": ("lib.method.diagnostics", "_hubs", 1),
     "with the metrics written and no checkpoint": ("lib.training.recorder", "Recorder.save", 1),
-    "with the latest checkpoint written and not the best": ("lib.training.pretrained", "append_checksum", 4),
+    "with the best checkpoint written and not the latest": ("lib.training.pretrained", "append_checksum", 4),
     "at the end of a round": ("lib.training.recorder", "Recorder.round_finished", 1),
     "in the discovery": ("lib.method.neighbourhoods", "_positions", 1),
     "with the anchors found and not drawn": ("lib.session.image_grid", "draw", 1),
     "with the run done": ("lib.reporting.outputs", "show_embeddings", 1),
 }
 """Where a run dies, in the order of a run: module, function, and which call of it since the start."""
-UNFINISHED = [place for place in PLACES if place.startswith("with a checkpoint") or place.endswith("not the best")]
+UNFINISHED = [place for place in PLACES if place.startswith("with a checkpoint") or place.endswith("not the latest")]
 """Of these, where a file is left half written."""
 
 

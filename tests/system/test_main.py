@@ -800,13 +800,13 @@ def test_an_error_of_the_program_without_a_session_shows_its_traceback(
     assert all(line.isprintable() for line in above)
 
 
-def failing_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From then on a step of the training raises what nobody expects."""
+def failing_after(calls: int, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
+    """From then on a step of the training raises this error, or one that nobody expects."""
     step, left = Trainer.backward, iter(range(calls))
 
     def altered(*arguments: Any) -> Any:
         if next(left, None) is None:
-            raise KeyError("stages")
+            raise error or KeyError("stages")
         return step(*arguments)
 
     monkeypatch.setattr(Trainer, "backward", altered)
@@ -831,6 +831,32 @@ def test_an_error_in_training_leaves_its_traceback_in_the_log_and_the_session_go
     assert re.search(
         r"ERROR an error ended the run\nTraceback .*in altered.*KeyError: 'stages'\n$", log.read_text(), re.S
     )
+    assert main.main(["--resume", str(broken)]) == 0
+    assert equal(content(whole), content(broken))
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(torch.OutOfMemoryError("CUDA"), 2), (RuntimeError("CUDA error: unspecified launch failure\nmore"), 70)],
+    ids=["memory", "GPU"],
+)
+def test_memory_or_a_gpu_that_fails_in_training_names_the_last_checkpoint_which_is_resumed(
+    error: Exception,
+    status: int,
+    start: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole, broken = tmp_path / "sessions" / "whole", tmp_path / "sessions" / "broken"
+    assert main.main([*start, "--session", "whole"]) == 0
+    with monkeypatch.context() as patch:
+        failing_after(7, patch, error)
+        capsys.readouterr()
+        assert main.main([*start, "--session", "broken"]) == status
+    (said,) = capsys.readouterr().err.splitlines()
+    saved = broken / "checkpoint" / "latest.ckpt"
+    assert said.endswith(f"; the last checkpoint is {saved}; resume with: python main.py --resume {broken}")
     assert main.main(["--resume", str(broken)]) == 0
     assert equal(content(whole), content(broken))
 

@@ -6,8 +6,9 @@ for the device is recorded with the line of ``lib`` that it comes from: reading 
 results whose size depends on values (``nonzero``, ``unique``, indexing by a mask), and copies that block.
 
 What it does not show: the backward pass of the autograd engine, which has threads of its own (tests replace it by
-gradients of the right shape); autocast's choice of types, since modules are run as they are; streams, events and the
-caching allocator; a pageable source of a ``non_blocking`` copy, which CUDA stages; and whether values are right.
+gradients of the right shape), and DistributedDataParallel; autocast's choice of types, since modules are run as they
+are; streams, events and the caching allocator; a pageable source of a ``non_blocking`` copy, which CUDA stages; and
+whether values are right.
 """
 
 from __future__ import annotations

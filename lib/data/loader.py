@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -200,9 +201,15 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
 
 
+@cache
+def _prefetch_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream a device for the whole run: the allocator keeps freed memory apart for each stream."""
+    return torch.cuda.Stream(device)
+
+
 def _prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Prepares the next batch on a separate CUDA stream while the GPU computes on the current one."""
-    prefetch_stream = torch.cuda.Stream(device)
+    prefetch_stream = _prefetch_stream(device)
 
     def prepare() -> Batch | None:
         with torch.cuda.stream(prefetch_stream):

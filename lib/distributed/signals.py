@@ -25,6 +25,10 @@ BOUNCE = 1.0
 """Seconds within which a second SIGINT is ignored as a duplicate of the first."""
 
 
+GPU_STEPS = 10
+"""Training steps on several GPUs between two exchanges of stop requests, which go through the hosts."""
+
+
 class Stopped(BaseException):
     """Raised when a signal has asked the run to stop; a deferred block has finished.
 

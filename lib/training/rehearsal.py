@@ -41,18 +41,16 @@ def rehearse(
         UsageError: memory ran out; on a GPU the message names a batch that fits.
     """
     device = state.bank.memory.device
-    try:
-        _step(state, loss, ranks, batch_size, size, precision)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    if not _fits(state, loss, ranks, batch_size, size, precision):
         fitting = None
         if device.type == "cuda" and ranks.size == 1:  # elsewhere a smaller batch may be killed and not refused
             fitting = _largest_fitting(state, loss, ranks, batch_size // 2, size, precision)
         advice = f"--batch-size {fitting} fits" if fitting else "set it lower, or --size, or choose a smaller --network"
         raise UsageError(
             f"--batch-size {batch_size}: memory ran out in one step of the network; {advice}{gpus.memory_of_others()}"
-        ) from None
+        )
     peak = _peak(device)
     return f"{peak / 2**30:.2f} GiB at the peak of one step of {batch_size} images" if peak else "not known here"
 
@@ -68,14 +66,31 @@ def _largest_fitting(
     """The first of ``batch_size``, its half, its quarter and so on that fits."""
     while batch_size >= 2:
         torch.cuda.empty_cache()
-        try:
-            _step(state, loss, ranks, batch_size, size, precision)
+        if _fits(state, loss, ranks, batch_size, size, precision):
             return batch_size
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
         batch_size //= 2
     return None
+
+
+def _fits(
+    state: TrainingState,
+    loss: Loss,
+    ranks: Ranks,
+    batch_size: int,
+    size: tuple[int, int],
+    precision: torch.dtype | None,
+) -> bool:
+    """Whether a step does not run out of memory.
+
+    When it returns, the error is gone, and with it the frames of its traceback, which hold the tensors of the step.
+    """
+    try:
+        _step(state, loss, ranks, batch_size, size, precision)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def _step(

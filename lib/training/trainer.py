@@ -23,7 +23,7 @@ from lib.data.loader import Batch, Loader
 from lib.distributed.data_parallel import GradientSum
 from lib.distributed.device import PRECISIONS
 from lib.distributed.processes import Ranks
-from lib.distributed.signals import Stopped, StopSignals
+from lib.distributed.signals import GPU_STEPS, Stopped, StopSignals
 from lib.errors import NonFiniteLossError
 from lib.evaluation.classifier import Accuracy, Evaluator
 from lib.method import diagnostics
@@ -71,6 +71,8 @@ class Trainer:
     def __post_init__(self) -> None:
         may_skip = self.options.on_nonfinite == "skip"
         self.gradients = GradientSum(self.state.network, self.ranks, may_skip=may_skip)
+        on_gpus = self.state.bank.memory.device.type == "cuda" and self.ranks.size > 1
+        self.steps_between_requests = GPU_STEPS if on_gpus else 1
 
     def fit(self) -> None:
         """Trains the rounds that are left.
@@ -207,10 +209,9 @@ class Trainer:
             self.optimizer_step()
             state.step += group
             every = self.options.ckpt_every * self.options.iter_size
-            saves, stops = (
-                every > 0 and state.step < batches and state.step % every == 0,
-                self.signals.is_stop_requested(),
-            )
+            saves = every > 0 and state.step < batches and state.step % every == 0
+            asks = state.step == batches or state.step // self.options.iter_size % self.steps_between_requests == 0
+            stops = asks and self.signals.is_stop_requested()
             if saves or stops or state.step == batches:
                 nonfinite.check()
                 nonfinite.check_weights()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,12 +15,16 @@ import torch.distributed as dist
 import models
 from fake_cuda import CUDA, Trace, trace
 from lib.config.options import Options
+from lib.data import loader as loader_module
 from lib.data.augmentation import Augmentation
 from lib.data.loader import Loader
+from lib.distributed import data_parallel
 from lib.distributed.processes import Ranks
 from lib.distributed.sharded import ShardedRows
+from lib.distributed.signals import GPU_STEPS
 from lib.evaluation import classifier, features, knn, linear_probe
 from lib.method import diagnostics, discovery
+from lib.method.loss import neighbourhood_loss
 from lib.method.memory_bank import MemoryBank
 from lib.method.neighbourhoods import Neighbourhoods, consistency
 from lib.reporting import retrieval
@@ -37,6 +42,8 @@ def ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ra
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     for name in ("all_reduce", "all_gather", "broadcast"):
         monkeypatch.setattr(dist, name, lambda *arguments: None)
+
+    monkeypatch.setattr(data_parallel, "OVERLAPPING", ())  # DistributedDataParallel needs a process group
 
     class Exchanged:
         def wait(self) -> None: ...
@@ -91,6 +98,7 @@ def a_step(
         return trainer
 
     def work(trainer: Trainer) -> tuple[torch.device, torch.dtype]:
+        assert trainer.steps_between_requests == (GPU_STEPS if ranks.size > 1 else 1)
         check = NonFiniteCheck(trainer)
         for number in range(2):
             images = empty(BATCH // ranks.size, 3, 32, 32)
@@ -161,7 +169,6 @@ def test_rehearsal_leaves_no_tensor_elsewhere(
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: torch.autograd.set_grad_enabled(True))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    from lib.method.loss import neighbourhood_loss
 
     def work() -> str:
         return rehearse(state_of(ranks), neighbourhood_loss, ranks, batch_size=BATCH, size=(32, 32))
@@ -256,3 +263,24 @@ def test_linear_probe_copies_each_batch_to_the_gpu_and_reads_accuracies(monkeypa
 def test_queries_come_to_the_host_once() -> None:
     found = trace(lambda: retrieval.query(empty(3, LOW_DIM), empty(SAMPLES, LOW_DIM), 10))
     assert found.waits == {"cuda to cpu at reporting/retrieval.py query": 2}  # indices and similarities
+
+
+def test_prefetching_uses_one_stream_in_all_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[object] = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            streams.append(self)
+
+        def wait_stream(self, other: object) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(device))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    loader_module._prefetch_stream.cache_clear()
+    made = [stream for _ in range(3) for stream in [loader_module._prefetch_stream(CUDA)]]
+    assert len(set(map(id, made))) == 1
+    batches = [(torch.zeros(2), torch.arange(2)) for _ in range(3)]
+    assert list(loader_module._prefetch(iter(batches), CUDA)) == batches
+    loader_module._prefetch_stream.cache_clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -88,3 +89,17 @@ def test_other_errors_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal, "batch_loss", fail)
     with pytest.raises(RuntimeError, match="shapes differ"):
         rehearsed(state_of())
+
+
+def test_tensors_of_a_step_that_failed_are_freed_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def step(*arguments: Any) -> None:
+        assert all(tensor() is None for tensor in held)
+        activation = torch.zeros(3)
+        held.append(weakref.ref(activation))
+        raise torch.OutOfMemoryError("CUDA")
+
+    monkeypatch.setattr(rehearsal, "_step", step)
+    assert rehearsal._largest_fitting(state_of(), neighbourhood_loss, Ranks(), 8, (8, 8), None) is None
+    assert len(held) == 3

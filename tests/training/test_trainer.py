@@ -461,3 +461,20 @@ def test_too_few_samples_are_refused_with_the_option_that_mends_it(changes: dict
     with pytest.raises(UsageError) as refused:
         build.check_sizes(context)
     assert all(word in str(refused.value) for word in words)
+
+
+@pytest.mark.parametrize(("every", "requests"), [(1, 6), (4, 2)])
+def test_stop_requests_are_exchanged_every_so_many_steps_and_after_the_last(every: int, requests: int) -> None:
+    asked: list[int] = []
+    trainer = trainer_of(state_of())  # six steps an epoch
+    trainer.steps_between_requests = every
+    trainer.signals.is_stop_requested = lambda: bool(asked.append(trainer.state.step))  # type: ignore[method-assign,func-returns-value]
+    trainer.train_steps()
+    assert asked == [*range(every, 6, every), 6] and len(asked) == requests
+
+
+def test_only_several_gpus_wait_with_the_exchange_of_stop_requests() -> None:
+    for device, ranks, every in (("cpu", Ranks(0, 2), 1), ("meta", Ranks(), 1)):
+        state = state_of()
+        state.bank.memory = state.bank.memory.to(device)
+        assert trainer_of(state, ranks=ranks).steps_between_requests == every

@@ -48,6 +48,7 @@ class Augmentation:
         grey: probability of conversion to greyscale.
         flip: whether images are flipped horizontally with probability 0.5.
         centred: whether the crop is central, for testing, or random.
+        layout: of the output.
     """
 
     resize: int | tuple[int, int]
@@ -60,6 +61,7 @@ class Augmentation:
     grey: float = 0.0
     flip: bool = False
     centred: bool = False
+    layout: torch.memory_format = torch.channels_last
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, random_numbers: np.ndarray) -> torch.Tensor:
@@ -70,7 +72,7 @@ class Augmentation:
             random_numbers: (B, ``NUM_RANDOM``), uniform in [0, 1).
 
         Returns:
-            float32 (B, 3, h, w), channels-last.
+            float32 (B, 3, h, w), normalised.
         """
         return self._adjust_colours(self._resample(images, random_numbers), random_numbers)
 
@@ -102,7 +104,7 @@ class Augmentation:
 
     @torch.no_grad()
     def augment_on_device(self, images: torch.Tensor, random_numbers: np.ndarray) -> torch.Tensor:
-        """The steps after ``crop_on_worker``: uint8 (B, h, w, 3) -> float32 (B, 3, h, w), channels-last."""
+        """The steps after ``crop_on_worker``: uint8 (B, h, w, 3) -> float32 (B, 3, h, w)."""
         images = images.permute(0, 3, 1, 2).float().div_(255).contiguous()
         flipped = to_device(np.nonzero(self._flipped(random_numbers))[0], images)
         if len(flipped):
@@ -159,8 +161,13 @@ class Augmentation:
         if is_identity and not flipped.any():
             return images.permute(0, 3, 1, 2).float().div_(255).contiguous()
         numbers = to_device(np.concatenate([windows.reshape(batch, 8), flipped[:, None]], axis=1), images)
-        down = _weights(numbers[:, :4], height, self.size[0]).div_(255)  # (B, h, H)
-        across = _weights(numbers[:, 4:8], width, self.size[1])  # (B, w, W)
+        if height == width and self.size[0] == self.size[1]:  # half of the operations
+            both = _weights(numbers[:, :8].reshape(2 * batch, 4), height, self.size[0])
+            down, across = both.view(batch, 2, self.size[0], height).unbind(1)
+        else:
+            down = _weights(numbers[:, :4], height, self.size[0])  # (B, h, H)
+            across = _weights(numbers[:, 4:8], width, self.size[1])  # (B, w, W)
+        down.div_(255)
         if flipped.any():
             across = torch.where(numbers[:, 8, None, None] > 0, across.flip(1), across)
         rows = torch.bmm(down, images.float().reshape(batch, height, width * 3))  # (B, h, W * 3)
@@ -198,7 +205,7 @@ class Augmentation:
         return np.stack([starts, lengths, np.zeros_like(starts), ends], axis=2), is_identity
 
     def _adjust_colours(self, images: torch.Tensor, random_numbers: np.ndarray) -> torch.Tensor:
-        """Colour jitter, greyscale and normalisation of float32 (B, 3, h, w) in [0, 1]; channels-last."""
+        """Colour jitter, greyscale and normalisation of float32 (B, 3, h, w) in [0, 1]."""
         shape, images = images.shape, images.flatten(2)  # (B, 3, P)
         if self.jitter:
             images = jitter(images, self.jitter, random_numbers)
@@ -207,7 +214,7 @@ class Augmentation:
             images[chosen] = luma(images[chosen]).expand(-1, 3, -1)
         means, stds = to_device(np.array([self.means, self.stds]), images)[:, :, None]  # (3, 1) each
         images = images.sub_(means).div_(stds)
-        return images.view(shape).contiguous(memory_format=torch.channels_last)
+        return images.view(shape).contiguous(memory_format=self.layout)
 
 
 def _between(fraction: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -274,35 +281,44 @@ def jitter(
     """Adjusts brightness, contrast, saturation and hue in a random order per image, as torchvision's ``ColorJitter``.
 
     Brightness, contrast and saturation follow one formula: clamp(f * colour + (1 - f) * other, 0, 1), where other is
-    black, the mean grey of the image, or the grey of the pixel. So each of the four steps is one batched operation,
-    followed by the hue shift of the images whose order has it at this step.
+    black, the mean grey of the image, or the grey of the pixel. The images are sorted by the number q of these three
+    adjustments that come before the hue shift. So each adjustment runs on consecutive images, and the hue shift on all
+    of them at once: few operations, which a GPU at small images needs.
 
     Args:
-        images: RGB (B, 3, P) in [0, 1]; changed in place.
+        images: RGB (B, 3, P) in [0, 1].
         strengths: s of brightness, contrast, saturation and hue.
         random_numbers: (B, ``NUM_RANDOM``), uniform in [0, 1).
 
     Returns:
-        ``images``.
+        (B, 3, P); ``images`` stays as it is.
     """
     values, order = jitter_of(strengths, random_numbers)
-    factor = np.where(order == HUE, 1, np.take_along_axis(values, order, axis=1))
-    mixed = np.stack([factor, (1 - factor) * (order == CONTRAST), (1 - factor) * (order == SATURATION)])  # (3, B, 4)
-    numbers = to_device(
-        np.concatenate([mixed.transpose(1, 2, 0).reshape(len(random_numbers), 12), values[:, HUE:]], axis=1), images
-    )
-    hue_step = (order == HUE).argmax(axis=1)  # (B,)
-    by_hue_step = to_device(hue_step.argsort(kind="stable"), images)
-    ends = np.searchsorted(np.sort(hue_step), np.arange(5))
-    for step in range(4):
-        factors, mean_weight, own_weight = numbers[:, 3 * step : 3 * step + 3, None, None].unbind(1)  # (B, 1, 1)
-        grey = luma(images)  # (B, 1, P)
-        mean = grey.mean(dim=2, keepdim=True)
-        images.mul_(factors).add_(grey.mul_(own_weight).add_(mean.mul_(mean_weight))).clamp_(0, 1)
-        selected = by_hue_step[ends[step] : ends[step + 1]]
-        if strengths[HUE] and len(selected):
-            images[selected] = shift_hue(images[selected], numbers[selected, 12:])
-    return images
+    before_hue = (order == HUE).argmax(axis=1)  # (B,), q
+    by_q = before_hue.argsort(kind="stable")
+    first_with = np.searchsorted(before_hue[by_q], np.arange(4))  # the first image with q or more
+    kind = order[order != HUE].reshape(len(order), 3)[by_q]  # (B, 3), in the order of application
+    factor = np.take_along_axis(values[by_q], kind, axis=1)
+    mixed = np.stack([factor, (1 - factor) * (kind == CONTRAST), (1 - factor) * (kind == SATURATION)])  # (3, B, 3)
+    numbers = to_device(np.concatenate([mixed.transpose(1, 2, 0).reshape(-1, 9), values[by_q, HUE:]], axis=1), images)
+    images = images[to_device(by_q, images)]
+    for number in range(3):
+        _mix(images[first_with[number + 1] :], numbers[first_with[number + 1] :, 3 * number : 3 * number + 3])
+    if strengths[HUE]:
+        images = shift_hue(images, numbers[:, 9:])
+    for number in range(3):
+        _mix(images[: first_with[number + 1]], numbers[: first_with[number + 1], 3 * number : 3 * number + 3])
+    return images[to_device(by_q.argsort(), images)]
+
+
+def _mix(images: torch.Tensor, weights: torch.Tensor) -> None:
+    """Images (b, 3, P) weighted with their mean grey and grey: weights (b, 3) of the three; in place."""
+    if not len(images):
+        return
+    own, of_mean, of_grey = weights[:, :, None, None].unbind(1)  # (b, 1, 1)
+    grey = luma(images)  # (b, 1, P)
+    mean = grey.mean(dim=2, keepdim=True)
+    images.mul_(own).add_(grey.mul_(of_grey).add_(mean.mul_(of_mean))).clamp_(0, 1)
 
 
 def to_device(numbers: np.ndarray, like: torch.Tensor) -> torch.Tensor:

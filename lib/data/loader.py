@@ -22,7 +22,7 @@ from lib.distributed.processes import Ranks
 from lib.seeding import Stream, seed_for
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-"""Images (b, 3, h, w) of this rank, normalised and channels-last, and the sample indices (B,) of the whole batch."""
+"""Images (b, 3, h, w) of this rank, normalised, and the sample indices (B,) of the whole batch."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,8 @@ class Loader:
         seed: seed of shuffling and augmentation; None: in order.
         device: device of the batches.
         ranks: the ranks over which each batch, or without a seed the split, is sharded; None: a single process.
+        compiled: whether a compiled network takes the batches. Their size is marked as dynamic then, so that a smaller
+            last batch does not compile it again.
     """
 
     def __init__(
@@ -136,8 +138,10 @@ class Loader:
         seed: int | None,
         device: torch.device,
         ranks: Ranks | None = None,
+        compiled: bool = False,
     ) -> None:
         self.samples = len(images)
+        self.compiled = compiled
         self.ranks = ranks or Ranks()
         self.device = device
         self.augmentation = augmentation
@@ -170,6 +174,8 @@ class Loader:
             first: first batch to yield, to resume within an epoch.
         """
         batches = self._batches(round, epoch, first)
+        if self.compiled:
+            batches = ((mark_batch_size_dynamic(images), index) for images, index in batches)
         return _prefetch(batches, self.device) if self.device.type == "cuda" else batches
 
     def indices(self, round: int, epoch: int, batch: int) -> list[int]:
@@ -186,6 +192,12 @@ class Loader:
             else:
                 images = next(cropped).to(self.device, non_blocking=True)
                 yield self.augmentation.augment_on_device(images, plan.random_numbers), index
+
+
+def mark_batch_size_dynamic(images: torch.Tensor) -> torch.Tensor:
+    """Tells ``torch.compile`` that the first dimension varies; returns ``images``."""
+    torch._dynamo.maybe_mark_dynamic(images, 0)
+    return images
 
 
 def _ignore_signals(worker: int) -> None:

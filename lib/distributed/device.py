@@ -81,6 +81,25 @@ def allow_nondeterminism(allowed: bool) -> None:
     if torch.are_deterministic_algorithms_enabled() == allowed:  # the call imports torch.compile, which takes seconds
         torch.use_deterministic_algorithms(not allowed, warn_only=True)
     torch.backends.cudnn.deterministic = not allowed
+    torch.backends.cudnn.benchmark = allowed  # as the reference: the fastest convolution for each shape is chosen
+
+
+def memory_format(options: Options, device: torch.device) -> torch.memory_format:
+    """Layout of images and convolutions: channels-last on CPUs, and on GPUs with reduced precision.
+
+    The tensor cores compute in channels-last; the float32 convolutions of cuDNN are made for the contiguous layout.
+    """
+    reduced = options.amp is not None or options.tf32
+    return torch.channels_last if device.type == "cpu" or reduced else torch.contiguous_format
+
+
+def memory_format_of(network: torch.nn.Module) -> torch.memory_format:
+    """Layout of the network's convolutions."""
+    is_last = any(
+        each.dim() == 4 and not each.is_contiguous() and each.is_contiguous(memory_format=torch.channels_last)
+        for each in network.parameters()
+    )
+    return torch.channels_last if is_last else torch.contiguous_format
 
 
 def place(
@@ -88,21 +107,23 @@ def place(
     device: torch.device,
     ranks: Ranks | None = None,
     *,
+    layout: torch.memory_format = torch.channels_last,
     sync_bn: bool = False,
     compile: bool = False,
 ) -> torch.nn.Module:
-    """Moves the network to a device, in channels-last format.
+    """Moves the network to a device.
 
     Args:
         network: the network.
         device: the device of this process.
         ranks: the ranks of the run; None: a single process.
+        layout: of its convolutions.
         sync_bn: whether batch normalisation uses the statistics of all ranks or of this rank's images only.
         compile: whether to compile the network with ``torch.compile``.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the default device of CUDA calls
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.to(device, memory_format=layout)  # type: ignore[call-overload]
     network = sync_batchnorm.convert(network, ranks or Ranks(), sync=sync_bn)
     if compile:
         network.compile()

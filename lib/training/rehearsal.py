@@ -6,7 +6,9 @@ import sys
 
 import torch
 
+from lib.data.loader import mark_batch_size_dynamic
 from lib.distributed import gpus
+from lib.distributed.device import memory_format_of
 from lib.distributed.processes import Ranks
 from lib.errors import UsageError, is_out_of_memory
 from lib.method.loss import Loss
@@ -109,7 +111,9 @@ def _step(
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             network.train()
-            images = images.contiguous(memory_format=torch.channels_last)
+            images = images.contiguous(memory_format=memory_format_of(network))
+            if network._compiled_call_impl is not None:
+                images = mark_batch_size_dynamic(images)
             found, _ = batch_loss(state, loss, ranks, images, index, precision)
             found.backward()
     finally:

@@ -70,6 +70,7 @@ class RunContext:
             seed=self.options.seed if train else None,
             device=self.device,
             ranks=self.ranks,
+            compiled=self.options.compile,
         )
 
     def placed(self, images: Sequence[np.ndarray] | np.ndarray) -> Sequence[np.ndarray] | torch.Tensor:
@@ -149,12 +150,13 @@ def assemble(
         pretrained.load_pretrained(network, options.pretrained)
     splits = load_data(options)
     means_and_stds = options.means or data_source.means, options.stds or data_source.stds
+    layout = device.memory_format(options, place)
     augmentations = (
-        augmentation.for_training(options, *means_and_stds),
-        augmentation.for_testing(options, *means_and_stds),
+        replace(augmentation.for_training(options, *means_and_stds), layout=layout),
+        replace(augmentation.for_testing(options, *means_and_stds), layout=layout),
     )
     device.allow_tf32(options.tf32)
-    network = device.place(network, place, ranks, sync_bn=options.sync_bn, compile=options.compile)
+    network = device.place(network, place, ranks, layout=layout, sync_bn=options.sync_bn, compile=options.compile)
     return RunContext(options, splits, means_and_stds, augmentations, place, network, source, loaded, ranks)
 
 

@@ -24,6 +24,7 @@ SMALL = {
     "discovery": {"SAMPLES": 300},
     "growth": {"SAMPLES": (50, 100, 200), "LARGE": 1000},
     "knn": {"QUERIES": 30, "SAMPLES": 400},
+    "launches": {"SAMPLES": 200, "BATCH": 8},
     "memory": {"SAMPLES": 5000, "TILES": 5, "CASES": [("resnet10", 8, 4)]},
     "parallel": {"SAMPLES": 600, "BATCH": 8, "QUERIES": 9, "PROCESSES": (1, 2)},
     "saving": {"SAMPLES": 100, "NETWORK": "resnet10-w16"},

@@ -6,10 +6,14 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from lib.config.options import Options
+from lib.data.augmentation import Augmentation
 from lib.distributed import device, gpus
 from lib.errors import UsageError
 
@@ -172,6 +176,34 @@ def test_a_network_is_placed_channels_last() -> None:
     placed = device.place(torch.nn.Conv2d(3, 4, 3), torch.device("cpu"))
     assert placed.weight.is_contiguous(memory_format=torch.channels_last)
     assert not placed.weight.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "layout"),
+    [
+        ("cpu", {}, torch.channels_last),
+        ("cuda", {}, torch.contiguous_format),
+        ("cuda", {"tf32": True}, torch.channels_last),
+        ("cuda", {"amp": "bf16"}, torch.channels_last),
+    ],
+)
+def test_images_and_network_are_channels_last_where_that_is_fast(
+    gpus: str, options: dict[str, Any], layout: torch.memory_format
+) -> None:
+    found = device.memory_format(Options(gpus=(0,), **options), torch.device(gpus))
+    assert found == layout
+    placed = device.place(torch.nn.Conv2d(3, 4, 3), torch.device("cpu"), layout=found)
+    assert device.memory_format_of(placed) == layout
+    augmentation = Augmentation((8, 8), (8, 8), (0.5,) * 3, (0.2,) * 3, layout=found)
+    images = augmentation(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), np.zeros((2, 32)))
+    assert images.is_contiguous(memory_format=layout)
+
+
+def test_cudnn_chooses_the_fastest_convolution_unless_runs_are_deterministic(restore_nondeterminism: None) -> None:
+    device.allow_nondeterminism(True)
+    assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.deterministic
+    device.allow_nondeterminism(False)
+    assert not torch.backends.cudnn.benchmark and torch.backends.cudnn.deterministic
 
 
 @pytest.mark.slow

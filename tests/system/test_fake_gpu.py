@@ -29,6 +29,7 @@ from lib.method.memory_bank import MemoryBank
 from lib.method.neighbourhoods import Neighbourhoods, consistency
 from lib.reporting import retrieval
 from lib.training.checkpoint import TrainingState
+from lib.training.optim import build_optimizer
 from lib.training.rehearsal import rehearse
 from lib.training.trainer import NonFiniteCheck, Trainer
 
@@ -284,3 +285,12 @@ def test_prefetching_uses_one_stream_in_all_epochs(monkeypatch: pytest.MonkeyPat
     batches = [(torch.zeros(2), torch.arange(2)) for _ in range(3)]
     assert list(loader_module._prefetch(iter(batches), CUDA)) == batches
     loader_module._prefetch_stream.cache_clear()
+
+
+@pytest.mark.parametrize(("optimizer", "fused"), [("sgd", True), ("adam", True), ("rmsprop", None)])
+def test_optimiser_step_is_one_kernel_where_pytorch_has_it(optimizer: str, fused: bool | None) -> None:
+    """The kernels themselves have no fake: only the choice is tested."""
+    made = trace(lambda: build_optimizer(Options(optimizer=optimizer), [torch.nn.Parameter(empty(3, 3))])).result
+    assert made.defaults.get("fused") == fused
+    on_cpu = build_optimizer(Options(optimizer=optimizer), [torch.nn.Parameter(torch.zeros(3, 3))])
+    assert on_cpu.defaults.get("fused") is None

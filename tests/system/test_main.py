@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -1107,3 +1108,16 @@ def test_a_closed_pipe_ends_what_only_prints_quietly(words: list[str]) -> None:
     shell = f"{shlex.quote(sys.executable)} main.py {shlex.join(words)} | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_compiling_breaks_no_graph_and_a_smaller_last_batch_compiles_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter, compile = CompileCounterWithBackend("eager"), torch.compile  # type: ignore[no-untyped-call]
+    monkeypatch.setattr(torch, "compile", partial(compile, backend=counter, fullgraph=True))
+    torch.compiler.reset()
+    words = "--cfgs configs/base.yaml configs/digits.yaml --network resnet10-w16 --max-round 3 --max-epoch 2 --debug"
+    assert main.main([*words.split(), "--compile", "--batch-size", "512"]) == 0  # batches of 512, 512 and 413
+    assert counter.frame_count == 2  # in training and in evaluation

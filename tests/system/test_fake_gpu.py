@@ -51,6 +51,7 @@ def ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ra
 
     monkeypatch.setattr(dist, "P2POp", lambda *arguments: arguments)
     monkeypatch.setattr(dist, "batch_isend_irecv", lambda operations: [Exchanged()])
+    monkeypatch.setattr(data_parallel, "OVERLAPPING", ())  # DistributedDataParallel needs a process group
     size = int(request.param)
     return Ranks(size - 1, size)
 

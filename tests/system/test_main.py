@@ -183,6 +183,7 @@ def test_the_first_weights_and_the_bank_s_noise_are_drawn_apart(start: list[str]
 def test_an_interrupted_run_goes_on_in_its_session_to_the_same_end(
     stop: int, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    start = [*start, "--ckpt-interval", "0"]  # a checkpoint after every epoch
     main.main([*start, "--session", "whole"])
     save, saved = Recorder.save, 0
 

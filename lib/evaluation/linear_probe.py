@@ -191,7 +191,8 @@ def probe(
             schedule.step()
         top1, top5 = _accuracy(layer, test, test_labels, mean, scale)
         best = max(best, top1)
-    name = f"linear probe (SGD, {epochs} epochs, {train.shape[1]} standardised features)"
+    passes = "1 epoch" if epochs == 1 else f"{epochs} epochs"
+    name = f"linear probe (SGD, {passes}, {train.shape[1]} standardised features)"
     return Probed(name, top1, top5, best)
 
 

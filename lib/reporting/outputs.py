@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,7 @@ def finish(context: RunContext, recorder: Recorder, final: Checkpoint, history: 
     """
     session = recorder.session
     failures: list[UsageError] = []
-
-    def attempt(write: Callable[[], None]) -> None:
-        try:
-            write()
-        except UsageError as error:
-            failures.append(error)
-
+    attempt = partial(_attempt, failures)
     show_embeddings(context, final["npc"]["memory"], session)
     logger().info("\n%s", recorder.summary(history), extra=SUMMARY)
     logger().info("session: %s", session.folder or "none", extra=SUMMARY)
@@ -82,6 +77,14 @@ def finish(context: RunContext, recorder: Recorder, final: Checkpoint, history: 
     if failures:
         raise failures[-1]
     return True
+
+
+def _attempt(failures: list[UsageError], write: Callable[[], None]) -> None:
+    """Calls ``write``; a UsageError is added to ``failures``, so that what comes after is still written."""
+    try:
+        write()
+    except UsageError as error:
+        failures.append(error)
 
 
 def show_embeddings(context: RunContext, memory: torch.Tensor, session: Session) -> None:
@@ -197,7 +200,7 @@ def gallery_of(context: RunContext) -> retrieval.Gallery:
 
 
 def export_results(context: RunContext, loaded: Checkpoint, folder: Path | None) -> None:
-    """Writes the exports that the options request.
+    """Writes the exports that the options request. One that fails does not keep the others from being written.
 
     Args:
         context: options, data and the network to export.
@@ -208,24 +211,33 @@ def export_results(context: RunContext, loaded: Checkpoint, folder: Path | None)
         UsageError: a file cannot be written, or a checkpoint of the session cannot be read.
     """
     options, splits = context.options, context.splits
-    if options.export_features:
+    failures: list[UsageError] = []
+    attempt = partial(_attempt, failures)
+    if path := options.export_features:
         parts = [
             export.Part(name, context.loader(split, train=False), split.labels, split.names, split.indices)
             for name, split in (("train", splits.train), ("val", splits.val), ("test", splits.test))
             if split
         ]
-        classes = splits.train.classes
-        export.save_features(options.export_features, context.network, parts, classes=classes)
-    if options.export_model:
+        attempt(partial(export.save_features, path, context.network, parts, classes=splits.train.classes))
+    if path := options.export_model:
         means, stds = context.means_and_stds
-        export.save_model(options.export_model, context.network, options, means=means, stds=stds)
+        attempt(partial(export.save_model, path, context.network, options, means=means, stds=stds))
     if options.export_neighbourhoods:
-        found = checkpoint.discoveries(folder, loaded, len(splits.train))
-        retrieval.save_neighbourhoods(
-            options.export_neighbourhoods,
-            embeddings=context.train_embeddings(),
-            temperature=options.npc_temperature,
-            size=options.ANs_size,
-            rounds=retrieval.became_anchor(found, len(splits.train)),
-            gallery=gallery_of(context),
-        )
+        attempt(partial(_export_neighbourhoods, context, loaded, folder, options.export_neighbourhoods))
+    for error in failures[:-1]:
+        logger().error("%s", error)
+    if failures:
+        raise failures[-1]
+
+
+def _export_neighbourhoods(context: RunContext, loaded: Checkpoint, folder: Path | None, path: Path) -> None:
+    found = checkpoint.discoveries(folder, loaded, len(context.splits.train))
+    retrieval.save_neighbourhoods(
+        path,
+        embeddings=context.train_embeddings(),
+        temperature=context.options.npc_temperature,
+        size=context.options.ANs_size,
+        rounds=retrieval.became_anchor(found, len(context.splits.train)),
+        gallery=gallery_of(context),
+    )

@@ -29,6 +29,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from lib.errors import UsageError
+from lib.session import metrics
 from lib.session.atomic_files import atomic_write, reason
 from lib.session.console import LOGGER, LogFile, log_to_file, logger
 from lib.session.locate import LATEST
@@ -155,6 +156,13 @@ class Session:
     def write_start(self, facts: dict[str, Any]) -> None:
         """Appends a line to starts.jsonl, at each start and resume."""
         self._add_line(STARTS, {name: str(value) for name, value in facts.items()})
+
+    def epochs(self) -> list[dict[str, Any]]:
+        """The epochs recorded before this start; none if the records cannot be read."""
+        try:
+            return metrics.read(self.folder) if self.folder else []
+        except UsageError:
+            return []
 
     def write_metrics(self, record: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl. NaN and infinite values become null."""

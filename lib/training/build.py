@@ -61,6 +61,7 @@ def build_trainer(context: RunContext) -> Trainer:
         protocol=evaluate.name if evaluate else "",
         images=splits.train.images,
         labels=labels,
+        epochs=session.epochs(),
     )
     return Trainer(
         options,

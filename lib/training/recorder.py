@@ -33,6 +33,7 @@ class Recorder:
         signals: stop signals, which are deferred while a checkpoint is written.
         protocol: name of the evaluation protocol; '' without labels.
         images, labels: the training images, for the pictures of anchors; labels may be None.
+        epochs: records of the epochs before this start, which may have been warned of already.
 
     Attributes:
         unsaved: why the last checkpoint could not be written; None if it was written.
@@ -47,6 +48,7 @@ class Recorder:
         protocol: str = "",
         images: Sequence[np.ndarray] = (),
         labels: np.ndarray | None = None,
+        epochs: Sequence[dict[str, Any]] = (),
     ) -> None:
         self.session = session
         self.options = options
@@ -59,8 +61,8 @@ class Recorder:
         self._saved_at: float | None = None  # time.monotonic() after the last successful save
         self._best: tuple[Path, Checkpoint] | None = None  # the best checkpoint of a round, not yet written
         self._host_copy: Checkpoint | None = None  # memory of the last best checkpoint, to be overwritten
-        self._epochs: list[dict[str, Any]] = []
-        self._has_warned = False
+        self._epochs = list(epochs)
+        self._has_warned = bool(self._sign_of_collapse())
 
     def round_started(self, state: TrainingState) -> None:
         """Writes the picture of anchors and neighbours, and the scalars of the round.
@@ -116,16 +118,18 @@ class Recorder:
         if self._has_warned:
             return
         self._epochs.append(record)
-        sign = find_collapse(
+        if sign := self._sign_of_collapse():
+            logger().warning("warning: %s", sign)
+            self._has_warned = True
+
+    def _sign_of_collapse(self) -> str:
+        return find_collapse(
             self._epochs,
             samples=len(self.images),
             size=self.options.ANs_size,
             low_dim=self.options.low_dim,
             temperature=self.options.npc_temperature,
         )
-        if sign:
-            logger().warning("warning: %s", sign)
-            self._has_warned = True
 
     def round_finished(self, state: TrainingState) -> None:
         """Writes the log line of the round and its global TensorBoard scalars."""

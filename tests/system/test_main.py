@@ -30,7 +30,7 @@ from datasets import files
 from lib.config.options import Options
 from lib.errors import UsageError
 from lib.evaluation import linear_probe
-from lib.reporting import outputs
+from lib.reporting import export, outputs
 from lib.session.console import LogFile
 from lib.training import build, checkpoint, setup
 from lib.training.recorder import Recorder
@@ -509,6 +509,19 @@ def test_an_export_that_fails_does_not_prevent_the_report(
     monkeypatch.setattr(outputs, "export_results", fail)
     assert "the features cannot be written" in refused([*start, "--report"], capsys)
     assert (session_in(tmp_path) / "report.html").is_file()
+
+
+def test_an_export_that_fails_does_not_prevent_the_others(
+    start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise UsageError("the features cannot be written")
+
+    monkeypatch.setattr(export, "save_features", fail)
+    features, weights, table = tmp_path / "a.npz", tmp_path / "a.safetensors", tmp_path / "a.csv"
+    words = ["--export-features", features, "--export-model", weights, "--export-neighbourhoods", table]
+    assert "the features cannot be written" in refused([*start, *map(str, words)], capsys)
+    assert weights.is_file() and table.is_file() and not features.exists()
 
 
 def test_neighbourhoods_leave_as_a_table_and_pictures_are_looked_up(

@@ -154,6 +154,23 @@ def test_a_collapse_is_warned_of_once(
     assert all("round 1, epoch 2: the embeddings seem to have collapsed" in message for message in said)
 
 
+def test_a_collapse_is_not_warned_of_again_after_a_resume(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("and"), "propagate", True)
+    for epochs in (8, 9):
+        (tmp_path / "config.yaml").touch()
+        session = Session.open(tmp_path, "", start=(0, epochs if epochs == 9 else 0), log_file=False, log_tfb=False)
+        state = state_of()
+        state.network = Collapsed()
+        state.optimizer = torch.optim.SGD(state.network.parameters(), lr=0.1)
+        changes = {"max_round": 1, "max_epoch": epochs, "low_dim": LOW_DIM}
+        recorder = Watched(session, Options(**changes), epochs=session.epochs())
+        trainer_of(state, recorder=recorder, **changes).fit()
+        session.close()
+    assert len([message for message in caplog.messages if message.startswith("warning: ")]) == 1
+
+
 def test_an_epoch_is_the_plain_loop_with_and_without_anchors() -> None:
     ours, plain = state_of(), state_of()
     batches = Batches()

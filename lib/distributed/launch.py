@@ -44,6 +44,8 @@ def end(status: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    if status == 128 + signal.SIGTERM:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python restores the default handler, which kills, as it exits
     if status:
         gc.collect()  # frees loaders held by traceback frames, which ends their workers
     sys.exit(status)

@@ -51,7 +51,8 @@ class StopSignals:
     is needed: the forwarded copy of the second Ctrl-C is that one.
 
     Use it as a context manager in the main thread. In other threads it does nothing: Python runs signal handlers in
-    the main thread only.
+    the main thread only. After ``Stopped`` the handlers stay, because a copy of the signal that another program
+    forwards must not kill a process that is about to exit.
 
     Args:
         ranks: the ranks of the run; None: a single process.
@@ -71,6 +72,9 @@ class StopSignals:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if isinstance(error, Stopped):
+            self.finish_stopping()
+            return
         for which, handler in self._previous_handlers.items():
             signal.signal(which, handler)
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -194,6 +195,16 @@ def test_a_second_ctrl_c_stops_the_program_at_once(new: New, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_repeated_sigterm_does_not_kill_a_run_that_is_stopping(new: New, tmp_path: Path) -> None:
+    process = start(*new("stopped"))
+    until(lambda: written(tmp_path / "stopped") > 0, process)
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.005)
+    assert process.returncode == 143, output_of(process)
+
+
+@pytest.mark.slow
 def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(whole: Path, tmp_path: Path, new: New) -> None:
     session = tmp_path / "damaged"
     finished(*new("damaged"), "--max-round", "1")
@@ -271,11 +282,15 @@ def test_within_a_shield_things_are_finished_first() -> None:
     assert done == [1, 2] and stopped.value.signal == signal.SIGTERM
 
 
-def test_outside_a_shield_it_stops_at_once_and_the_handlers_come_back() -> None:
+def test_outside_a_shield_it_stops_at_once_and_ignores_copies_of_the_signal() -> None:
     before = signal.getsignal(signal.SIGTERM)
+    with StopSignals():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
     with pytest.raises(Stopped), StopSignals():
         signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before
+    signal.raise_signal(signal.SIGTERM)  # a forwarded copy, while the program exits
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_a_second_ctrl_c_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,14 +61,10 @@ class _BatchPlans(Sampler[BatchPlan]):
         self.ranks = ranks
         self.batch_size = batch_size
         self.seed = seed
-        self.where = (
-            0,
-            0,
-            0,
-        )  # round, epoch and first batch of the next iteration; read by the persistent workers' sampler
+        self.next = (0, 0, 0)  # round, epoch and first batch of the next iteration
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        return self.of(*self.where)
+        return self.of(*self.next)
 
     def of(self, round: int, epoch: int, first: int) -> Iterator[BatchPlan]:
         """Plans of the batches of an epoch, from batch ``first`` on."""
@@ -95,19 +91,19 @@ class _BatchPlans(Sampler[BatchPlan]):
         return list(zip(starts, [*starts[1:], stop], strict=True))
 
 
-class _Cropped(Dataset[torch.Tensor]):
+class _Cropped(Dataset[tuple[torch.Tensor, BatchPlan]]):
     """Decoded and cropped images, a batch per item."""
 
     def __init__(self, images: Sequence[np.ndarray], augmentation: Augmentation) -> None:
         self.images = images
         self.augmentation = augmentation
 
-    def __getitem__(self, plan: BatchPlan) -> torch.Tensor:
-        """uint8 (b, h, w, 3)."""
+    def __getitem__(self, plan: BatchPlan) -> tuple[torch.Tensor, BatchPlan]:
+        """uint8 (b, h, w, 3), and the plan."""
         cropped = np.empty((len(plan.own), *self.augmentation.size, 3), np.uint8)
         for place, (sample, random_numbers) in enumerate(zip(plan.own.tolist(), plan.random_numbers, strict=True)):
             cropped[place] = self.augmentation.crop_on_worker(self.images[sample], random_numbers)
-        return torch.from_numpy(cropped)
+        return torch.from_numpy(cropped), plan
 
 
 class Loader:
@@ -147,7 +143,7 @@ class Loader:
         self.augmentation = augmentation
         self._plans = _BatchPlans(len(images), batch_size, seed, self.ranks)
         if isinstance(images, torch.Tensor):
-            self._images: torch.Tensor | DataLoader[torch.Tensor] = images
+            self._images: torch.Tensor | DataLoader[tuple[torch.Tensor, BatchPlan]] = images
         else:
             self._images = DataLoader(
                 _Cropped(images, augmentation),
@@ -183,15 +179,18 @@ class Loader:
         return [int(sample) for sample in next(self._plans.of(round, epoch, batch)).index]
 
     def _batches(self, round: int, epoch: int, first: int) -> Iterator[Batch]:
-        self._plans.where = round, epoch, first
-        cropped: Iterator[torch.Tensor] = iter(()) if isinstance(self._images, torch.Tensor) else iter(self._images)
-        for plan in self._plans.of(round, epoch, first):
-            index, own = (torch.from_numpy(each).to(self.device, non_blocking=True) for each in (plan.index, plan.own))
-            if isinstance(self._images, torch.Tensor):
+        if isinstance(self._images, torch.Tensor):
+            for plan in self._plans.of(round, epoch, first):
+                index, own = self._to_device(plan.index), self._to_device(plan.own)
                 yield self.augmentation(self._images[own], plan.random_numbers), index
-            else:
-                images = next(cropped).to(self.device, non_blocking=True)
-                yield self.augmentation.augment_on_device(images, plan.random_numbers), index
+            return
+        self._plans.next = round, epoch, first
+        for cropped, plan in self._images:
+            images = cropped.to(self.device, non_blocking=True)
+            yield self.augmentation.augment_on_device(images, plan.random_numbers), self._to_device(plan.index)
+
+    def _to_device(self, samples: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(samples).to(self.device, non_blocking=True)
 
 
 def mark_batch_size_dynamic(images: torch.Tensor) -> torch.Tensor:

@@ -147,7 +147,7 @@ def log_start(context: RunContext, session: Session) -> None:
         "data": f"{options.dataset}, {len(splits.train)} training images{tests}{classes}",
         "network": f"{options.network}, {parameters / 1e6:.2f} M parameters, embedding {options.low_dim}",
         "seed": options.seed,
-        "going on from": context.source,
+        "resumed from": context.source,
         "job": launch.job() or None,
     }
     lines = {name: text for name, text in lines.items() if text is not None}

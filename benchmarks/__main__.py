@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 import benchmarks
-from benchmarks import measure
+from benchmarks import gpu, measure
 
-AIDS = ("__main__", "measure", "reference", "study")
+AIDS = ("__main__", "gpu", "gpu_parts", "measure", "reference", "study")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -23,16 +23,23 @@ def names() -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 0, or 2 for a name that is none."""
+    """Exit status 0, or 2 for a name that is none; ``gpu`` has its own options and statuses."""
+    if argv[:1] == ["gpu"]:
+        return gpu.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run, or all; without any: a list")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="benchmarks to run, or all; without any: a list; gpu has options of its own, see gpu --help",
+    )
     parser.add_argument("--repeats", type=int, default=7, help="times that each way is run (default: 7)")
     parser.add_argument("--device", default="cpu", help="cpu, or a GPU such as cuda:0 (default: cpu)")
     parser.add_argument("--save", action="store_true", help="write the tables to benchmarks/results/, too")
     given = parser.parse_args(argv)
     known = {name: importlib.import_module(f"benchmarks.{name}") for name in names()}
     if not given.names:
-        for name, module in known.items():
+        for name, module in {**known, "gpu": gpu}.items():
             print(f"{name:14}{(module.__doc__ or '').splitlines()[0]}")
         return 0
     chosen = list(known) if given.names == ["all"] else given.names

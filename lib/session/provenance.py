@@ -35,8 +35,12 @@ CODE = ("main.py", "lib/*.py", "models/*.py", "datasets/*.py")
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of Python and of ``PACKAGES``."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+    """Versions of Python and of those ``PACKAGES`` that are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def commit() -> str:

@@ -1,0 +1,184 @@
+"""``python -m benchmarks gpu``: what is done is kept, what failed is tried again, and the deadline is kept."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as cli
+from benchmarks import gpu, gpu_parts
+from benchmarks.gpu import Outcome, Part, Session
+from lib.errors import UsageError
+from lib.session import metrics
+from runs import output_of, start, until
+
+HOUR = 3600.0
+
+
+def part(name: str, code: str, out: Path, **changes: Any) -> Part:
+    def outcome(status: int) -> Outcome:
+        if status == 143:
+            return Outcome("unfinished", "stopped at the deadline")
+        reason = gpu.last_line(out / f"{name}.log") if status else ""
+        return Outcome("failed" if status else "done", reason, {"text": "a table", "machine": "a machine"})
+
+    return Part(name, name.title(), lambda: ["-c", code], outcome, **{"least": 0.0, **changes})
+
+
+def carried_out(out: Path, parts: list[Part], seconds: float = HOUR) -> tuple[int, dict[str, Any]]:
+    status = Session(out, parts, {"device": "cpu"}, time.monotonic() + seconds).carry_out()
+    return status, json.loads((out / "state.json").read_text())["parts"]
+
+
+def test_what_is_done_is_kept_and_what_failed_is_tried_again_after_the_others(tmp_path: Path) -> None:
+    trace, mended = tmp_path / "trace", tmp_path / "mended"
+
+    def note(name: str, then: str = "") -> str:
+        return f"open({str(trace)!r}, 'a').write('{name} '); {then}"
+
+    fails = note("b", f"from pathlib import Path; assert Path({str(mended)!r}).exists(), 'not mended'")
+    parts = [
+        part("a", note("a"), tmp_path),
+        part("b", fails, tmp_path),
+        part("c", note("c"), tmp_path, blocked="no data"),
+    ]
+    parts.append(part("last", note("last"), tmp_path))
+    status, entries = carried_out(tmp_path, parts)
+    assert status == 1 and trace.read_text() == "a b last "
+    assert {name: entry["status"] for name, entry in entries.items()} == {
+        "a": "done",
+        "b": "failed",
+        "c": "not begun",
+        "last": "done",
+    }
+    assert entries["b"]["reason"] == "AssertionError: not mended" and entries["c"]["reason"] == "no data"
+
+    mended.touch()
+    parts[2] = part("c", note("c"), tmp_path)
+    status, again = carried_out(tmp_path, parts)
+    assert status == 0 and trace.read_text() == "a b last c b "  # b comes after c, which was never tried
+    assert again["a"] == entries["a"] and again["last"] == entries["last"]
+    assert again["b"]["status"] == "done" and again["b"]["tries"] == 2 and again["b"]["reason"] == ""
+    assert "What is missing" not in Session(tmp_path, parts, {"device": "cpu"}, 0).report()
+
+
+def test_no_part_is_begun_that_cannot_end(tmp_path: Path) -> None:
+    parts = [
+        part("long", "raise SystemExit('begun')", tmp_path, least=100.0),
+        part("missing", "raise SystemExit('begun')", tmp_path, needs=("json", "no_such_module")),
+        part("short", "", tmp_path),
+    ]
+    status, entries = carried_out(tmp_path, parts, gpu.GRACE + 60)
+    assert status == 1 and entries["short"]["status"] == "done"
+    assert entries["long"]["status"] == entries["missing"]["status"] == "not begun"
+    assert entries["long"]["reason"].startswith("needs 100 s, and ") and not entries["long"]["tries"]
+    assert entries["missing"]["reason"] == "needs no_such_module, which is not installed here"
+    assert "- Missing: not begun: needs no_such_module" in Session(tmp_path, parts, {"device": "cpu"}, 0).report()
+
+
+WAIT = "import signal; print('begun', flush=True); signal.pause()"
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('begun', flush=True); signal.pause()"
+SAVES = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print('begun', flush=True); "
+SAVES += "signal.pause()"
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "reason"),
+    [
+        (WAIT, "failed", "ran out of time"),
+        (STUBBORN, "failed", "ran out of time"),
+        (SAVES, "unfinished", "stopped at the deadline"),
+    ],
+    ids=["ends", "is killed", "saves"],
+)
+def test_the_deadline_is_kept(
+    code: str, status: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "GRACE", 2.0)
+    monkeypatch.setattr(gpu, "KILL", 1.0)
+    started = time.monotonic()
+    _, entries = carried_out(tmp_path, [part("waits", code, tmp_path), part("next", "", tmp_path)], 4.0)
+    assert time.monotonic() - started < 4.5
+    assert (entries["waits"]["status"], entries["waits"]["reason"]) == (status, reason)
+    assert "begun" in (tmp_path / "waits.log").read_text()
+    assert entries["next"]["status"] == "not begun" if code == STUBBORN else True
+
+
+def test_a_part_that_hangs_leaves_time_for_the_others(tmp_path: Path) -> None:
+    parts = [part("hangs", WAIT, tmp_path, most=0.5), part("next", "", tmp_path)]
+    _, entries = carried_out(tmp_path, parts)
+    assert entries["hangs"]["reason"] == "ran out of time" and entries["next"]["status"] == "done"
+
+
+def test_results_of_another_setting_and_a_damaged_state_are_refused(tmp_path: Path) -> None:
+    carried_out(tmp_path, [part("a", "", tmp_path)])
+    with pytest.raises(UsageError, match=r"state.json: has the results of device cpu; choose another --out"):
+        Session(tmp_path, [], {"device": "cuda:0"}, 0)
+    for content in ("{", "[]", '{"setting": 1, "parts": {}}'):
+        (tmp_path / "state.json").write_text(content)
+        with pytest.raises(UsageError, match="is damaged; delete it"):
+            Session(tmp_path, [], {"device": "cpu"}, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--device cpu --small --save", "--save: the results are those of a GPU at full size"),
+        ("--device cpu --small --parts knn speed", "--parts speed: no such part; there are tests, step-float32"),
+        ("--device cpu --small --data-root .", "has neither train/ nor cifar-10-batches-py/"),
+        ("", "--device cuda:0: PyTorch sees no GPU here; --device cpu --small tries the command"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(
+    words: str, said: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["gpu", *words.split()]) == 2
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_constant_batch_stands_for_a_loader() -> None:
+    batch = (torch.zeros(2, 3, 4, 4), torch.tensor([5, 6]))
+    constant = gpu_parts.Constant(batch, 7)
+    assert len(constant) == 7 and len(list(constant.epoch(first=3))) == 4
+    assert constant.indices(0, 0, 1) == [5, 6]
+
+
+@pytest.mark.slow
+def test_a_session_is_stopped_and_continued(photos: Path, tmp_path: Path) -> None:
+    out, chosen = tmp_path / "out", ["step-float32", "rate-bf16", "discovery-50k", "discovery-1281k", "knn", "memory"]
+    words = ["gpu", "--device", "cpu", "--small", "--out", str(out), "--data-root", str(photos), "--parts", *chosen]
+    words += ["cifar10", "--", "--max-epoch", "100"]
+
+    def rows() -> list[dict[str, Any]]:
+        return gpu._epochs(out / "cifar10")
+
+    process = start(*words, program=("-m", "benchmarks"))
+    until(rows, process)
+    process.send_signal(signal.SIGTERM)
+    shown = output_of(process)
+    assert process.returncode == 143, shown
+    before, entries = rows(), json.loads((out / "state.json").read_text())["parts"]
+    assert {entries[name]["status"] for name in chosen} == {"done"}
+    assert entries["cifar10"]["status"] == "unfinished" and 0 < len(before) < 200
+    assert "s an epoch" in (out / "cifar10-gpu.md").read_text()
+
+    process = start(*words, program=("-m", "benchmarks"))
+    shown = output_of(process)
+    assert process.returncode == 0, shown
+    again = json.loads((out / "state.json").read_text())["parts"]
+    assert {name: again[name] for name in chosen} == {name: entries[name] for name in chosen}
+    assert again["cifar10"]["status"] == "done" and again["cifar10"]["tries"] == 2
+    after = rows()
+    assert after[: len(before)] == before and len(metrics.starts(out / "cifar10")) == 2
+    assert [(row["round"], row["epoch"]) for row in after] == [(r, e) for r in (0, 1) for e in range(100)]
+    page = (out / "gpu.md").read_text()
+    assert "| augmentation |" in page and "of the rate with a constant batch" in page.lower()
+    assert "| 1 | 100 | 25 |" in (out / "cifar10-gpu.md").read_text()

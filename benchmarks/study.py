@@ -5,8 +5,8 @@
 Each run is a session in ``STUDY``, in a process of its own with one thread and at the lowest priority. The study can be
 stopped at any time (Ctrl-C, SIGTERM) and started again by the same command: a run that is done is left alone, one that
 was stopped is resumed. Where all processes are killed, an epoch of each is lost. ``STUDY/study.jsonl`` has a line for
-each start and end of a run, with the commit, the processor and the images/s. ``--list`` shows how far each run is,
-``--results benchmarks/results/study`` keeps the metrics of finished runs and prints their tables.
+each start and end of a run, with the commit, the processor and the images/s. ``--list`` shows how far each run is;
+``benchmarks/study_results.py`` evaluates the finished runs.
 
 Arms, each branched from the last checkpoint of its seed's round 0 (instance loss), optimiser and bank included:
 
@@ -35,9 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-from scipy import stats
 
-from benchmarks import measure
 from lib.errors import UsageError
 from lib.session import metrics, provenance
 from lib.session.console import table
@@ -235,67 +233,6 @@ class Study:
         return table(["run", "state", "kNN", "images/s"], rows)
 
 
-def collect(sess_dir: Path, runs: Sequence[Run], results: Path) -> None:
-    """Copies the metrics of the runs that are done to ``results``, as NAME.jsonl; others, of other machines, stay."""
-    results.mkdir(parents=True, exist_ok=True)
-    for run in runs:
-        rows = epochs_of(sess_dir / run.name)
-        if rows and (rows[-1]["round"], rows[-1]["epoch"]) == run.last:
-            shutil.copyfile(sess_dir / run.name / metrics.METRICS, results / f"{run.name}.jsonl")
-
-
-def summary(results: Path) -> str:
-    """Markdown tables of the runs in ``results``: kNN of each round's last epoch, and consistency.
-
-    An arm's difference is to ``restarts`` of the same seed. Its interval is Student's, at 95 %, over the seeds.
-    """
-    found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}  # arm -> seed -> round -> last epoch
-    for path in sorted(results.glob("*-s*.jsonl")):
-        arm, _, seed = path.stem.rpartition("-s")
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            found.setdefault(arm, {}).setdefault(seed, {})[row["round"]] = row
-    arms = [name for name in ("round0", *ARMS, "one-round") if name in found]
-    figures = {"top1": "weighted kNN, %", "consistency": "consistency of the anchors' neighbours, %"}
-    rounds = range(ROUNDS)
-    text = []
-    for figure, title in figures.items():
-        rows = []
-        for arm in arms:
-            values = [[end.get(number, {}).get(figure) for end in found[arm].values()] for number in rounds]
-            cells = [_mean_and_deviation([100 * v for v in column if v is not None]) for column in values]
-            if any(cells):
-                rows.append((arm, len(found[arm]), *(cell or "-" for cell in cells)))
-        header = ["arm", "seeds", *(f"round {number}" for number in rounds)]
-        text.append(f"{title}, last epoch of each round\n\n{measure.table(header, rows)}")
-    base = {seed: ends[max(ends)]["top1"] for seed, ends in found.get("restarts", {}).items()}
-    rows = []
-    for arm in arms:
-        ends = {seed: rounds_of[max(rounds_of)]["top1"] for seed, rounds_of in found[arm].items()}
-        both = sorted(ends.keys() & base.keys())
-        if arm not in ("round0", "restarts") and both:
-            rows.append((arm, ", ".join(both), *_interval([100 * (ends[seed] - base[seed]) for seed in both])))
-    if rows:
-        header = ["arm", "seeds", "kNN minus that of restarts, points", "95 % interval"]
-        text.append(f"paired differences at the end\n\n{measure.table(header, rows)}")
-    return "\n\n".join(text)
-
-
-def _mean_and_deviation(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
-
-
-def _interval(values: Sequence[float]) -> tuple[str, str]:
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return f"{mean:+.2f}", "one seed"
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:+.2f}", f"{mean - half:+.2f} to {mean + half:+.2f}"
-
-
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0 all runs are done; 1 one failed; 2 input that cannot be used; 130, 143 stopped."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=(__doc__ or "").splitlines()[0])
@@ -304,17 +241,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each (default: 1)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds to run (default: 0 1 2)")
     parser.add_argument("--list", action="store_true", help="show how far each run has come, and stop")
-    parser.add_argument(
-        "--results", type=Path, help="copy the metrics of runs that are done to this folder, show its tables, and stop"
-    )
     given = parser.parse_args(argv)
     study = Study(given.data_root, given.sess_dir, plan(given.seeds))
     if given.list:
         print(study.progress())
-        return 0
-    if given.results:
-        collect(given.sess_dir, study.runs, given.results)
-        print(summary(given.results))
         return 0
     if not (given.data_root / "train").is_dir():
         print(f"error: {given.data_root}: has no folder train/; name the folder that holds it", file=sys.stderr)

@@ -148,27 +148,3 @@ def test_the_runs_that_matter_most_come_first() -> None:
     assert all(
         names.index(run.branches_from) < names.index(run.name) for run in study.plan(study.SEEDS) if run.branches_from
     )
-
-
-def test_results_of_several_machines_are_pooled_by_arm_and_paired_by_seed(tmp_path: Path) -> None:
-    def run(name: str, *accuracies: float) -> None:
-        rows = [
-            {"round": round, "epoch": epoch, "top1": top1 - 0.1 * (epoch == 0), "consistency": round / 10 or None}
-            for round, top1 in enumerate(accuracies)
-            for epoch in (0, 1)
-        ]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    run("restarts-s0", 0.5, 0.52)
-    run("restarts-s1", 0.5, 0.54)
-    run("and-s0", 0.5, 0.55)
-    run("and-s1", 0.5, 0.55)
-    run("and-s7", 0.5, 0.9)  # has no partner
-    rows = {
-        line.split("|")[1].strip(): line
-        for line in study.summary(tmp_path).split("paired")[0].splitlines()[:6]
-        if "|" in line
-    }
-    assert "53.00 ± 1.41" in rows["restarts"] and "66.67 ± 20.21" in rows["and"]
-    difference = study.summary(tmp_path).splitlines()[-1]
-    assert "0, 1" in difference and "+2.00" in difference and "-10.71 to +14.71" in difference

@@ -58,6 +58,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", params=[2, 3, 4])
 def team(request: pytest.FixtureRequest) -> Iterator[Team]:
     """Two processes, three and four: with even numbers two parts visit each other at the same time."""
-    made = Team(request.param)
-    yield made
-    made.close()
+    team = Team(request.param)
+    yield team
+    team.close()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-import made
+import synthetic
 import tfevents
 
 ROOT = Path(__file__).parent.parent
@@ -221,4 +221,4 @@ def save_photos(folder: Path) -> None:
         for number in range(count):
             path = folder / split / str(number % 3) / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(made.picture(number % 64)).save(path)
+            Image.fromarray(synthetic.picture(number % 64)).save(path)

@@ -9,7 +9,8 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import torch
@@ -18,48 +19,77 @@ from numpy.testing import assert_allclose
 from lib.distributed.processes import Ranks
 from runs import LIMIT
 
+GRACE = 20
+"""Seconds that the other processes have to answer after one has failed: they may wait for it in a collective."""
+
 
 class Team:
-    """G processes.
+    """G processes. After a failure they are started again, since the others may hang in a collective.
 
     Args:
         size: G.
     """
 
     def __init__(self, size: int) -> None:
+        self.size = size
+        self._pipes: list[Connection] = []
+        self._processes: list[SpawnProcess] = []
+
+    def _start(self) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         context = multiprocessing.get_context("spawn")
-        self._pipes: list[Connection] = []
-        self._processes = []
-        for rank in range(size):
+        for rank in range(self.size):
             ours, theirs = context.Pipe()
-            environment = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {"RANK": rank, "WORLD_SIZE": self.size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             process = context.Process(target=_serve, args=(environment, theirs), daemon=True)
             process.start()
+            theirs.close()  # so that the end of the process ends the pipe
             self._pipes.append(ours)
             self._processes.append(process)
 
     def run(self, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What ``work(world, *arguments)`` gives in each process; a failure of one fails the test."""
+        """What ``work(ranks, *arguments)`` returns in each process; a failure of one fails the test."""
+        if not self._processes:
+            self._start()
         for pipe in self._pipes:
             pipe.send((work, arguments))
-        answers = [pipe.recv() if pipe.poll(LIMIT) else ("no answer", None) for pipe in self._pipes]
-        failed = [said for said, _ in answers if said]
-        assert not failed, "\n".join(failed)
-        return [answer for _, answer in answers]
+        answers: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        limit = LIMIT
+        while len(answers) + len(errors) < self.size:
+            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers | errors}
+            ready = wait(list(waiting), timeout=limit)
+            for pipe in ready:
+                try:
+                    error, answer = pipe.recv()
+                except EOFError:
+                    error, answer = f"process {waiting[pipe]} died", None
+                (errors if error else answers)[waiting[pipe]] = error or answer
+            if errors:
+                limit = GRACE
+            if not ready:
+                errors |= {rank: f"process {rank} gave no answer" for rank in waiting.values()}
+        if errors:
+            self.close()
+        assert not errors, "\n".join(errors.values())
+        return [answers[rank] for rank in range(self.size)]
 
     def close(self) -> None:
+        """Ends the processes."""
         for process in self._processes:
             process.kill()
             process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
 
 
 def _serve(environment: dict[str, Any], pipe: Connection) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123  # gloo's chatter at the end
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123  # gloo's messages at the end
     ranks = Ranks.from_environment()
     while True:
         work, arguments = pipe.recv()

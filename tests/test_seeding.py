@@ -74,7 +74,7 @@ def test_the_default_seed_is_the_time_of_the_start() -> None:
     assert choose(None, None, 1_700_000_000) == 1_700_000_000
 
 
-def test_a_seed_asked_for_comes_before_a_checkpoint_s_and_that_before_the_time() -> None:
+def test_seed_option_precedes_checkpoint_precedes_clock() -> None:
     assert choose(0, 5, 7) == 0
     assert choose(None, 5, 7) == 5
 

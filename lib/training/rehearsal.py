@@ -31,7 +31,7 @@ def rehearse(
     Args:
         state: what will be trained; it stays as it is.
         loss: of a batch.
-        world: the ranks.
+        ranks: the ranks.
         batch_size: B, of all ranks together.
         size: (h, w) that the network sees.
         precision: of mixed precision, or None.

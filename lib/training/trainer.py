@@ -53,7 +53,7 @@ class Trainer:
         validate: accuracy on held-out training images, which then choose the best epoch; None: the test images do, as
             in the reference.
         signals: whether the run was asked to stop.
-        world: the ranks that train together.
+        ranks: the ranks that train together.
     """
 
     options: Options
@@ -272,7 +272,7 @@ def batch_loss(
     Args:
         state: network, memory bank and neighbourhoods.
         loss: as ``lib.method.loss.Loss``.
-        world: the ranks.
+        ranks: the ranks.
         images: (b, 3, h, w) of this rank.
         index: (B,) samples of the whole batch.
         precision: of mixed precision; None: float32.

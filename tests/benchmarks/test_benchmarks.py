@@ -63,10 +63,10 @@ def test_without_a_name_they_are_listed(capsys: pytest.CaptureFixture[str]) -> N
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [*SMALL, "gpu"]
 
 
-@pytest.mark.parametrize(("words", "said"), [(["speed"], "no benchmark speed; there are augmentation, criterion")])
-def test_a_name_that_is_none_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("words", "message"), [(["speed"], "no benchmark speed; there are augmentation, criterion")])
+def test_a_name_that_is_none_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_both_losses_and_gradients_are_the_same() -> None:

@@ -36,7 +36,7 @@ def carried_out(out: Path, parts: list[Part], seconds: float = HOUR) -> tuple[in
     return status, json.loads((out / "state.json").read_text())["parts"]
 
 
-def test_what_is_done_is_kept_and_what_failed_is_tried_again_after_the_others(tmp_path: Path) -> None:
+def test_failed_parts_are_retried_after_the_others(tmp_path: Path) -> None:
     trace, mended = tmp_path / "trace", tmp_path / "mended"
 
     def note(name: str, then: str = "") -> str:
@@ -127,7 +127,7 @@ def test_results_of_another_setting_and_a_damaged_state_are_refused(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("--device cpu --small --save", "--save: the results are those of a GPU at full size"),
         ("--device cpu --small --parts knn speed", "--parts speed: no such part; there are tests, step-float32"),
@@ -136,12 +136,12 @@ def test_results_of_another_setting_and_a_damaged_state_are_refused(tmp_path: Pa
     ],
 )
 def test_what_cannot_be_used_is_refused(
-    words: str, said: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    words: str, message: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["gpu", *words.split()]) == 2
-    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_constant_batch_stands_for_a_loader() -> None:

@@ -123,7 +123,7 @@ def test_a_folder_without_training_images_is_refused(tmp_path: Path, capsys: Any
     assert "has no folder train/" in capsys.readouterr().err and not (tmp_path / "study").exists()
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path: Path) -> None:
+def test_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
     carried_out = study.Study(tmp_path / "photos", tmp_path, study.plan(study.SEEDS))
     run, session = carried_out.runs[0], tmp_path / "round0-s0"
     session.mkdir()

@@ -152,9 +152,9 @@ def test_a_file_with_python_tags_is_refused_and_nothing_runs(tag: str, tmp_path:
     text = f"seed: !!python/{tag} ['{proof}']\n"
     yaml.unsafe_load(text)
     proof.rmdir()  # the attack works where it is loaded unsafely
-    said = refused_file(tmp_path, text)
+    message = refused_file(tmp_path, text)
     assert not proof.exists()
-    assert "line 1" in said and "not valid YAML" in said
+    assert "line 1" in message and "not valid YAML" in message
 
 
 @pytest.mark.parametrize("key", ["size", "seed", "query", "scale", "dataset", "unheard_of"])
@@ -176,15 +176,15 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("key", UNKNOWN)
-def test_an_unknown_key_is_named_with_the_file_and_the_nearest_known_one(key: str, tmp_path: Path) -> None:
-    said = refused_file(tmp_path, f"{key}: 3\n")
-    assert re.search(rf"\b{key}\b.*\b{UNKNOWN[key]}\b", said)
+def test_unknown_key_is_named_with_the_nearest_known_one(key: str, tmp_path: Path) -> None:
+    message = refused_file(tmp_path, f"{key}: 3\n")
+    assert re.search(rf"\b{key}\b.*\b{UNKNOWN[key]}\b", message)
 
 
 @pytest.mark.parametrize("key", ["1", "true", "1.5", "zzzzqqqq"])
 def test_a_key_that_resembles_nothing_is_named(key: str, tmp_path: Path) -> None:
-    said = refused_file(tmp_path, f"{key}: 3\n")
-    assert str(yaml.safe_load(key)) in said and "--help" in said
+    message = refused_file(tmp_path, f"{key}: 3\n")
+    assert str(yaml.safe_load(key)) in message and "--help" in message
 
 
 def test_a_key_of_two_lines_is_told_on_one(tmp_path: Path) -> None:
@@ -203,8 +203,8 @@ def test_a_key_of_two_lines_is_told_on_one(tmp_path: Path) -> None:
     ],
 )
 def test_an_unknown_flag_is_named_with_the_nearest_known_one(word: str, near: str) -> None:
-    said = refusal([word, "3"] if "=" not in word else [word])
-    assert word.split("=")[0] in said and said.endswith(f"did you mean {near}?")
+    message = refusal([word, "3"] if "=" not in word else [word])
+    assert word.split("=")[0] in message and message.endswith(f"did you mean {near}?")
 
 
 def test_a_flag_with_underscores_is_told_its_dashes() -> None:
@@ -251,11 +251,11 @@ WRONG = {
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_a_wrong_value_is_named_with_the_file_the_option_and_what_is_wrong(line: str, tmp_path: Path) -> None:
-    said = refused_file(tmp_path, line + "\n")
-    assert said.startswith("FILE")
+def test_wrong_value_is_named_with_file_and_option(line: str, tmp_path: Path) -> None:
+    message = refused_file(tmp_path, line + "\n")
+    assert message.startswith("FILE")
     for word in WRONG[line]:
-        assert word in said
+        assert word in message
 
 
 @pytest.mark.parametrize(
@@ -271,8 +271,8 @@ def test_a_wrong_value_is_named_with_the_file_the_option_and_what_is_wrong(line:
     ],
 )
 def test_a_wrong_value_of_a_flag_is_named(words: str, expected: list[str]) -> None:
-    said = refusal(words.split())
-    assert all(word in said for word in expected), said
+    message = refusal(words.split())
+    assert all(word in message for word in expected), message
 
 
 def test_the_origin_named_is_the_one_whose_value_held(tmp_path: Path) -> None:
@@ -300,13 +300,13 @@ def test_a_value_that_contains_itself_is_refused(text: str, tmp_path: Path) -> N
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    said = refusal(["--cfgs", str(tmp_path / "none.yaml")])
-    assert str(tmp_path / "none.yaml") in said and "no such file" in said
+    message = refusal(["--cfgs", str(tmp_path / "none.yaml")])
+    assert str(tmp_path / "none.yaml") in message and "no such file" in message
 
 
 def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
-    said = refusal(["--cfgs", str(tmp_path)])
-    assert str(tmp_path) in said and "irectory" in said
+    message = refusal(["--cfgs", str(tmp_path)])
+    assert str(tmp_path) in message and "irectory" in message
 
 
 @pytest.mark.parametrize(
@@ -333,8 +333,8 @@ def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
 def test_a_file_that_is_no_option_file_is_refused_with_the_reason(
     content: str | bytes, words: list[str], tmp_path: Path
 ) -> None:
-    said = refused_file(tmp_path, content)
-    assert all(word in said for word in words), said
+    message = refused_file(tmp_path, content)
+    assert all(word in message for word in words), message
 
 
 def test_a_file_that_comes_as_a_windows_editor_writes_it_is_read(tmp_path: Path) -> None:
@@ -516,17 +516,17 @@ def test_reading_options_leaves_the_working_folder_alone(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("seed: 1\nbatch_size: 3\n\nseed: 2\n", "'seed' is set twice, in lines 1 and 4; keep one of them"),
         ("seed: 1\n'seed': 1\n", "'seed' is set twice, in lines 1 and 2; keep one of them"),
     ],
 )
-def test_a_key_that_stands_twice_is_refused_with_both_lines(content: str, said: str, tmp_path: Path) -> None:
-    assert said in refused_file(tmp_path, content)
+def test_a_key_that_stands_twice_is_refused_with_both_lines(content: str, message: str, tmp_path: Path) -> None:
+    assert message in refused_file(tmp_path, content)
 
 
-def test_the_config_that_the_reference_keeps_with_a_session_is_an_option_file(tmp_path: Path) -> None:
+def test_session_config_of_the_reference_is_accepted(tmp_path: Path) -> None:
     """It records the files it was made of, and every option of every optimiser."""
     path = tmp_path / "config.yaml"
     path.write_text(

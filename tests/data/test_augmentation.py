@@ -273,7 +273,7 @@ def test_the_same_parameters_give_torchvisions_images(height: int, width: int, s
     assert ((batch - worker).abs() <= rounded_twice).all()
 
 
-def alike(ours: np.ndarray, theirs: np.ndarray) -> bool:
+def is_equal(ours: np.ndarray, theirs: np.ndarray) -> bool:
     """Two samples of one distribution, as far as they tell (a false alarm in ten thousand)."""
     return bool(ks_2samp(ours, theirs, method="asymp").pvalue > 1e-4)
 
@@ -286,9 +286,9 @@ def test_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
     image = torch.zeros(3, height, width)
     theirs = np.array([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(10_000)])
     for column in range(4):
-        assert alike(ours[:, column], theirs[:, column])
-    assert alike(ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3])
-    assert alike(ours[:, 3] / ours[:, 2], theirs[:, 3] / theirs[:, 2])
+        assert is_equal(ours[:, column], theirs[:, column])
+    assert is_equal(ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3])
+    assert is_equal(ours[:, 3] / ours[:, 2], theirs[:, 3] / theirs[:, 2])
     fallback = RandomResizedCrop.get_params(image, [50.0, 50.0], [3 / 4, 4 / 3])  # an area that never fits
     assert augmentation._fallback(height, width) == fallback
     shares = [(boxes == np.array(fallback)).all(axis=1).mean() for boxes in (ours, theirs)]
@@ -301,7 +301,7 @@ def test_jitter_is_distributed_as_torchvisions() -> None:
     ranges = ([0.6, 1.4], [0.7, 1.3], [0.0, 2.5], [-0.1, 0.1])
     drawn = [ColorJitter.get_params(*ranges) for _ in range(10_000)]  # type: ignore[arg-type]
     for kind in range(4):
-        assert alike(ours[:, kind], np.array([factors[kind + 1] for factors in drawn]))
+        assert is_equal(ours[:, kind], np.array([factors[kind + 1] for factors in drawn]))
     counts = np.unique(order, axis=0, return_counts=True)[1]
     assert len(counts) == 24 and chisquare(counts).pvalue > 1e-4
 

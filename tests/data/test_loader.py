@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import made
+import synthetic
 from lib.data.augmentation import Augmentation
 from lib.data.loader import Loader
 
@@ -28,7 +28,7 @@ def images(samples: int) -> list[np.ndarray]:
     return [np.array([[[i // 128, i % 128, 7]]], dtype=np.uint8) for i in range(samples)]
 
 
-PLAIN = made.untouched(1, 1, stds=(1 / 255,) * 3)
+PLAIN = synthetic.untouched(1, 1, stds=(1 / 255,) * 3)
 NOISY = replace(PLAIN, jitter=(0.9, 0, 0, 0))
 """Another brightness each time, which the third channel tells."""
 
@@ -117,7 +117,7 @@ def test_another_seed_gives_other_batches() -> None:
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_a_samples_augmentation_is_another_in_every_epoch_and_for_every_sample(in_memory: bool) -> None:
+def test_augmentation_differs_by_epoch_and_sample(in_memory: bool) -> None:
     loader = loader_of(30, in_memory=in_memory)
     drawn = [pixels[:, 2] for epoch in range(2) for pixels, _ in loader.epoch(0, epoch)]
     assert len(torch.cat(drawn).unique()) == 60
@@ -132,7 +132,7 @@ def test_images_in_memory_give_the_batches_that_workers_give() -> None:
 
 
 def test_batches_are_channels_last() -> None:
-    augmentation = made.untouched(5, 6)
+    augmentation = synthetic.untouched(5, 6)
     given = np.zeros((4, 3, 5, 6), np.uint8).transpose(0, 2, 3, 1)  # as CIFAR's files have them
     for images in (torch.from_numpy(given), list(given)):
         ((batch, _),) = Loader(images, augmentation, batch_size=4, workers=0, seed=None, device=CPU).epoch()

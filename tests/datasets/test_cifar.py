@@ -88,7 +88,7 @@ def rows(first: int, count: int) -> np.ndarray:
 
 @pytest.fixture
 def any_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file counts as whole where it is there: made files have not the published MD5 sums."""
+    """A file counts as whole where it is there: synthetic files do not have the published MD5 sums."""
     monkeypatch.setattr(published, "check_integrity", lambda path, md5=None: Path(path).is_file())
 
 
@@ -157,9 +157,7 @@ FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_place_without_the_files_is_told_with_what_was_looked_for_and_where_it_is_from(
-    name: str, tmp_path: Path
-) -> None:
+def test_missing_files_are_named_with_their_source(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for root in (tmp_path, tmp_path / "none", tmp_path / "file"):
         with pytest.raises(DataError) as refused:
@@ -205,7 +203,7 @@ def test_each_is_normalised_by_its_own_published_figures(
 
 @pytest.fixture(params=FOLDERS)
 def fetched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Source]]:
-    """A data set, and a server of its made archive in place of Toronto's; nothing is unpacked."""
+    """A data set, and a server of its synthetic archive in place of Toronto's; nothing is unpacked."""
     name: str = request.param
     root: Path = request.getfixturevalue(name)
     monkeypatch.undo()  # sums are checked

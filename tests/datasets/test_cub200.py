@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import datasets
-import made
+import synthetic
 from datasets import DataError, ImageSet, Splits, files
 from datasets.images import ImageFiles, read_rgb
 
@@ -25,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    made.cub200(tmp_path / "birds")
+    synthetic.cub200(tmp_path / "birds")
     return tmp_path / "birds"
 
 
@@ -54,11 +54,11 @@ def check(splits: Splits, train: list[int], test: list[int]) -> None:
     """The numbers of the pictures, in order, with their labels and names."""
     for images, numbers in ((splits.train, train), (splits.test, test)):
         assert images is not None and images.labels is not None and images.names is not None
-        assert [made.number_of(image) for image in images.images] == numbers
+        assert [synthetic.number_of(image) for image in images.images] == numbers
         assert images.labels.tolist() == [(number - 1) // 4 for number in numbers] and images.labels.dtype == np.int64
-        assert images.classes == made.SPECIES[:3]
+        assert images.classes == synthetic.SPECIES[:3]
         for number, name in zip(numbers, images.names, strict=True):
-            assert name.startswith(f"images/{made.SPECIES[(number - 1) // 4]}/") and f"_{number:04d}_" in name
+            assert name.startswith(f"images/{synthetic.SPECIES[(number - 1) // 4]}/") and f"_{number:04d}_" in name
 
 
 ODD, EVEN = list(range(1, 13, 2)), list(range(2, 13, 2))
@@ -75,7 +75,7 @@ def test_the_root_may_be_the_unpacked_folder_itself(root: Path) -> None:
 
 
 def test_images_that_no_list_names_are_left_alone(root: Path) -> None:
-    made.save(home(root) / "images" / made.SPECIES[0] / "more.jpg", 40)
+    synthetic.save(home(root) / "images" / synthetic.SPECIES[0] / "more.jpg", 40)
     check(read(root), ODD, EVEN)
 
 
@@ -87,7 +87,7 @@ def test_lists_may_be_in_any_order(root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_blank_lines_trailing_spaces_and_foreign_line_ends_change_nothing(name: str, root: Path) -> None:
+def test_whitespace_and_line_endings_do_not_matter(name: str, root: Path) -> None:
     path = home(root) / f"{name}.txt"
     lines = path.read_text().splitlines()
     path.write_bytes("".join(f"{line} \t\r\n \r\n\r\n" for line in lines).encode())
@@ -148,7 +148,7 @@ def test_an_empty_list_of_images_is_refused(content: str, root: Path) -> None:
     assert "images.txt names no image" in refusal(root)
 
 
-def test_listed_images_that_are_missing_are_refused_by_the_first_name_and_their_number(root: Path) -> None:
+def test_missing_listed_images_are_counted(root: Path) -> None:
     train = list(read(root).train.names or [])
     (home(root) / train[2]).unlink()
     shutil.rmtree((home(root) / train[4]).parent)
@@ -168,7 +168,7 @@ def test_a_root_without_lists_is_told_what_was_looked_for(inside: str, tmp_path:
     assert str(tmp_path / "none") in text and "images.txt" in text and "--download" in text
 
 
-def test_images_that_cannot_be_read_are_skipped_with_their_labels_and_boxes(root: Path) -> None:
+def test_unreadable_images_are_skipped_with_labels_and_boxes(root: Path) -> None:
     names = [(read(root).train.names or [])[1], ((read(root).test or read(root).train).names or [])[5]]
     (home(root) / names[0]).write_bytes(b"no image")
     (home(root) / names[1]).write_bytes((home(root) / names[1]).read_bytes()[:900])
@@ -180,9 +180,9 @@ def test_images_that_cannot_be_read_are_skipped_with_their_labels_and_boxes(root
         assert all(name in refusal(root, strict=True, boxes=boxes) for name in names)
 
 
-def cut(root: Path, box: made.Box, number: int = 3) -> tuple[np.ndarray, np.ndarray]:
+def cut(root: Path, box: synthetic.Box, number: int = 3) -> tuple[np.ndarray, np.ndarray]:
     """One picture as it lies on disk, and as it comes when its box is ``box``."""
-    made.cub200(root, boxes={number: box})
+    synthetic.cub200(root, boxes={number: box})
     train = read(root, boxes=True).train
     (place,) = (i for i, name in enumerate(train.names or []) if f"_{number:04d}_" in name)
     return read_rgb(home(root) / (train.names or [])[place]), train.images[place]
@@ -202,7 +202,7 @@ def cut(root: Path, box: made.Box, number: int = 3) -> tuple[np.ndarray, np.ndar
     ],
 )
 def test_a_box_cuts_outwards_to_whole_pixels_and_ends_with_the_image(
-    box: made.Box, rows: tuple[int, int], columns: tuple[int, int], root: Path
+    box: synthetic.Box, rows: tuple[int, int], columns: tuple[int, int], root: Path
 ) -> None:
     whole, part = cut(root, box)
     assert whole.shape == (73, 61, 3)
@@ -212,8 +212,8 @@ def test_a_box_cuts_outwards_to_whole_pixels_and_ends_with_the_image(
 @pytest.mark.parametrize(
     "box", [(61, 0, 10, 10), (0, 73, 10, 10), (-20, 0, 20, 10), (5, 5, 0, 10), (5, 5, 10, 0), (9, 9, -5, 5)]
 )
-def test_a_box_with_nothing_of_the_image_in_it_is_refused_by_the_image_s_name(box: made.Box, root: Path) -> None:
-    made.cub200(root, boxes={3: box})
+def test_box_without_pixels_is_refused_with_image_name(box: synthetic.Box, root: Path) -> None:
+    synthetic.cub200(root, boxes={3: box})
     text = refusal(root, boxes=True)
     assert "Black_Footed_Albatross_0003_21.jpg" in text and "61 x 73" in text and "--bounding-boxes" in text
     check(read(root), ODD, EVEN)

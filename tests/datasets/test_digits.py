@@ -59,7 +59,7 @@ def test_the_split_is_stratified_within_one(splits: datasets.Splits) -> None:
         assert abs(count - of_class * 360 / 1797) <= 1
 
 
-def test_grey_values_are_the_seventeen_from_0_to_255_in_three_equal_channels(splits: datasets.Splits) -> None:
+def test_grey_values_are_scaled_to_0_255(splits: datasets.Splits) -> None:
     train, _, test, _ = both(splits)
     values = np.unique(np.concatenate([train.ravel(), test.ravel()]))
     assert values.tolist() == [round(level * 255 / 16) for level in range(17)]

@@ -10,7 +10,7 @@ import pytest
 import scipy.io
 
 import datasets
-import made
+import synthetic
 from datasets import DataError, Splits
 from datasets.images import read_rgb
 
@@ -22,7 +22,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    made.dogs(tmp_path / "dogs")
+    synthetic.dogs(tmp_path / "dogs")
     return tmp_path / "dogs"
 
 
@@ -47,11 +47,11 @@ def check(splits: Splits, train: list[int], test: list[int]) -> None:
     """The numbers of the pictures, in order, with their labels and names."""
     for images, numbers in ((splits.train, train), (splits.test, test)):
         assert images is not None and images.labels is not None and images.names is not None
-        assert [made.number_of(image) for image in images.images] == numbers
+        assert [synthetic.number_of(image) for image in images.images] == numbers
         assert images.labels.tolist() == [(number - 1) // 4 for number in numbers] and images.labels.dtype == np.int64
         assert images.classes == CLASSES
         for number, name in zip(numbers, images.names, strict=True):
-            assert name.startswith(f"Images/{made.BREEDS[(number - 1) // 4]}/")
+            assert name.startswith(f"Images/{synthetic.BREEDS[(number - 1) // 4]}/")
             assert name.endswith(f"_{10073 + number}.jpg")
 
 
@@ -73,24 +73,24 @@ def test_the_annotations_are_not_needed_without_boxes(root: Path) -> None:
 
 
 def test_a_list_of_one_image_is_read(root: Path) -> None:
-    made.dogs_list(root / "lists" / "test_list.mat", [f"{THIRD}.jpg"], [1])
+    synthetic.dogs_list(root / "lists" / "test_list.mat", [f"{THIRD}.jpg"], [1])
     check(read(root), ODD, [3])
 
 
-def test_classes_are_numbered_by_the_labels_and_breeds_may_have_hyphens(root: Path) -> None:
+def test_class_names_with_hyphens_follow_their_labels(root: Path) -> None:
     names = ["n02098105-soft-coated_wheaten_terrier/n02098105_1.jpg", "n02085620-Chihuahua/n02085620_10074.jpg"]
-    made.save(root / "Images" / names[0], 30)
+    synthetic.save(root / "Images" / names[0], 30)
     for name in ("train_list", "test_list"):
-        made.dogs_list(root / "lists" / f"{name}.mat", names, [7, 120])
+        synthetic.dogs_list(root / "lists" / f"{name}.mat", names, [7, 120])
     train = read(root).train
     assert train.classes == ("soft-coated_wheaten_terrier", "Chihuahua")
     assert train.labels is not None and train.labels.tolist() == [0, 1]
-    assert [made.number_of(image) for image in train.images] == [30, 1]
+    assert [synthetic.number_of(image) for image in train.images] == [30, 1]
 
 
 def test_a_label_of_two_breeds_is_refused(root: Path) -> None:
-    names = [f"{made.BREEDS[1]}/n02085782_10078.jpg", f"{made.BREEDS[2]}/n02085936_10082.jpg"]
-    made.dogs_list(root / "lists" / "test_list.mat", names, [2, 2])
+    names = [f"{synthetic.BREEDS[1]}/n02085782_10078.jpg", f"{synthetic.BREEDS[2]}/n02085936_10082.jpg"]
+    synthetic.dogs_list(root / "lists" / "test_list.mat", names, [2, 2])
     text = refusal(root)
     assert "class 2" in text and "Japanese_spaniel" in text and "Maltese_dog" in text
 
@@ -110,15 +110,15 @@ def test_a_test_list_that_is_missing_is_refused_by_name(root: Path) -> None:
     assert str(root / "lists" / "test_list.mat") in refusal(root)
 
 
-def test_a_list_with_more_files_than_labels_or_of_something_else_is_refused(root: Path) -> None:
+def test_list_that_does_not_match_its_labels_is_refused(root: Path) -> None:
     path = root / "lists" / "train_list.mat"
-    made.dogs_list(path, [f"{THIRD}.jpg"] * 3, [1, 1])
+    synthetic.dogs_list(path, [f"{THIRD}.jpg"] * 3, [1, 1])
     assert "3 files and 2 labels" in refusal(root)
     scipy.io.savemat(path, {"X": np.zeros(3)})
     assert str(path) in refusal(root)
 
 
-def test_listed_images_that_are_missing_are_refused_by_the_first_name_and_their_number(root: Path) -> None:
+def test_missing_listed_images_are_counted(root: Path) -> None:
     train = list(read(root).train.names or [])
     (root / train[1]).unlink()
     (root / train[3]).unlink()
@@ -126,9 +126,9 @@ def test_listed_images_that_are_missing_are_refused_by_the_first_name_and_their_
     assert train[1] in text and "2 files" in text and "train_list.mat" in text and "images.tar" in text
 
 
-@pytest.mark.parametrize("gone", ["Images", "lists"])
-def test_a_root_without_images_or_lists_is_told_what_was_looked_for(gone: str, root: Path) -> None:
-    (root / gone).rename(root / "elsewhere")
+@pytest.mark.parametrize("missing", ["Images", "lists"])
+def test_a_root_without_images_or_lists_is_told_what_was_looked_for(missing: str, root: Path) -> None:
+    (root / missing).rename(root / "elsewhere")
     text = refusal(root)
     assert str(root) in text and "Images/<breed>/*.jpg" in text and "train_list.mat" in text and "--download" in text
 
@@ -144,7 +144,7 @@ def test_images_that_cannot_be_read_are_skipped_with_their_labels(root: Path) ->
 
 def cut(root: Path, boxes: list[tuple[int, int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
     """The third picture as it lies on disk, and as it comes when these are its dogs."""
-    made.annotate(root, THIRD, boxes)
+    synthetic.annotate(root, THIRD, boxes)
     train = read(root, boxes=True).train
     assert (train.names or [])[1] == f"Images/{THIRD}.jpg"
     return read_rgb(root / "Images" / f"{THIRD}.jpg"), train.images[1]
@@ -162,7 +162,7 @@ def cut(root: Path, boxes: list[tuple[int, int, int, int]]) -> tuple[np.ndarray,
         ([(50, 60, 90, 99)], (59, 73), (49, 61)),
     ],
 )
-def test_a_box_counts_pixels_from_one_with_its_corners_and_holds_every_dog(
+def test_box_coordinates_start_at_one_and_include_corners(
     boxes: list[tuple[int, int, int, int]], rows: tuple[int, int], columns: tuple[int, int], root: Path
 ) -> None:
     whole, part = cut(root, boxes)
@@ -172,7 +172,7 @@ def test_a_box_counts_pixels_from_one_with_its_corners_and_holds_every_dog(
 
 def test_every_image_is_cut_to_its_own_box(tmp_path: Path) -> None:
     boxes = {i: [(i, 2 * i, i + 9 + i, 2 * i + 9)] for i in range(1, 13)}
-    made.dogs(tmp_path, boxes=boxes)
+    synthetic.dogs(tmp_path, boxes=boxes)
     splits = read(tmp_path, boxes=True)
     check(splits, ODD, EVEN)
     for images in (splits.train, splits.test):
@@ -183,7 +183,7 @@ def test_every_image_is_cut_to_its_own_box(tmp_path: Path) -> None:
 
 
 def test_a_box_outside_its_image_is_refused_by_the_image_s_name(root: Path) -> None:
-    made.annotate(root, THIRD, [(62, 1, 70, 10)])
+    synthetic.annotate(root, THIRD, [(62, 1, 70, 10)])
     text = refusal(root, boxes=True)
     assert f"{THIRD}.jpg" in text and "61 x 73" in text and "--bounding-boxes" in text
 
@@ -218,7 +218,7 @@ def test_a_corner_that_is_no_number_of_a_pixel_is_refused(value: str, root: Path
     assert str(path) in refusal(root, boxes=True)
 
 
-def test_an_annotation_that_would_grow_without_end_is_refused_at_once(root: Path) -> None:
+def test_annotation_with_expanding_entities_is_refused(root: Path) -> None:
     levels = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 12))
     bomb = f'<!DOCTYPE a [<!ENTITY e0 "1234567890">{levels}]><annotation>&e11;</annotation>'
     (root / "Annotation" / THIRD).write_text(bomb)

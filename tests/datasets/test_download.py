@@ -226,9 +226,7 @@ def test_a_file_is_fetched_once_into_a_root_that_is_made(source: Source, tmp_pat
     assert source.asked == [(NAME, None)]
 
 
-def test_an_archive_is_fetched_once_and_unpacked_without_what_lies_beside_its_folder(
-    birds: Source, tmp_path: Path
-) -> None:
+def test_archive_is_fetched_once_and_only_its_folder_unpacked(birds: Source, tmp_path: Path) -> None:
     fetch(tmp_path, birds.archive(unpacks_to="birds"))
     fetch(tmp_path, birds.archive(unpacks_to="birds"))
     assert listing(tmp_path) == {NAME: BIRDS, **UNPACKED}
@@ -266,7 +264,7 @@ def test_several_archives_are_fetched_and_only_those_that_lack(source: Source, t
 
 
 @pytest.mark.parametrize("kind", ["md5", "sha256"])
-def test_a_file_put_there_by_hand_is_verified_and_used_without_network(kind: str, tmp_path: Path) -> None:
+def test_file_copied_by_hand_is_verified_without_network(kind: str, tmp_path: Path) -> None:
     archive = Archive(f"http://127.0.0.1:9/{NAME}", f"{kind}:{hashlib.new(kind, BIRDS).hexdigest()}", "birds")
     (tmp_path / NAME).write_bytes(BIRDS)
     fetch(tmp_path, archive)
@@ -324,7 +322,7 @@ def test_a_download_that_lacked_only_its_name_is_used(source: Source, tmp_path: 
 
 
 @pytest.mark.parametrize("wrong", [WHOLE + b"more", b"?" * len(WHOLE), b"?" * 200], ids=["longer", "other", "start"])
-def test_a_part_of_something_else_is_refused_and_fetched_anew_next_time(
+def test_partial_download_of_another_file_is_discarded(
     wrong: bytes, source: Source, tmp_path: Path, part: Path
 ) -> None:
     part.write_bytes(wrong)
@@ -366,9 +364,7 @@ def test_a_connection_that_breaks_off_is_taken_up_again(
     assert source.sent == len(WHOLE) // 2 + len(WHOLE) - came
 
 
-def test_what_came_before_the_last_try_failed_is_there_for_the_next_run(
-    source: Source, tmp_path: Path, part: Path
-) -> None:
+def test_partial_download_is_continued_by_the_next_run(source: Source, tmp_path: Path, part: Path) -> None:
     source.manners = [half] * 3
     text = refusal(tmp_path, source.archive())
     came = len(WHOLE) - -(-len(WHOLE) // 8)  # half of the rest three times, rounded down
@@ -518,7 +514,7 @@ def test_an_archive_that_cannot_be_unpacked_leaves_nothing(content: bytes, sourc
 
 @pytest.mark.parametrize("have", ["birds/list.txt", "birds/images/1.jpg"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_unpacking_that_is_stopped_leaves_nothing_and_is_done_the_next_time(
+def test_interrupted_unpacking_is_repeated(
     error: BaseException, have: str, birds: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make = tarfile.TarFile.makefile

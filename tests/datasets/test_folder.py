@@ -103,7 +103,7 @@ def test_a_test_folder_of_the_other_kind_has_no_labels(test_image: str, tmp_path
     assert without_labels(read(tmp_path).test) == [test_image]
 
 
-def test_without_a_train_folder_every_image_below_is_taken_and_that_is_said(tmp_path: Path) -> None:
+def test_without_train_folder_all_images_are_used(tmp_path: Path) -> None:
     put(tmp_path, "1.png", "a/2.png", "a/b/c/3.png", "d/4.png")
     splits = read(tmp_path)
     assert sorted(without_labels(splits.train)) == ["1.png", "a/2.png", "a/b/c/3.png", "d/4.png"]
@@ -187,7 +187,7 @@ def test_hidden_files_are_no_images_without_a_train_folder_either(tmp_path: Path
     assert without_labels(read(tmp_path).train) == ["1.png"]
 
 
-def test_files_of_other_endings_are_left_alone_and_endings_count_in_any_case(tmp_path: Path) -> None:
+def test_file_extensions_ignore_case(tmp_path: Path) -> None:
     put(tmp_path, "train/a/1.PNG", "train/a/2.JpEg", "train/a/3.webp")
     (tmp_path / "train" / "a" / "notes.txt").write_text("no image")
     (tmp_path / "train" / "list.csv").write_text("no image")
@@ -242,7 +242,7 @@ def test_strictness_minds_nothing_else(tmp_path: Path) -> None:
     assert len(read(tmp_path, strict=True).train) == 1
 
 
-def test_images_none_of_which_can_be_read_are_refused_with_an_example(tmp_path: Path) -> None:
+def test_split_without_readable_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train" / "a").mkdir(parents=True)
     (tmp_path / "train" / "a" / "bad.png").write_bytes(b"x")
     text = refusal(tmp_path)
@@ -302,18 +302,18 @@ def test_a_file_deleted_later_is_told_by_its_path(many: Path, monkeypatch: pytes
     assert train.images[1].dtype == np.uint8
 
 
-def test_progress_sees_every_file_of_each_split_and_knows_how_many_there_are(many: Path) -> None:
-    told: list[tuple[str, int, int]] = []
+def test_progress_counts_every_file_of_each_split(many: Path) -> None:
+    messages: list[tuple[str, int, int]] = []
 
     def count(items: Iterable[Any], what: str, total: int, unit: str) -> list[Any]:
         listed = list(items)
-        told.append((what, total, len(listed)))
+        messages.append((what, total, len(listed)))
         return listed
 
     (many / "test" / "a" / "4.png").unlink()
     read(many, progress=count)
-    assert {(total, seen) for what, total, seen in told if "training" in what} == {(6, 6)}
-    assert {(total, seen) for what, total, seen in told if "test" in what} == {(5, 5)}
+    assert {(total, seen) for what, total, seen in messages if "training" in what} == {(6, 6)}
+    assert {(total, seen) for what, total, seen in messages if "test" in what} == {(5, 5)}
 
 
 def test_the_name_of_the_source_counts_in_any_case(many: Path) -> None:
@@ -327,7 +327,7 @@ def test_the_normalisation_of_a_folder_is_imagenet_s() -> None:
     assert (source.means, source.stds) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def test_links_to_folders_are_followed_and_those_to_a_folder_above_are_not(tmp_path: Path) -> None:
+def test_links_to_parent_folders_are_not_followed(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     root = tmp_path / "root"
     for place in (elsewhere, root):
@@ -413,7 +413,7 @@ def without_heif(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("without_heif")
 @pytest.mark.parametrize("in_memory", [0, 2**30])
-def test_pictures_that_cannot_be_read_are_named_whatever_their_ending(
+def test_unreadable_queries_are_named_for_any_extension(
     in_memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "IN_MEMORY", in_memory)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import datasets
-import made
+import synthetic
 from datasets import DataError, ImageSet, Splits
 
 
@@ -41,15 +41,15 @@ def check(images: ImageSet | None, numbers: dict[str, int], part: str, classes: 
     """Every picture is there, with the class that its colour tells."""
     assert images is not None and images.labels is not None and images.names is not None
     assert images.labels.dtype == np.int64
-    assert images.classes == tuple(sorted(made.WNIDS[:classes]))
-    shown = {name: made.number_of(image) for name, image in zip(images.names, images.images, strict=True)}
+    assert images.classes == tuple(sorted(synthetic.WNIDS[:classes]))
+    shown = {name: synthetic.number_of(image) for name, image in zip(images.names, images.images, strict=True)}
     assert shown == {name: number for name, number in numbers.items() if name.startswith(part)}
     for name, label in zip(images.names, images.labels, strict=True):
-        assert images.classes[label] == made.WNIDS[numbers[name] % classes]
+        assert images.classes[label] == synthetic.WNIDS[numbers[name] % classes]
 
 
 def test_every_image_has_the_class_of_its_folder(root: Path) -> None:
-    numbers = made.imagenet(root)
+    numbers = synthetic.imagenet(root)
     splits = read(root)
     check(splits.train, numbers, "train/")
     check(splits.test, numbers, "val/")
@@ -58,15 +58,15 @@ def test_every_image_has_the_class_of_its_folder(root: Path) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_flat_validation_images_have_the_class_that_the_devkit_tells(packed: bool, root: Path) -> None:
-    numbers = made.imagenet(root, classes=5, per_class=2, val=3, flat=True)
+    numbers = synthetic.imagenet(root, classes=5, per_class=2, val=3, flat=True)
     if packed:
-        made.pack_devkit(root)
+        synthetic.pack_devkit(root)
     check(read(root).test, numbers, "val/", classes=5)
 
 
 def test_flat_and_sorted_validation_images_are_the_same(root: Path, tmp_path: Path) -> None:
-    made.imagenet(root, val=4, flat=True)
-    made.imagenet(tmp_path / "sorted", val=4)
+    synthetic.imagenet(root, val=4, flat=True)
+    synthetic.imagenet(tmp_path / "sorted", val=4)
 
     def by_place(splits: Splits) -> dict[str, tuple[int, bytes]]:
         test = splits.test
@@ -77,19 +77,19 @@ def test_flat_and_sorted_validation_images_are_the_same(root: Path, tmp_path: Pa
     assert by_place(read(root)) == by_place(read(tmp_path / "sorted"))
 
 
-def test_the_order_of_the_ground_truth_is_that_of_the_numbers_not_of_the_classes(root: Path) -> None:
-    made.imagenet(root, classes=5, per_class=1, val=0)
+def test_ground_truth_is_in_order_of_image_numbers(root: Path) -> None:
+    synthetic.imagenet(root, classes=5, per_class=1, val=0)
     truth = [3, 1, 2, 2, 5, 4, 1]
-    made.devkit(root, truth)
+    synthetic.devkit(root, truth)
     for i in range(len(truth)):
-        made.save(root / "val" / f"ILSVRC2012_val_{i + 1:08d}.JPEG", i)
+        synthetic.save(root / "val" / f"ILSVRC2012_val_{i + 1:08d}.JPEG", i)
     test = read(root).test
     assert test is not None and test.labels is not None
-    assert [test.classes[label] for label in test.labels] == [made.WNIDS[i - 1] for i in truth]
+    assert [test.classes[label] for label in test.labels] == [synthetic.WNIDS[i - 1] for i in truth]
 
 
 def test_a_few_of_the_flat_validation_images_keep_their_numbers(root: Path) -> None:
-    numbers = made.imagenet(root, val=4, flat=True)
+    numbers = synthetic.imagenet(root, val=4, flat=True)
     for place in (1, 2, 5, 9):
         name = f"val/ILSVRC2012_val_{place:08d}.JPEG"
         (root / name).unlink()
@@ -98,26 +98,26 @@ def test_a_few_of_the_flat_validation_images_keep_their_numbers(root: Path) -> N
 
 
 def test_a_part_of_the_images_is_said_to_be_one(root: Path) -> None:
-    made.imagenet(root)
+    synthetic.imagenet(root)
     (note,) = read(root).notes
     assert str(root) in note and "12 training images of 3 classes" in note and "1281167 of 1000" in note
 
 
 def test_the_whole_is_not_said_to_be_a_part(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made.imagenet(root)
+    synthetic.imagenet(root)
     monkeypatch.setattr(datasets.imagenet, "IMAGES", 12)
     monkeypatch.setattr(datasets.imagenet, "CLASSES", 3)
     assert read(root).notes == ()
 
 
 def test_without_a_validation_folder_there_is_no_test_split(root: Path) -> None:
-    made.imagenet(root, val=0)
+    synthetic.imagenet(root, val=0)
     assert read(root).test is None
 
 
-@pytest.mark.parametrize("inside", ["val", f"val/{made.WNIDS[0]}"])
+@pytest.mark.parametrize("inside", ["val", f"val/{synthetic.WNIDS[0]}"])
 def test_a_validation_folder_without_images_is_refused(inside: str, root: Path) -> None:
-    made.imagenet(root, val=0)
+    synthetic.imagenet(root, val=0)
     (root / inside).mkdir(parents=True)
     text = refusal(root)
     assert str(root / "val") in text and "no image" in text and "ILSVRC2012_img_val.tar" in text
@@ -125,41 +125,41 @@ def test_a_validation_folder_without_images_is_refused(inside: str, root: Path) 
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_a_validation_class_that_train_lacks_is_refused_by_name(flat: bool, root: Path) -> None:
-    made.imagenet(root, flat=flat)
-    for path in (root / "train" / made.WNIDS[1]).iterdir():
+    synthetic.imagenet(root, flat=flat)
+    for path in (root / "train" / synthetic.WNIDS[1]).iterdir():
         path.unlink()
-    (root / "train" / made.WNIDS[1]).rmdir()
+    (root / "train" / synthetic.WNIDS[1]).rmdir()
     text = refusal(root)
-    assert made.WNIDS[1] in text and "train lacks" in text and made.WNIDS[0] not in text
+    assert synthetic.WNIDS[1] in text and "train lacks" in text and synthetic.WNIDS[0] not in text
 
 
 def test_both_class_folders_and_flat_images_are_refused(root: Path) -> None:
-    made.imagenet(root)
-    made.save(root / "val" / "ILSVRC2012_val_00000009.JPEG", 1)
+    synthetic.imagenet(root)
+    synthetic.save(root / "val" / "ILSVRC2012_val_00000009.JPEG", 1)
     text = refusal(root)
     assert str(root / "val") in text and "ILSVRC2012_val_00000009.JPEG" in text
 
 
-def test_flat_validation_images_without_the_devkit_are_refused_with_both_mends(root: Path) -> None:
-    made.imagenet(root, flat=True)
-    made.pack_devkit(root).unlink()
+def test_flat_validation_images_need_the_devkit(root: Path) -> None:
+    synthetic.imagenet(root, flat=True)
+    synthetic.pack_devkit(root).unlink()
     text = refusal(root)
-    assert f"{made.DEVKIT}.tar.gz" in text and "https://image-net.org" in text and "val/<wnid>/" in text
+    assert f"{synthetic.DEVKIT}.tar.gz" in text and "https://image-net.org" in text and "val/<wnid>/" in text
 
 
 @pytest.mark.parametrize(
     "name", ["ILSVRC2012_val_00000007.JPEG", "ILSVRC2012_val_00000000.JPEG", "holiday.jpg", "holiday_2.jpg"]
 )
-def test_a_flat_image_that_the_ground_truth_has_no_line_of_is_refused_by_name(name: str, root: Path) -> None:
-    made.imagenet(root, val=2, flat=True)
-    made.save(root / "val" / name, 5)
+def test_flat_image_without_ground_truth_is_refused_by_name(name: str, root: Path) -> None:
+    synthetic.imagenet(root, val=2, flat=True)
+    synthetic.save(root / "val" / name, 5)
     text = refusal(root)
     assert str(root / "val" / name) in text and "ILSVRC2012_val_00000001.JPEG to 00000006" in text
 
 
-def test_a_ground_truth_that_is_too_short_or_of_other_classes_is_refused(root: Path) -> None:
-    made.imagenet(root, val=2, flat=True)
-    truth = root / made.DEVKIT / "data" / "ILSVRC2012_validation_ground_truth.txt"
+def test_invalid_ground_truth_is_refused(root: Path) -> None:
+    synthetic.imagenet(root, val=2, flat=True)
+    truth = root / synthetic.DEVKIT / "data" / "ILSVRC2012_validation_ground_truth.txt"
     lines = truth.read_text().splitlines()
     truth.write_text("\n".join(lines[:4]))
     assert "ILSVRC2012_val_00000005.JPEG" in refusal(root)
@@ -169,46 +169,46 @@ def test_a_ground_truth_that_is_too_short_or_of_other_classes_is_refused(root: P
 
 @pytest.mark.parametrize("content", [b"one\ntwo\n", b"1.5\n", b"\xff\xfe\x00", b"1 2 x"])
 def test_a_ground_truth_of_something_else_is_refused(content: bytes, root: Path) -> None:
-    made.imagenet(root, flat=True)
-    (root / made.DEVKIT / "data" / "ILSVRC2012_validation_ground_truth.txt").write_bytes(content)
-    assert f"{made.DEVKIT} is damaged" in refusal(root)
+    synthetic.imagenet(root, flat=True)
+    (root / synthetic.DEVKIT / "data" / "ILSVRC2012_validation_ground_truth.txt").write_bytes(content)
+    assert f"{synthetic.DEVKIT} is damaged" in refusal(root)
 
 
 @pytest.mark.parametrize("eighths", range(8))
 def test_a_truncated_meta_file_is_refused(eighths: int, root: Path) -> None:
-    made.imagenet(root, per_class=1, flat=True)
-    meta = root / made.DEVKIT / "data" / "meta.mat"
+    synthetic.imagenet(root, per_class=1, flat=True)
+    meta = root / synthetic.DEVKIT / "data" / "meta.mat"
     whole = meta.read_bytes()
     meta.write_bytes(whole[: len(whole) * eighths // 8])
     text = refusal(root)
-    assert f"{made.DEVKIT} is damaged" in text and "fetch it again" in text
+    assert f"{synthetic.DEVKIT} is damaged" in text and "fetch it again" in text
 
 
 @pytest.mark.parametrize("fraction", [0, 0.5, 0.8])
 def test_a_truncated_devkit_archive_is_refused(fraction: float, root: Path) -> None:
-    made.imagenet(root, per_class=1, flat=True)
-    archive = made.pack_devkit(root)
+    synthetic.imagenet(root, per_class=1, flat=True)
+    archive = synthetic.pack_devkit(root)
     whole = archive.read_bytes()
     archive.write_bytes(whole[: int(len(whole) * fraction)])
-    assert f"{made.DEVKIT} is damaged" in refusal(root)
+    assert f"{synthetic.DEVKIT} is damaged" in refusal(root)
 
 
-def test_an_archive_with_other_content_under_the_devkit_s_name_is_refused(root: Path) -> None:
-    made.imagenet(root, per_class=1, flat=True)
-    archive = made.pack_devkit(root)
+def test_devkit_archive_with_other_content_is_refused(root: Path) -> None:
+    synthetic.imagenet(root, per_class=1, flat=True)
+    archive = synthetic.pack_devkit(root)
     with tarfile.open(archive, "w:gz") as file:
         entry = tarfile.TarInfo("other/readme.txt")
         entry.size = 4
         file.addfile(entry, io.BytesIO(b"text"))
     text = refusal(root)
-    assert f"{made.DEVKIT} is damaged or not the published one" in text and "meta.mat" in text
+    assert f"{synthetic.DEVKIT} is damaged or not the published one" in text and "meta.mat" in text
 
 
 def test_an_archive_packed_from_inside_its_folder_is_read(root: Path) -> None:
-    numbers = made.imagenet(root, flat=True)
-    with tarfile.open(root / f"{made.DEVKIT}.tar.gz", "w:gz") as file:
-        file.add(root / made.DEVKIT, f"./{made.DEVKIT}")
-    (root / made.DEVKIT / "data" / "meta.mat").unlink()  # the folder is not whole, the archive is
+    numbers = synthetic.imagenet(root, flat=True)
+    with tarfile.open(root / f"{synthetic.DEVKIT}.tar.gz", "w:gz") as file:
+        file.add(root / synthetic.DEVKIT, f"./{synthetic.DEVKIT}")
+    (root / synthetic.DEVKIT / "data" / "meta.mat").unlink()  # the folder is not whole, the archive is
     check(read(root).test, numbers, "val/")
 
 
@@ -220,22 +220,22 @@ def test_training_archives_that_are_not_unpacked_are_told(root: Path) -> None:
 
 
 @pytest.mark.parametrize("inside", ["", "train", "train/n01440764"])
-def test_a_root_without_training_images_is_refused_with_what_is_expected(inside: str, root: Path) -> None:
+def test_root_without_training_images_is_refused(inside: str, root: Path) -> None:
     (root / inside).mkdir(parents=True)
     text = refusal(root)
     assert "train" in text and "train/<wnid>/*.JPEG" in text and "unpacked" not in text
 
 
 def test_training_images_without_class_folders_are_refused(root: Path) -> None:
-    made.save(root / "train" / "1.JPEG", 1)
+    synthetic.save(root / "train" / "1.JPEG", 1)
     assert "no class folders" in refusal(root)
 
 
-def test_a_root_that_is_not_there_is_told_with_where_to_get_the_images(root: Path) -> None:
+def test_missing_root_is_refused_with_the_download_address(root: Path) -> None:
     assert "https://image-net.org" in refusal(root)
 
 
-def test_a_download_is_refused_with_what_to_get_and_nothing_is_written(root: Path) -> None:
+def test_refused_download_names_the_files_and_writes_nothing(root: Path) -> None:
     text = refusal(root, download=True)
     for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"):
         assert name in text
@@ -243,7 +243,7 @@ def test_a_download_is_refused_with_what_to_get_and_nothing_is_written(root: Pat
 
 
 def test_images_that_cannot_be_read_are_skipped_with_their_labels(root: Path) -> None:
-    numbers = made.imagenet(root, flat=True)
+    numbers = synthetic.imagenet(root, flat=True)
     bad = [name for name in numbers if numbers[name] in (1, 13)]
     for name in bad:
         (root / name).write_bytes(b"no image")

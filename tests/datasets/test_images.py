@@ -260,9 +260,7 @@ def test_a_file_cut_short_is_refused(share: float, read: Callable[[Path], Any], 
 @pytest.mark.parametrize(
     "content", [b"", b"no image", bytes(range(256)) * 20, b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n"]
 )
-def test_what_is_no_image_is_refused_with_a_reason_that_does_not_repeat_the_path(
-    content: bytes, tmp_path: Path
-) -> None:
+def test_non_images_are_refused_with_a_short_reason(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "image.jpg"
     path.write_bytes(content)
     for read in (read_rgb, size_of):
@@ -353,7 +351,7 @@ def test_images_in_files_are_decoded_when_they_are_asked_for(tmp_path: Path) -> 
     assert (images[1] == 255 - RGB).all()
 
 
-def test_an_image_that_is_gone_or_damaged_later_is_told_with_its_path(tmp_path: Path) -> None:
+def test_image_deleted_or_damaged_later_is_named(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     Image.fromarray(RGB).save(path)
     images = ImageFiles(tmp_path, ["image.png"])
@@ -423,9 +421,7 @@ def in_mode(mode: str, width: int, height: int) -> Image.Image:
 
 @pytest.mark.parametrize("strip", [1, 50, 120, 10_000])
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "I;16"])
-def test_conversion_in_strips_gives_the_pixels_of_a_conversion_as_a_whole(
-    mode: str, strip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_conversion_in_strips_is_exact(mode: str, strip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "STRIP", strip)
     path = tmp_path / f"image.{'tiff' if mode == 'CMYK' else 'png'}"
     image = in_mode(mode, 17, 23)
@@ -492,7 +488,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize(("what", "most"), [("check", 400), ("read", 500)])
-def test_a_very_large_image_takes_little_more_memory_than_pillow_does(what: str, most: int, tmp_path: Path) -> None:
+def test_very_large_image_needs_little_more_memory_than_pillow(what: str, most: int, tmp_path: Path) -> None:
     """Of 9,000 x 9,000 pixels, which are 309 MiB in Pillow; three copies and an array besides took 1,087 MiB."""
     side, pack = 9_000, zlib.compressobj(1)
     rows = b"".join([*(pack.compress(bytes(1 + 3 * side)) for _ in range(side)), pack.flush()])

@@ -1,4 +1,4 @@
-"""What is remembered of large folders, and when it is listed anew."""
+"""What is remembered of large folders, and when it is listed again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import datasets
-import made
+import synthetic
 from datasets import Splits, files, inventory
 from datasets.inventory import Inventory, Listing, Names
 from runs import output_of, start
@@ -100,14 +100,14 @@ def content(splits: Splits) -> Any:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Seven pictures of two classes, one of them damaged, that nobody has touched for a minute."""
+    """Seven pictures of two classes, one of them damaged, unchanged for a minute."""
     root = tmp_path / "root"
     for number in range(4):
-        made.save(root / "train" / "ab"[number % 2] / f"{number}.png", number)
+        synthetic.save(root / "train" / "ab"[number % 2] / f"{number}.png", number)
     for number in (4, 5):
-        made.save(root / "test" / "b" / f"{number}.png", number)
+        synthetic.save(root / "test" / "b" / f"{number}.png", number)
     (root / "train" / "a" / "bad.png").write_bytes(b"no image")
-    made.age(root)
+    synthetic.age(root)
     return root
 
 
@@ -122,11 +122,9 @@ def test_a_second_load_opens_no_file_and_tells_the_same(root: Path, opened: Open
     assert [name for name, _ in first[1]] == ["train/a/bad.png"]
 
 
-def test_files_that_are_left_out_are_told_of_again_until_another_format_is_read(
-    root: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ignored_files_are_reported_in_each_run(root: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     (root / "train" / "a" / "6.xyz").write_bytes(b"no image")
-    made.age(root)
+    synthetic.age(root)
     first = content(load(root))
     assert sorted(name for name, _ in first[1]) == ["train/a/6.xyz", "train/a/bad.png"]
     assert opened.by(lambda: load(root)) == 0
@@ -140,8 +138,8 @@ def test_files_that_are_left_out_are_told_of_again_until_another_format_is_read(
 @pytest.mark.parametrize("name", ["imagenet", "cub200", "dogs"])
 def test_every_source_of_files_is_remembered(name: str, tmp_path: Path, opened: Opened) -> None:
     root = tmp_path / name
-    {"imagenet": made.imagenet, "cub200": made.cub200, "dogs": made.dogs}[name](root)
-    made.age(root)
+    {"imagenet": synthetic.imagenet, "cub200": synthetic.cub200, "dogs": synthetic.dogs}[name](root)
+    synthetic.age(root)
     first = content(datasets.load(name, root))
     assert opened.by(lambda: datasets.load(name, root)) == 0
     assert content(datasets.load(name, root)) == first
@@ -172,7 +170,7 @@ def test_nothing_is_written_beside_the_images(root: Path) -> None:
 
 
 def add(root: Path) -> None:
-    made.save(root / "train" / "b" / "9.png", 9)
+    synthetic.save(root / "train" / "b" / "9.png", 9)
 
 
 def add_class(root: Path) -> None:
@@ -181,7 +179,7 @@ def add_class(root: Path) -> None:
 
 def add_deeper(root: Path) -> None:
     (root / "train" / "a" / "deep").mkdir()
-    made.save(root / "train" / "a" / "deep" / "9.png", 9)
+    synthetic.save(root / "train" / "a" / "deep" / "9.png", 9)
 
 
 def remove(root: Path) -> None:
@@ -197,16 +195,16 @@ def rename_class(root: Path) -> None:
 
 
 def replace(root: Path) -> None:
-    made.save(root / "new.png", 9)
+    synthetic.save(root / "new.png", 9)
     (root / "new.png").replace(root / "train" / "b" / "1.png")
 
 
-def mend(root: Path) -> None:
+def repair(root: Path) -> None:
     with (root / "train" / "a" / "bad.png").open("wb") as file:  # the folder does not notice
         file.write((root / "train" / "b" / "3.png").read_bytes())
 
 
-@pytest.mark.parametrize("change", [add, add_class, add_deeper, remove, rename, rename_class, replace, mend])
+@pytest.mark.parametrize("change", [add, add_class, add_deeper, remove, rename, rename_class, replace, repair])
 def test_a_change_is_seen_at_the_next_load(
     change: Callable[[Path], None], root: Path, tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,15 +225,15 @@ def test_a_change_of_one_split_leaves_the_other_remembered(root: Path, opened: O
 def test_a_file_that_is_mended_to_the_same_size_is_seen_by_its_time(root: Path, opened: Opened) -> None:
     path = root / "train" / "a" / "bad.png"
     path.write_bytes(b"x" * (root / "train" / "b" / "1.png").stat().st_size)
-    made.age(root)
+    synthetic.age(root)
     assert len(load(root).skipped) == 1
     path.write_bytes((root / "train" / "b" / "1.png").read_bytes())
     assert load(root).skipped == ()
 
 
 def test_another_list_of_images_is_another_inventory(tmp_path: Path, opened: Opened) -> None:
-    made.cub200(tmp_path)
-    made.age(tmp_path)
+    synthetic.cub200(tmp_path)
+    synthetic.age(tmp_path)
     home = tmp_path / "CUB_200_2011"
     first = content(datasets.load("cub200", tmp_path))
     for list_of in ("images", "train_test_split"):
@@ -264,19 +262,17 @@ def test_a_folder_that_was_changed_a_moment_ago_is_not_remembered(
 
 
 def test_a_folder_from_the_future_is_not_remembered(root: Path, opened: Opened) -> None:
-    made.age(root / "train" / "b", seconds=-3600)
+    synthetic.age(root / "train" / "b", seconds=-3600)
     load(root)
     assert opened.by(lambda: load(root)) == 5
 
 
-def test_a_folder_that_changes_while_it_is_listed_or_read_is_listed_anew(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_that_changes_during_listing_is_listed_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size_of = files.size_of
 
     def slow(path: Path) -> tuple[int, int]:
         if not (root / "train" / "b" / "late.png").exists():
-            made.save(root / "train" / "b" / "late.png", 9)
+            synthetic.save(root / "train" / "b" / "late.png", 9)
         return size_of(path)
 
     monkeypatch.setattr(files, "size_of", slow)
@@ -321,7 +317,7 @@ def test_without_a_home_folder_the_run_goes_on_and_says_so(root: Path, monkeypat
 
 
 @pytest.mark.parametrize("where", ["cache", "cache/anchor-neighbourhoods"])
-def test_a_cache_folder_that_cannot_be_written_is_noted_and_the_run_goes_on(
+def test_unwritable_cache_folder_is_logged_and_run_continues(
     where: str, root: Path, tmp_path: Path, opened: Opened
 ) -> None:
     (tmp_path / where).parent.mkdir(exist_ok=True)
@@ -374,10 +370,10 @@ def remembered(root: Path, names: tuple[str, ...] = ("train/a/0.png", "train/a/b
 
 
 def recalled(root: Path) -> Inventory | None:
-    """What is remembered, or None where the folder is listed anew."""
-    anew: list[bool] = []
-    found = inventory.take(root, KEY, lambda: anew.append(True) or Listing([], []))  # type: ignore[func-returns-value]
-    return None if anew else found
+    """What is remembered, or None where the folder is listed again."""
+    listed_again: list[bool] = []
+    found = inventory.take(root, KEY, lambda: listed_again.append(True) or Listing([], []))  # type: ignore[func-returns-value]
+    return None if listed_again else found
 
 
 def the_file(cache: Path) -> Path:
@@ -400,7 +396,7 @@ def test_names_that_are_no_text_come_back(root: Path) -> None:
         (root / odd[1]).write_bytes(b"no image")
     except OSError:
         pytest.skip("this file system takes text only")
-    made.age(root)
+    synthetic.age(root)
     first = content(load(root))
     assert odd[0] in first[0][0][0] and odd[1] in dict(first[1])
     assert content(load(root)) == first
@@ -514,7 +510,7 @@ def loading(root: Path, how: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there")
-def test_what_a_killed_process_half_wrote_is_never_read_and_swept_away(root: Path, cache: Path, opened: Opened) -> None:
+def test_partial_files_of_killed_processes_are_removed(root: Path, cache: Path, opened: Opened) -> None:
     process = loading(root, "killed")
     output_of(process)
     assert process.returncode == -signal.SIGKILL
@@ -526,7 +522,7 @@ def test_what_a_killed_process_half_wrote_is_never_read_and_swept_away(root: Pat
     assert not left.exists() and not list(cache.glob("*.part"))
 
 
-def test_two_processes_at_once_leave_one_whole_file_each_has_read_all(root: Path, cache: Path, opened: Opened) -> None:
+def test_concurrent_downloads_leave_one_complete_file(root: Path, cache: Path, opened: Opened) -> None:
     both = [loading(root, "whole") for _ in range(2)]
     assert [output_of(process).strip() for process in both] == ["4", "4"]
     assert not list(cache.glob("*.part"))

@@ -45,7 +45,7 @@ def svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def source(svhn: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Source]:
-    """A server of the made files in place of Stanford's."""
+    """A server of the synthetic files in place of Stanford's."""
     monkeypatch.setenv("no_proxy", "*")
     with serving(**{name: (svhn / name).read_bytes() for name in FILES.values()}) as source:
         for part, (_, name, digits) in [(part, SVHN.split_list[part]) for part in FILES]:

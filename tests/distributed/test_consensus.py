@@ -22,7 +22,7 @@ def refusing(ranks: Ranks, which: list[int], text: str) -> str:
         return str(error)
 
 
-def test_an_error_on_one_rank_is_raised_on_all_and_reported_by_rank_0(team: Team) -> None:
+def test_error_on_one_rank_is_raised_on_all(team: Team) -> None:
     others = ["elsewhere"] * (len(team.run(refusing, [], "no")) - 1)
     assert team.run(refusing, [], "no") == ["done"] * (len(others) + 1)
     assert team.run(refusing, [1], "no image") == ["rank 1: no image", *others]
@@ -40,7 +40,7 @@ def agreeing(ranks: Ranks, odd: int) -> str:
         return str(error)
 
 
-def test_a_value_that_differs_between_ranks_is_an_error_that_names_both(team: Team) -> None:
+def test_values_that_differ_between_ranks_are_both_named(team: Team) -> None:
     assert set(team.run(agreeing, -1)) == {"agreed"}
-    said, *others = team.run(agreeing, 1)
-    assert said.startswith("training images: rank 1 has 8, but rank 0 has 9; ") and set(others) == {"elsewhere"}
+    message, *others = team.run(agreeing, 1)
+    assert message.startswith("training images: rank 1 has 8, but rank 0 has 9; ") and set(others) == {"elsewhere"}

@@ -138,7 +138,7 @@ def summed_over_steps(ranks: Ranks, overlapping: tuple[str, ...]) -> Any:
     return network.used.weight.grad, isinstance(wrapped, DistributedDataParallel)
 
 
-def test_a_network_with_unused_parameters_is_summed_after_the_backward_pass(team: Team) -> None:
+def test_unused_parameters_are_summed_after_the_backward_pass(team: Team) -> None:
     """DistributedDataParallel would refuse the second step."""
     answers = team.run(summed_over_steps, ("cpu",))
     expected = sum(2.0 * (rank + 2) for rank in range(len(answers)))

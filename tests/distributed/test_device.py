@@ -120,9 +120,7 @@ def test_available_returns_the_gpus_that_exist(
 
 
 @pytest.mark.parametrize("gpus", [(2,), (0, 2), (7, 0)])
-def test_a_gpu_that_does_not_exist_is_an_error_that_names_the_valid_range(
-    gpus: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_gpu_is_refused_with_the_valid_range(gpus: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     has_gpus(2, monkeypatch)
     with pytest.raises(UsageError) as refused:
         device.select(gpus)
@@ -199,7 +197,7 @@ def test_images_and_network_are_channels_last_where_that_is_fast(
     assert images.is_contiguous(memory_format=layout)
 
 
-def test_cudnn_chooses_the_fastest_convolution_unless_runs_are_deterministic(restore_nondeterminism: None) -> None:
+def test_cudnn_benchmark_is_off_with_deterministic(restore_nondeterminism: None) -> None:
     device.allow_nondeterminism(True)
     assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.deterministic
     device.allow_nondeterminism(False)

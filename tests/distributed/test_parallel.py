@@ -385,9 +385,7 @@ def damaged(ranks: Ranks, there: Path) -> str:
 
 
 @pytest.mark.parametrize("memory", [torch.eye(3).to_sparse(), None, [1.0]])
-def test_a_memory_bank_that_is_no_dense_matrix_is_an_error_on_all_ranks(
-    memory: Any, team: Team, tmp_path: Path
-) -> None:
+def test_memory_bank_that_is_not_dense_is_refused_on_all_ranks(memory: Any, team: Team, tmp_path: Path) -> None:
     checkpoint.save({"net": {}, "npc": {"memory": memory}}, tmp_path / "a.ckpt")
-    said, *others = team.run(damaged, tmp_path / "a.ckpt")
-    assert "its memory bank is not a plain tensor" in said and set(others) == {"elsewhere"}
+    message, *others = team.run(damaged, tmp_path / "a.ckpt")
+    assert "its memory bank is not a plain tensor" in message and set(others) == {"elsewhere"}

@@ -36,7 +36,7 @@ def shards_in_chunks(ranks: Ranks, samples: int) -> Any:
 
 @pytest.mark.parametrize("chunk", [1, 5, 2**22])
 @pytest.mark.parametrize("samples", [1, 3, 4, 9, 23])
-def test_every_row_is_in_one_shard_and_the_ring_brings_all_to_every_rank(samples: int, chunk: int, team: Team) -> None:
+def test_ring_visits_every_row_on_every_rank(samples: int, chunk: int, team: Team) -> None:
     whole = torch.arange(2.0 * samples).view(samples, 2)
     answers = team.run(shards_of, samples, chunk)
     assert torch.equal(torch.cat([own for own, *_ in answers]), whole)

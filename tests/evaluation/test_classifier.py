@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-import made
 import oracles
+import synthetic
 from lib.data.loader import Loader
 from lib.evaluation.classifier import Accuracy, Evaluator
 from lib.session.console import logger
@@ -74,12 +74,12 @@ class Case:
 
 def loader_of(samples: int) -> Loader:
     images = [np.full((1, 1, 3), i, dtype=np.uint8) for i in range(samples)]
-    scaled = made.untouched(1, 1, stds=(1 / 255,) * 3)  # back to the numbers
+    scaled = synthetic.untouched(1, 1, stds=(1 / 255,) * 3)  # back to the numbers
     return Loader(images, scaled, batch_size=8, workers=0, seed=None, device=torch.device("cpu"))
 
 
 @pytest.fixture
-def said() -> Iterator[list[str]]:
+def message() -> Iterator[list[str]]:
     """What the program's logger is told."""
     lines: list[str] = []
 
@@ -125,34 +125,34 @@ def test_an_evaluator_has_a_name_for_the_tables() -> None:
     assert Case(train=30).evaluator().name == "weighted kNN (K=30, sigma=0.1)"
 
 
-def test_a_small_training_split_votes_as_a_whole_and_is_mentioned_once(said: list[str]) -> None:
+def test_k_is_reduced_for_a_small_split_and_logged_once(message: list[str]) -> None:
     case = Case(train=30)
     evaluator, network, bank = case.evaluator(), Lookup(case.queries), torch.from_numpy(case.bank).float()
     results = [evaluator(network, bank) for _ in range(3)]
     for result in results:
         assert [result.top1, result.top5] == case.expected(case.bank, 30, 0.1)
-    assert len(said) == 1
-    assert "200" in said[0]
-    assert "30" in said[0]
+    assert len(message) == 1
+    assert "200" in message[0]
+    assert "30" in message[0]
 
 
 @pytest.mark.parametrize("classes", [1, 2, 4])
-def test_fewer_than_five_classes_make_top_5_certain_and_are_mentioned_once(classes: int, said: list[str]) -> None:
+def test_fewer_than_five_classes_have_no_top_5(classes: int, message: list[str]) -> None:
     case = Case(train=200, classes=classes)
     evaluator, network, bank = case.evaluator(), Lookup(case.queries), torch.from_numpy(case.bank).float()
     results = [evaluator(network, bank) for _ in range(2)]
     for result in results:
         assert [result.top1, result.top5] == case.expected(case.bank, 200, 0.1)
         assert result.top5 == 1
-    assert len(said) == 1
-    assert "top-5" in said[0]
-    assert str(classes) in said[0]
+    assert len(message) == 1
+    assert "top-5" in message[0]
+    assert str(classes) in message[0]
 
 
-def test_nothing_is_said_where_nothing_is_clamped(said: list[str]) -> None:
+def test_nothing_is_said_where_nothing_is_clamped(message: list[str]) -> None:
     Case(train=200, classes=5).accuracy()
     Case(train=30, classes=4).accuracy("nn")  # one voter, and no top-5
-    assert said == []
+    assert message == []
 
 
 def test_the_network_is_judged_in_inference_mode_and_left_as_it_was() -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-import made
 import oracles
+import synthetic
 from lib.config.options import Options
 from lib.data.loader import Loader
 from lib.errors import UsageError
@@ -43,7 +43,7 @@ class Staged(torch.nn.Module):
 
 def loader_of(first: int, count: int) -> Loader:
     images = [np.full((1, 1, 3), first + i, dtype=np.uint8) for i in range(count)]
-    scaled = made.untouched(1, 1, stds=(1 / 255,) * 3)  # back to the numbers
+    scaled = synthetic.untouched(1, 1, stds=(1 / 255,) * 3)  # back to the numbers
     return Loader(images, scaled, batch_size=8, workers=0, seed=None, device=torch.device("cpu"))
 
 

@@ -82,7 +82,7 @@ def test_the_nearest_neighbours_class_is_the_oracles(case: Case, block: int) -> 
     np.testing.assert_array_equal(scores.numpy(), expected)
 
 
-def test_one_near_sample_outvotes_two_far_ones_only_while_the_weights_are_narrow() -> None:
+def test_sigma_decides_between_one_near_and_two_far_votes() -> None:
     query, bank = np.array([[1.0, 0.0]]), np.array([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8]])
     case = (query, bank, np.array([0, 1, 1]), 2)
     assert scores_of(case, k=3, sigma=0.1).argmax() == 0  # e^10 against 2 e^6

@@ -14,9 +14,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import datasets
-import made
 import models
 import runs
+import synthetic
 from lib.data.loader import Loader
 from lib.errors import UsageError
 from lib.evaluation import linear_probe
@@ -27,7 +27,7 @@ LAYERS = ["conv1", "conv3", "conv5", "fc"]
 
 
 def loader_of(images: Any, batch_size: int = 100) -> Loader:
-    augmentation = made.untouched(*np.shape(images[0])[:2])
+    augmentation = synthetic.untouched(*np.shape(images[0])[:2])
     return Loader(images, augmentation, batch_size=batch_size, workers=0, seed=None, device=CPU)
 
 
@@ -38,7 +38,7 @@ def digits() -> datasets.Splits:
 
 @pytest.fixture(scope="module")
 def stages(digits: datasets.Splits) -> list[dict[str, torch.Tensor]]:
-    """Of a network that nobody trained, for training and test images; beside them the pixels."""
+    """Of an untrained network, for training and test images; beside them the pixels."""
     torch.manual_seed(0)
     network = models.build("resnet10-w16", low_dim=32)
     assert digits.test is not None
@@ -154,9 +154,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (25, 4, 4, 3)).astype(np.uint
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_several_stages_come_from_one_pass_in_the_order_of_the_samples(
-    in_memory: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stages_are_extracted_in_one_pass_in_order(in_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not in_memory:
         monkeypatch.setattr(linear_probe, "IN_MEMORY", 25 * 40 * 4)
     network = Counting().train()
@@ -176,7 +174,7 @@ class Usage(NamedTuple):
     free: int
 
 
-def test_features_that_the_disk_has_no_room_for_are_refused_before_they_are_written(
+def test_features_beyond_the_free_disk_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     size = 25 * 48 * 2
@@ -204,7 +202,7 @@ except UsageError as error:
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve room for a file")
-def test_room_for_the_features_is_reserved_so_that_a_quota_is_noticed_before_they_are_written() -> None:
+def test_disk_space_for_features_is_reserved() -> None:
     """A limit on the size of files stands for the quota."""
     process = runs.start(program=("-c", LIMITED))
     shown = runs.output_of(process)

@@ -43,12 +43,12 @@ def test_healthy_runs_have_no_warning(run: str) -> None:
 
 
 def test_embeddings_that_are_all_alike_are_a_collapse() -> None:
-    said = find_collapse(rows(COLLAPSED), **DIGITS)
-    assert said.startswith("round 0, epoch 10: the embeddings seem to have collapsed")
-    assert "ln N = 7.27" in said
+    message = find_collapse(rows(COLLAPSED), **DIGITS)
+    assert message.startswith("round 0, epoch 10: the embeddings seem to have collapsed")
+    assert "ln N = 7.27" in message
     for option in ("--base-lr", "--npc-temperature", "--max-epoch", "--batch-size"):
-        assert option in said
-    assert find_collapse(rows([*COLLAPSED, *[4.0] * 5]), **DIGITS) == said  # the first sign, also where it has passed
+        assert option in message
+    assert find_collapse(rows([*COLLAPSED, *[4.0] * 5]), **DIGITS) == message  # the first sign
 
 
 def test_it_takes_four_epochs_in_a_row_and_ten_of_the_run() -> None:
@@ -61,9 +61,9 @@ def test_it_takes_four_epochs_in_a_row_and_ten_of_the_run() -> None:
 
 def test_neighbours_kept_by_chance_alone_are_a_collapse() -> None:
     kept = [None] * 10 + [0.0807, 0.0035, 0.0014, 0.0007, 0.0007, 0.0]  # of digits at a learning rate of 30
-    said = find_collapse(rows([5.0] * 16, kept), **DIGITS)
-    assert said.startswith("round 1, epoch 5: the neighbourhoods seem to be random")
-    assert "0.16% of the neighbours" in said and "chance alone keeps 0.07%" in said
+    message = find_collapse(rows([5.0] * 16, kept), **DIGITS)
+    assert message.startswith("round 1, epoch 5: the neighbourhoods seem to be random")
+    assert "0.16% of the neighbours" in message and "chance alone keeps 0.07%" in message
     assert find_collapse(rows([2.0] * 16, kept), **{**DIGITS, "samples": 50}) == ""  # chance alone keeps many
 
 

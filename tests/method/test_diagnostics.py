@@ -141,7 +141,7 @@ def test_the_drift_is_of_directions_alone() -> None:
     assert figures_of(-memory, state)[0]["drift"] == pytest.approx(2)
 
 
-def test_neighbours_are_held_against_the_end_of_the_last_round_and_rows_against_the_last_epoch() -> None:
+def test_kept_and_drift_compare_with_last_round_and_last_epoch() -> None:
     banks = [oracles.rows("random", 30, 4, seed=seed) for seed in range(6)]
     rounds = [0, 0, 1, 1, 1, 3]
     reference = [None, None, 1, 1, 1, 4]
@@ -160,7 +160,7 @@ def test_neighbours_are_held_against_the_end_of_the_last_round_and_rows_against_
     assert found["kept"] not in (0, 1)
 
 
-def test_the_state_keeps_what_was_although_the_bank_is_updated_in_place() -> None:
+def test_diagnostics_state_is_a_copy_of_the_bank() -> None:
     memory = torch.from_numpy(oracles.rows("random", 5, 3, seed=1))
     _, state = measure(memory, None, round=0, temperature=0.2, size=1)
     memory.neg_()

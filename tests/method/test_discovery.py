@@ -124,7 +124,7 @@ def test_the_entropy_of_a_row_is_finite_whatever_its_logits(seed: int, scale: fl
     assert (entropy <= math.log(8) + 1e-6).all()
 
 
-def test_the_entropy_of_a_row_does_not_change_when_its_logits_are_shifted() -> None:
+def test_entropy_is_invariant_to_shifted_logits() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.5], [4.0, 4.0, -3.0]], dtype=torch.float64)
     expected = []
     for row in logits.exp().tolist():

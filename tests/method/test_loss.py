@@ -87,7 +87,7 @@ def test_loss_and_gradient_are_finite_where_probabilities_underflow(case: Case, 
     assert leaf.grad.isfinite().all()
 
 
-def test_an_instance_sample_far_from_its_own_row_has_the_loss_of_the_distance() -> None:
+def test_loss_of_a_distant_instance_does_not_underflow() -> None:
     logits = torch.tensor([[-1000.0, 1000.0, 0.0]])  # p is 0 in float32
     assert by_logits(logits, torch.tensor([[0]])).item() == 2000
 

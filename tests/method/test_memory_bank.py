@@ -95,7 +95,7 @@ def test_the_first_update_makes_the_row_unit_length() -> None:
     assert bank.memory[2].norm().item() == pytest.approx(1, abs=1e-6)
 
 
-def test_an_update_with_embeddings_of_a_graph_keeps_the_memory_out_of_it() -> None:
+def test_update_detaches_the_memory() -> None:
     bank = bank_of(4, 2)
     x = torch.ones(1, 2, requires_grad=True)
     bank.update(x * 0.5, torch.tensor([1]))

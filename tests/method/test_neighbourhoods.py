@@ -69,9 +69,7 @@ def test_before_the_first_discovery_everyone_is_an_instance_sample() -> None:
 
 @many
 @given(st.integers(1, 14), st.integers(0, 14), st.integers(1, 5), seeds)
-def test_the_neighbourhood_of_a_sample_is_itself_and_an_anchors_neighbours(
-    samples: int, anchors: int, size: int, seed: int
-) -> None:
+def test_neighbourhood_is_the_sample_and_its_neighbours(samples: int, anchors: int, size: int, seed: int) -> None:
     memory = torch.from_numpy(oracles.rows("random", samples, 3, seed=seed))
     found = discover(memory, temperature=0.1, anchors=min(anchors, samples), size=size)
     index = np.random.default_rng(seed).permutation(samples)[: max(1, samples // 2)]

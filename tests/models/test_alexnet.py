@@ -221,7 +221,7 @@ def test_an_embedding_depends_on_its_own_image_in_inference(case: tuple[str, Ale
 
 
 @pytest.mark.parametrize("kind", BUILD)
-def test_training_is_without_chance_and_the_gradient_reaches_every_parameter(kind: str) -> None:
+def test_forward_is_deterministic_and_every_parameter_has_a_gradient(kind: str) -> None:
     """Without dropout two passes in training mode agree."""
     torch.manual_seed(7)
     network, x = BUILD[kind](low_dim=6).train(), images(LEAST[kind], 4)

@@ -1,4 +1,4 @@
-"""Sessions side by side, and the reader of their metrics, against made sessions and plain arithmetic."""
+"""Sessions side by side, and the reader of their metrics, against synthetic sessions and plain arithmetic."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_records_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert metrics.read(make(tmp_path / "a", records)) == records
 
 
-def test_of_two_records_of_an_epoch_the_later_counts_and_rounds_are_in_order(tmp_path: Path) -> None:
+def test_later_record_of_an_epoch_counts(tmp_path: Path) -> None:
     session = make(tmp_path / "a", [record(0, 0), record(1, 0), record(0, 1, loss=1.0), record(0, 1, loss=2.0)])
     assert [(r["round"], r["epoch"], r["loss"]) for r in metrics.read(session)] == [
         (0, 0, 4.5),
@@ -201,7 +201,7 @@ def test_runs_of_one_commit_and_the_same_versions_form_a_group(tmp_path: Path) -
         ("unknown (not a git checkout)", VERSIONS, "commit", (HEAD, "unknown (not a git checkout)")),
     ],
 )
-def test_another_commit_changed_code_or_another_version_makes_a_group(
+def test_runs_of_other_code_are_grouped_apart(
     commit: str, versions: str, name: str, values: tuple[str, str], tmp_path: Path
 ) -> None:
     one = started(make(tmp_path / "a"))
@@ -278,7 +278,7 @@ def test_options_that_a_file_leaves_out_have_their_defaults(tmp_path: Path) -> N
     assert compare.compare([one, other]).differing == ()
 
 
-def test_the_figures_of_a_round_are_its_last_epoch_s_and_times_are_summed(tmp_path: Path) -> None:
+def test_round_figures_are_of_its_last_epoch(tmp_path: Path) -> None:
     records = [record(0, e, train_s=t, images_per_s=v) for e, (t, v) in enumerate([(1.0, 300.0), (3.0, 100.0)])]
     (group,) = compare.compare([make(tmp_path / "a", [*records, record(1, 0)])]).groups
     (run,) = group.runs
@@ -337,7 +337,7 @@ def test_mean_and_deviation_are_those_of_the_statistics_module(tmp_path: Path) -
     assert found == pytest.approx((statistics.mean(seconds), statistics.stdev(seconds)))
 
 
-def test_one_run_has_no_deviation_and_a_figure_that_a_run_lacks_has_no_mean(tmp_path: Path) -> None:
+def test_missing_figures_have_no_mean_or_deviation(tmp_path: Path) -> None:
     sessions = seeds(tmp_path, [0.5, 0.75])
     assert compare.mean_and_deviation(compare.compare(sessions[:1]).groups[0].whole(), "top1") == (0.51, None)
     write_lines(sessions[1], [record(r, e, loss=None, top1=0.76) for r in range(2) for e in range(3)])
@@ -553,7 +553,7 @@ def test_a_plot_of_runs_that_recorded_nothing_is_one(tmp_path: Path) -> None:
     assert picture(compare.draw(compare.compare([make(tmp_path / "a", [{"round": 0, "epoch": 0}])]))).size
 
 
-def test_the_files_lie_where_the_caller_wants_them_and_replace_older_ones(tmp_path: Path) -> None:
+def test_exports_replace_older_files(tmp_path: Path) -> None:
     sessions = [make(tmp_path / "a"), make(tmp_path / "b", low_dim=5)]
     folder = tmp_path / "new" / "folder"
     assert compare.write(compare.compare(sessions[:1]), folder) == (

@@ -98,9 +98,7 @@ def saved(path: Path, network: torch.nn.Module, given: list[Part], classes: tupl
 # embeddings
 
 
-def test_every_row_is_the_embedding_of_the_image_that_its_label_and_name_are_of(
-    tmp_path: Path, resnet: torch.nn.Module
-) -> None:
+def test_exported_rows_match_labels_and_names(tmp_path: Path, resnet: torch.nn.Module) -> None:
     given = parts()
     content = saved(tmp_path / "out.npz", resnet, given, ("ant", "bée", "cat"))
     assert list(content) == [
@@ -119,7 +117,7 @@ def test_every_row_is_the_embedding_of_the_image_that_its_label_and_name_are_of(
     assert content["classes"].tolist() == ["ant", "bée", "cat"]
 
 
-def test_without_labels_names_or_test_images_their_arrays_are_left_out(tmp_path: Path, resnet: torch.nn.Module) -> None:
+def test_missing_labels_and_names_have_no_arrays(tmp_path: Path, resnet: torch.nn.Module) -> None:
     bare = Part("train", Shuffled(7, 1), None, None)
     assert list(saved(tmp_path / "bare.npz", resnet, [bare])) == ["train_embeddings", "train_indices"]
     named = Part("train", Shuffled(7, 1), None, NAMES)
@@ -136,9 +134,7 @@ def test_exporting_embeddings_leaves_the_network_as_it_was(tmp_path: Path, resne
 # the network with its options
 
 
-def test_safetensors_load_into_a_fresh_network_that_gives_the_same_embeddings(
-    tmp_path: Path, resnet: torch.nn.Module
-) -> None:
+def test_safetensors_reload_gives_equal_embeddings(tmp_path: Path, resnet: torch.nn.Module) -> None:
     path = tmp_path / "out.safetensors"
     export.save_model(path, resnet, options_of(), **COLOURS)
     with safetensors.safe_open(path, "pt") as file:
@@ -152,9 +148,7 @@ def test_safetensors_load_into_a_fresh_network_that_gives_the_same_embeddings(
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out.safetensors", "out.yaml"]
 
 
-def test_weights_in_another_memory_layout_are_saved_as_the_numbers_they_are(
-    tmp_path: Path, resnet: torch.nn.Module
-) -> None:
+def test_channels_last_weights_are_saved_contiguous(tmp_path: Path, resnet: torch.nn.Module) -> None:
     moved = copy.deepcopy(resnet).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     export.save_model(tmp_path / "out.safetensors", moved, options_of(), **COLOURS)
     content = load_file(tmp_path / "out.safetensors")
@@ -204,7 +198,7 @@ def test_a_line_of_the_log_tells_of_each_file(
 @pytest.mark.parametrize(
     ("name", "size"), [("resnet10", 8), ("alexnet-small", (40, 24)), ("imagenet-resnet18", 33)], ids=str
 )
-def test_onnx_gives_torch_s_embeddings_for_any_batch_and_any_size_of_image(
+def test_onnx_embeddings_equal_those_of_torch(
     tmp_path: Path, name: str, size: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     runtime = pytest.importorskip("onnxruntime")
@@ -248,9 +242,7 @@ class Unknown(torch.nn.Module):
         return torch.special.bessel_j0(x).flatten(1)
 
 
-def test_where_the_exporter_fails_a_sentence_says_so_and_nothing_is_left(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_failed_onnx_export_leaves_no_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)
     network = Unknown().train()
@@ -350,7 +342,7 @@ def test_a_folder_that_the_system_calls_read_only_is_refused(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
-def test_missing_packages_are_named_with_the_command_that_brings_them(
+def test_missing_packages_are_named_with_the_pip_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     for name in ("onnx", "onnxscript"):  # as if installed, so that the test runs without them
@@ -423,7 +415,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
 # what has to be installed
 
 
-def test_the_packages_for_onnx_are_in_both_lists_and_say_what_they_are_for() -> None:
+def test_onnx_packages_are_listed_with_their_purpose() -> None:
     lists = [(ROOT / name).read_text(encoding="utf-8") for name in ("requirements-onnx.txt", "requirements-dev.txt")]
     (extra, tests) = ([line for line in text.splitlines() if not line.startswith("#")] for text in lists)
     assert all(re.fullmatch(r"[\w-]+>=[\d.]+\s+# \w.+", line) for line in extra)

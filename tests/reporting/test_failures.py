@@ -37,7 +37,7 @@ FULL = [
 ]
 
 
-def told(error: Exception, folder: Path, saved: bool) -> tuple[int, str]:
+def messages(error: Exception, folder: Path, saved: bool) -> tuple[int, str]:
     session = Session(folder, log_tfb=False)
     if saved:
         (folder / "checkpoint" / "latest.ckpt").write_bytes(b"")
@@ -50,8 +50,8 @@ def told(error: Exception, folder: Path, saved: bool) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("error", LOST, ids=str)
-def test_a_gpu_that_fails_in_training_is_told_with_the_last_checkpoint(error: Exception, tmp_path: Path) -> None:
-    status, sentence = told(error, tmp_path, saved=True)
+def test_gpu_failure_in_training_names_the_last_checkpoint(error: Exception, tmp_path: Path) -> None:
+    status, sentence = messages(error, tmp_path, saved=True)
     assert status == 70 and sentence.startswith(f"the GPU failed: {str(error).splitlines()[0]}; nvidia-smi")
     checkpoint = tmp_path / "checkpoint" / "latest.ckpt"
     assert sentence.endswith(f"; the last checkpoint is {checkpoint}; resume with: python main.py --resume {tmp_path}")
@@ -59,15 +59,15 @@ def test_a_gpu_that_fails_in_training_is_told_with_the_last_checkpoint(error: Ex
 
 
 @pytest.mark.parametrize("error", FULL, ids=str)
-def test_memory_that_runs_out_in_training_is_told_with_the_last_checkpoint(error: Exception, tmp_path: Path) -> None:
-    status, sentence = told(error, tmp_path, saved=True)
+def test_out_of_memory_in_training_names_the_last_checkpoint(error: Exception, tmp_path: Path) -> None:
+    status, sentence = messages(error, tmp_path, saved=True)
     assert status == 2 and sentence.startswith("memory ran out; set --batch-size or --size lower")
     assert sentence.endswith(f"latest.ckpt; resume with: python main.py --resume {tmp_path}")
 
 
 @pytest.mark.parametrize("error", [LOST[0], FULL[0]], ids=str)
 def test_without_a_checkpoint_that_is_said(error: Exception, tmp_path: Path) -> None:
-    _, sentence = told(error, tmp_path, saved=False)
+    _, sentence = messages(error, tmp_path, saved=False)
     assert sentence.endswith("; no checkpoint was saved yet") and "the last checkpoint is" not in sentence
 
 

@@ -48,8 +48,10 @@ def discovered(number: int, features: np.ndarray) -> Discovered:
     entropy = oracles.entropies(features, 0.3)
     anchors = oracles.anchors(entropy, 15 * number)
     neighbours = [oracles.neighbours(features, anchor, K) for anchor in anchors]
-    alike = [[oracles.dot(features[a], features[b]) for b in near] for a, near in zip(anchors, neighbours, strict=True)]
-    return Discovered(number, entropy, np.array(anchors), np.array(neighbours), np.array(alike))
+    nearest = [
+        [oracles.dot(features[a], features[b]) for b in near] for a, near in zip(anchors, neighbours, strict=True)
+    ]
+    return Discovered(number, entropy, np.array(anchors), np.array(neighbours), np.array(nearest))
 
 
 def metrics(rounds: int = 4, epochs: int = 3) -> list[dict[str, Any]]:
@@ -394,7 +396,7 @@ def test_of_many_samples_the_map_and_the_matrix_take_some(tmp_path: Path, monkey
         assert int(tiles[1].image[0, 0, 0]) == int(np.argmax(similarity))
 
 
-def test_the_same_material_gives_the_same_bytes_and_leaves_matplotlib_alone(tmp_path: Path) -> None:
+def test_plots_are_reproducible_and_keep_matplotlib_settings(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     first = page.write(material(), tmp_path).read_bytes()
     assert page.write(material(), tmp_path).read_bytes() == first
@@ -453,12 +455,12 @@ def test_the_galleries_say_where_their_neighbours_come_from(written: tuple[Path,
 def test_in_round_0_sentences_say_what_is_not_yet(tmp_path: Path) -> None:
     old_report(tmp_path)
     given = replace(material(), rounds=(), metrics=metrics()[:1], finished=False, published="")
-    said = missing(given, tmp_path)
-    assert "has not reached round 1 yet" in said["Entropy and anchor selection"]
-    assert said["Accuracy"].startswith("Measured after one epoch only: top-1 20.00%")
-    assert "5.0000" in said["Loss"]
-    assert said["Orphans"] == "Measured after one epoch only: 40.00%."
-    assert said["Drift of the memory bank"] == "Measured after one epoch only: 0.5."
+    message = missing(given, tmp_path)
+    assert "has not reached round 1 yet" in message["Entropy and anchor selection"]
+    assert message["Accuracy"].startswith("Measured after one epoch only: top-1 20.00%")
+    assert "5.0000" in message["Loss"]
+    assert message["Orphans"] == "Measured after one epoch only: 40.00%."
+    assert message["Drift of the memory bank"] == "Measured after one epoch only: 0.5."
     kept = {path.stem for path in (tmp_path / "report").iterdir()}
     assert kept == {"map", "confusion", "voters"}  # those of the earlier report are gone
     text = Page(tmp_path / "report.html").text
@@ -466,16 +468,16 @@ def test_in_round_0_sentences_say_what_is_not_yet(tmp_path: Path) -> None:
 
 
 def test_before_the_first_epoch_there_is_a_report_too(tmp_path: Path) -> None:
-    said = missing(replace(material(), rounds=(), metrics=(), tested=None), tmp_path)
-    assert said["Loss"] == "No epoch is done yet."
+    message = missing(replace(material(), rounds=(), metrics=(), tested=None), tmp_path)
+    assert message["Loss"] == "No epoch is done yet."
     shown = Page(tmp_path / "report.html")
     assert "before the first epoch" in shown.parts["Map"]
     assert "Health" not in shown.parts and not [a for tag, a in shown.tags if tag == "a" and a["href"] == "#health"]
 
 
 def test_a_run_of_round_0_alone_says_that_it_has_no_anchors(tmp_path: Path) -> None:
-    said = missing(replace(material(), rounds=(), metrics=metrics()[:3]), tmp_path)
-    assert "this run ended before" in said["Entropy and anchor selection"]
+    message = missing(replace(material(), rounds=(), metrics=metrics()[:3]), tmp_path)
+    assert "this run ended before" in message["Entropy and anchor selection"]
 
 
 def test_a_diverged_run_has_a_report_too(tmp_path: Path) -> None:
@@ -483,9 +485,9 @@ def test_a_diverged_run_has_a_report_too(tmp_path: Path) -> None:
     nothing = np.full_like(given.features, np.nan)
     rounds = [replace(found, entropy=np.full(N, np.nan)) for found in given.rounds]
     rows = [row | {"loss": float("nan"), **dict.fromkeys(QUANTILES, float("nan"))} for row in metrics()]
-    said = missing(replace(given, features=nothing, rounds=rounds, metrics=rows), tmp_path)
+    message = missing(replace(given, features=nothing, rounds=rounds, metrics=rows), tmp_path)
     for title in ("Loss", "Map", "Confusion matrix", "Entropy and anchor selection"):
-        assert "not" in said[title] and "finite" in said[title], title
+        assert "not" in message[title] and "finite" in message[title], title
     rows[0]["loss"], rows[1]["loss"] = 3.0, 2.0
     assert (
         "Not shown: 10 epochs whose loss was not a finite number"
@@ -507,7 +509,7 @@ def test_a_discovery_without_anchors_has_no_gallery() -> None:
     assert [name for name, part in parts.items() if part.figure] == ["entropy"]
 
 
-def test_mistakes_come_in_order_of_entropy_where_similarities_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_without_similarities_are_sorted_by_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
     given = material()
     assert given.labels is not None
     drawn, found = Drawn(monkeypatch), replace(given.rounds[-1], similarities=None)
@@ -565,9 +567,7 @@ class Photographs:
 
 
 @pytest.mark.slow
-def test_a_thousand_classes_and_large_photographs_stay_below_the_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_page_with_a_thousand_classes_stays_below_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(training_figures, "MAPPED", 50)
     rng = np.random.default_rng(0)
@@ -626,9 +626,9 @@ def test_the_page_fits_desktops_and_phones(written: tuple[Path, Drawn], tmp_path
     command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
     command += [f"--user-data-dir={tmp_path / 'browser'}", "--virtual-time-budget=5000", "--dump-dom", probe.as_uri()]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=True).stdout
-    told = re.search(r"<title>(.*?)</title>", shown)
-    assert told, shown
-    inner, scrolled, pictures, loaded, right, cut = map(float, told[1].split())
+    messages = re.search(r"<title>(.*?)</title>", shown)
+    assert messages, shown
+    inner, scrolled, pictures, loaded, right, cut = map(float, messages[1].split())
     assert inner == width and scrolled <= inner and right <= inner
     assert not cut  # no column of a table is out of sight
     assert pictures == loaded == DRAWN

@@ -92,7 +92,7 @@ def test_the_table_is_what_plain_loops_find(
 
 
 @pytest.mark.parametrize(
-    ("samples", "size", "said"), [(3, 1, "3 images, 1 neighbour"), (1200, 2, "1,200 images, 2 neighbours")]
+    ("samples", "size", "message"), [(3, 1, "3 images, 1 neighbour"), (1200, 2, "1,200 images, 2 neighbours")]
 )
 def test_the_log_counts_images_and_neighbours(
     tmp_path: Path,
@@ -100,16 +100,16 @@ def test_the_log_counts_images_and_neighbours(
     monkeypatch: pytest.MonkeyPatch,
     samples: int,
     size: int,
-    said: str,
+    message: str,
 ) -> None:
     monkeypatch.setattr(logging.getLogger("and"), "propagate", True)
     caplog.set_level(logging.INFO, "and")
     path = tmp_path / "out.csv"
     written(path, oracles.rows("random", samples, 4, 0), size, [NEVER] * samples, dummies(samples))
-    assert caplog.messages == [f"neighbourhoods: {path} ({said} each; {path.stat().st_size:,} bytes)"]
+    assert caplog.messages == [f"neighbourhoods: {path} ({message} each; {path.stat().st_size:,} bytes)"]
 
 
-def test_files_and_classes_stand_with_their_images_whatever_their_letters(tmp_path: Path) -> None:
+def test_file_and_class_names_of_any_script_are_shown(tmp_path: Path) -> None:
     labels = np.array([2, 0, 1, 1, 0, 2, 2, 0, 1])
     classes = ("=cmd", "b,é", 'c"\n')
     gallery = dummies(9, names=ODD, labels=labels, classes=classes)
@@ -122,7 +122,7 @@ def test_files_and_classes_stand_with_their_images_whatever_their_letters(tmp_pa
     assert all(len(line) == len(header) for line in lines)
 
 
-def test_text_is_quoted_numbers_are_not_and_lines_end_as_rfc_4180_says(tmp_path: Path) -> None:
+def test_csv_follows_rfc_4180(tmp_path: Path) -> None:
     memory = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, -0.8]])
     written(tmp_path / "out.csv", memory, 2, [1, 0, NEVER], dummies(3, names=["a", "b", 'c"']))
     first, *lines = (tmp_path / "out.csv").read_bytes().split(b"\r\n")
@@ -330,7 +330,7 @@ def drawn(asked: list[np.ndarray], indices: list[list[int]], gallery: Gallery, n
     return draw(queries, chosen, torch.linspace(1, -1, chosen.numel()).reshape(chosen.shape), gallery)
 
 
-def test_every_query_has_a_row_its_picture_first_and_the_most_similar_next() -> None:
+def test_each_query_has_a_row_of_tiles_by_similarity() -> None:
     gallery = Gallery([flat(number) for number in range(20)])
     picture = drawn([flat(90), flat(91)], [[7, 3, 5], [4, 3, 19]], gallery)
     found = boxes(picture)
@@ -383,7 +383,7 @@ def strip(picture: Image.Image, place: int, line: int) -> bytes:
     return picture.crop((left, down, left + TILE, down + LINE)).tobytes()
 
 
-def test_under_each_image_stand_its_similarity_and_its_class_file_or_index() -> None:
+def test_captions_show_similarity_and_class_or_file() -> None:
     images = [flat(0), flat(0)]
     text = {
         "class": Gallery(images, ["f.png", "f.png"], np.array([0, 1]), ("cat", "dog")),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-import made
+import synthetic
 from datasets import DataError, ImageSet, files
 from datasets.files import Classes, Reader, class_folders, joined, listed, open_root, renumber
 from datasets.images import ImageFiles, Request, read_rgb
@@ -40,7 +40,7 @@ def put(root: Path, count: int = 4, size: tuple[int, int] | None = None) -> Inve
     """Listed pictures from number 0."""
     names = joined("images", [f"{number}.png" for number in range(count)])
     for number, name in enumerate(names):
-        made.save(root / name, number, size)
+        synthetic.save(root / name, number, size)
     return listed(root, names, "list.txt", "mend it")
 
 
@@ -55,20 +55,20 @@ def refusal(work: Any, *arguments: Any, **named: Any) -> str:
 def test_images_of_one_size_in_memory_are_one_array(root: Path) -> None:
     images: Any = reader(root).read("training", put(root, size=(31, 17))).images
     assert isinstance(images, np.ndarray) and images.shape == (4, 17, 31, 3) and images.dtype == np.uint8
-    assert all(np.array_equal(images[number], made.picture(number, (31, 17))) for number in range(4))
+    assert all(np.array_equal(images[number], synthetic.picture(number, (31, 17))) for number in range(4))
 
 
 def test_images_of_many_sizes_in_memory_are_a_list(root: Path) -> None:
     images = reader(root).read("training", put(root)).images
     assert isinstance(images, list)
-    assert all(np.array_equal(images[number], made.picture(number)) for number in range(4))
+    assert all(np.array_equal(images[number], synthetic.picture(number)) for number in range(4))
 
 
 def test_cuts_of_one_size_are_one_array_that_holds_nothing_else(root: Path) -> None:
     boxes = np.array([[i, 2 * i, i + 20, 2 * i + 10] for i in range(4)])
     images: Any = reader(root).read("training", put(root), boxes=boxes).images
     assert isinstance(images, np.ndarray) and images.shape == (4, 10, 20, 3)
-    assert all(np.array_equal(images[i], made.picture(i)[2 * i : 2 * i + 10, i : i + 20]) for i in range(4))
+    assert all(np.array_equal(images[i], synthetic.picture(i)[2 * i : 2 * i + 10, i : i + 20]) for i in range(4))
 
 
 def test_cuts_of_many_sizes_keep_no_whole_image_alive(root: Path) -> None:
@@ -91,19 +91,19 @@ def test_what_cannot_be_read_goes_with_its_label_and_its_box(
     assert images.labels is not None and images.labels.tolist() == [0, 2, 3] and images.classes == classes.names
     assert list(images.names or []) == [found.names[i] for i in (0, 2, 3)]
     for i, image in zip((0, 2, 3), images.images, strict=True):
-        assert np.array_equal(image, made.picture(i)[: 10 + i, i : i + 10])
+        assert np.array_equal(image, synthetic.picture(i)[: 10 + i, i : i + 10])
     assert work.skipped == [(found.names[1], "not an image that Pillow can read")]
 
 
 @pytest.mark.parametrize("in_memory", [0, 2**30])
-def test_a_box_counts_the_stored_pixels_of_a_photograph_that_is_shown_turned(
+def test_box_refers_to_stored_pixels_of_rotated_photograph(
     in_memory: int, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "IN_MEMORY", in_memory)
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     (root / "images").mkdir(parents=True)
-    stored = made.picture(3, (60, 20))
+    stored = synthetic.picture(3, (60, 20))
     Image.fromarray(stored).save(root / "images" / "turned.png", exif=exif)
     found = listed(root, joined("images", ["turned.png"]), "list.txt", "mend it")
     assert reader(root).read("training", found).images[0].shape == (60, 20, 3)
@@ -111,7 +111,7 @@ def test_a_box_counts_the_stored_pixels_of_a_photograph_that_is_shown_turned(
     assert np.array_equal(cut, stored[5:15, 30:55])
 
 
-def test_a_box_outside_its_image_is_refused_with_both_and_no_other_is(root: Path) -> None:
+def test_box_outside_its_image_is_refused(root: Path) -> None:
     boxes = np.array([[0, 0, 1, 1], [-9, -9, 999, 999], [54, 3, 60, 9], [0, 0, 9, 9]])
     text = refusal(reader(root).read, "training", put(root), boxes=boxes)
     assert str(Path("images", "2.png")) in text and "[54, 3, 60, 9]" in text and "54 x 62" in text
@@ -120,10 +120,10 @@ def test_a_box_outside_its_image_is_refused_with_both_and_no_other_is(root: Path
 def test_a_list_may_name_a_file_twice_and_in_any_order(root: Path) -> None:
     put(root)
     found = listed(root, joined("images", ["2.png", "0.png", "2.png"]), "list.txt", "mend it")
-    assert [made.number_of(image) for image in reader(root).read("training", found).images] == [2, 0, 2]
+    assert [synthetic.number_of(image) for image in reader(root).read("training", found).images] == [2, 0, 2]
 
 
-def test_listed_files_that_are_missing_are_counted_and_the_first_is_named(root: Path) -> None:
+def test_missing_listed_files_are_counted(root: Path) -> None:
     put(root)
     names = joined("images", ["0.png", "9.png", "1.png", "8.png"])
     text = refusal(listed, root, names, "list.txt", "mend it so")
@@ -135,7 +135,7 @@ def test_a_list_without_names_is_refused(root: Path) -> None:
     assert "list.txt names no image" in refusal(listed, root, [], "list.txt", "mend it")
 
 
-def test_a_listed_name_that_is_a_folder_or_a_broken_link_is_skipped_with_the_reason(root: Path) -> None:
+def test_listed_folders_and_broken_links_are_skipped(root: Path) -> None:
     found = put(root, 4)
     for name in found.names[:2]:
         (root / name).unlink()
@@ -147,7 +147,7 @@ def test_a_listed_name_that_is_a_folder_or_a_broken_link_is_skipped_with_the_rea
     assert [name for name, _ in work.skipped] == list(found.names[:2]) and all(reason for _, reason in work.skipped)
 
 
-def test_names_of_a_published_list_are_joined_in_this_system_s_spelling() -> None:
+def test_published_names_use_the_path_separator_of_the_system() -> None:
     assert joined("images", ["a/b.jpg", "c.jpg"]) == [f"images{os.sep}a{os.sep}b.jpg", f"images{os.sep}c.jpg"]
 
 
@@ -165,13 +165,13 @@ def inventory_of(names: list[str], folders: list[str]) -> Inventory:
     return Inventory("train", Names(names), folders, None, {}, None)
 
 
-def test_class_folders_are_numbered_in_order_also_where_they_are_empty() -> None:
+def test_class_folders_are_numbered_even_if_empty() -> None:
     folders = ["train", "train/b", "train/b/deep", "train/a", "train/c"]
     classes = class_folders(Path(), "train", inventory_of(["train/b/deep/1.png", "train/a/2.png"], folders))
     assert classes is not None and classes.names == ("a", "b", "c") and classes.labels.tolist() == [1, 0]
 
 
-def test_images_beside_class_folders_are_refused_and_those_without_have_no_classes() -> None:
+def test_images_beside_class_folders_are_refused() -> None:
     assert class_folders(Path(), "train", inventory_of(["train/1.png"], ["train"])) is None
     found = inventory_of(["train/a/1.png", "train/2.png"], ["train", "train/a"])
     assert "2.png" in refusal(class_folders, Path(), "train", found)
@@ -204,7 +204,7 @@ def test_worker_processes_read_the_files(boxes: np.ndarray | None, root: Path, m
     for images in (large.images, copy.images):
         loader = Loader(images, pixel, batch_size=3, workers=2, seed=0, device=torch.device("cpu"))
         seen = {int(i): rgb.tolist() for batch, indices in loader.epoch() for i, rgb in zip(indices, batch)}  # noqa: B905
-        corner = [made.picture(i)[(0, 0) if boxes is None else (2, i)].tolist() for i in range(7)]
+        corner = [synthetic.picture(i)[(0, 0) if boxes is None else (2, i)].tolist() for i in range(7)]
         assert seen == dict(enumerate(corner))
 
 
@@ -215,7 +215,7 @@ def test_a_worker_tells_of_a_file_that_went_bad_meanwhile(root: Path, monkeypatc
     path.write_bytes(b"no image any more")
     text = refusal(large.images.__getitem__, 2)
     assert str(path) in text and "could be read at the start" in text
-    assert made.number_of(large.images[3]) == 3
+    assert synthetic.number_of(large.images[3]) == 3
 
 
 def test_every_file_s_end_is_looked_at_also_where_it_stays_on_disk(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,28 +223,28 @@ def test_every_file_s_end_is_looked_at_also_where_it_stays_on_disk(root: Path, m
     monkeypatch.setattr(files, "TOGETHER", 2)
     names = joined("images", [f"{i}.jpg" for i in range(9)])
     for i, name in enumerate(names):
-        made.save(root / name, i)
+        synthetic.save(root / name, i)
     for i in (0, 5, 8):
         whole = (root / names[i]).read_bytes()
         (root / names[i]).write_bytes(whole[: len(whole) * 3 // 4])
     work = reader(root)
     images = work.read("training", listed(root, names, "list.txt", "mend it"))
-    assert [made.number_of(image) for image in images.images] == [1, 2, 3, 4, 6, 7]
+    assert [synthetic.number_of(image) for image in images.images] == [1, 2, 3, 4, 6, 7]
     assert [name for name, _ in work.skipped] == [names[i] for i in (0, 5, 8)]
     assert all("truncated" in reason for _, reason in work.skipped)
 
 
 def test_progress_counts_files_whatever_a_thread_takes_at_once(root: Path) -> None:
-    told: list[tuple[str, int, str, int]] = []
+    messages: list[tuple[str, int, str, int]] = []
 
     def count(items: Iterable[Any], what: str, total: int, unit: str) -> list[Any]:
         seen = list(items)
-        told.append((what, total, unit, len(seen)))
+        messages.append((what, total, unit, len(seen)))
         return seen
 
     work = Reader(root, Request(root, strict=False, download=False, boxes=False, progress=count))
     work.read("training", put(root, 5))
-    assert told == [
+    assert messages == [
         ("reading training images (headers)", 5, "file", 5),
         ("reading training images", 5, "file", 5),
     ]

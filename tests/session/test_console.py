@@ -44,15 +44,15 @@ def test_a_table_of_one_column_has_no_blanks_at_the_end() -> None:
     assert table(["a"], [["b"], ["ccc"]]).split("\n") == ["a", "---", "b", "ccc"]
 
 
-def test_progress_gives_the_items_and_says_nothing_where_there_is_no_terminal(
+def test_progress_is_silent_without_a_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert list(progress(iter("ab"), "work", "letter", 2)) == ["a", "b"]
     bar = progress(range(5), "work")
     bar.start_t = bar.last_print_t = 0.0  # as if it had begun long ago
     assert list(bar) == [0, 1, 2, 3, 4]
-    said = capsys.readouterr()
-    assert said.out == said.err == ""
+    message = capsys.readouterr()
+    assert message.out == message.err == ""
 
 
 class Terminal(io.StringIO):
@@ -62,7 +62,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_shows_a_bar_on_a_terminal_after_a_second_and_takes_it_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bar_appears_after_a_second_and_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     assert list(progress(range(3), "quick")) == [0, 1, 2]
@@ -80,8 +80,8 @@ def test_log_lines_go_to_standard_output_as_they_are(capsys: pytest.CaptureFixtu
     logger().info("one %d", 1)
     logger().warning("two")
     logger().debug("never")
-    said = capsys.readouterr()
-    assert (said.out, said.err) == ("one 1\ntwo\n", "")
+    message = capsys.readouterr()
+    assert (message.out, message.err) == ("one 1\ntwo\n", "")
 
 
 def test_brief_shows_only_marked_lines_warnings_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,9 +100,7 @@ def test_starting_twice_shows_every_line_once(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == "once\n"
 
 
-def test_the_file_has_every_line_with_its_time_and_those_from_before_it_existed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_log_file_has_earlier_lines_with_their_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start_logging(brief=True)
     logger().info("early")
     handler = log_to_file(tmp_path / "log.txt")

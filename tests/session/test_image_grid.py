@@ -117,7 +117,7 @@ def test_an_image_fills_its_tile_whatever_its_size() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 8), (8, 16), (300, 100), (10, 400), (400, 10), (96, 4)])
-def test_an_image_that_is_not_square_keeps_its_shape_in_the_middle_of_its_tile(height: int, width: int) -> None:
+def test_tile_keeps_the_aspect_ratio(height: int, width: int) -> None:
     images = [flat(0, height, width), flat(1)]
     picture = image_grid.draw(images, None, *found([0], [[1]]))
     pixels = np.asarray(picture)

@@ -52,7 +52,7 @@ def git(folder: Path, *words: str) -> str:
     return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_the_commit_is_that_of_the_code_and_a_digest_tells_changed_code_apart(repository: Path) -> None:
+def test_commit_and_digest_identify_the_code(repository: Path) -> None:
     git(repository, "init", "-q")
     git(repository, "add", ".")
     git(repository, "commit", "-q", "-m", "one")

@@ -52,9 +52,9 @@ def refusal(sess_dir: Path, name: str | None) -> str:
     return text
 
 
-def test_a_named_session_gets_a_folder_of_that_name_and_missing_parents_are_made(tmp_path: Path) -> None:
-    made = create_folder(tmp_path / "a" / "b", "mine 1.0")
-    assert made == tmp_path / "a" / "b" / "mine 1.0" and list(made.iterdir()) == []
+def test_named_session_creates_its_folder_and_parents(tmp_path: Path) -> None:
+    created = create_folder(tmp_path / "a" / "b", "mine 1.0")
+    assert created == tmp_path / "a" / "b" / "mine 1.0" and list(created.iterdir()) == []
 
 
 class Frozen(datetime):
@@ -64,20 +64,18 @@ class Frozen(datetime):
         return moment.astimezone(tz) if tz else moment.astimezone(timezone(timedelta(hours=9))).replace(tzinfo=None)
 
 
-def test_sessions_of_one_second_get_folders_of_their_own_named_by_the_utc_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sessions_of_one_second_get_separate_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "datetime", Frozen)
-    made = [create_folder(tmp_path, None) for _ in range(30)]
-    assert len(set(made)) == 30 and all(path.is_dir() and path.parent == tmp_path for path in made)
-    assert all("".join(filter(str.isdigit, path.name)).startswith("20260102030405") for path in made)
+    created = [create_folder(tmp_path, None) for _ in range(30)]
+    assert len(set(created)) == 30 and all(path.is_dir() and path.parent == tmp_path for path in created)
+    assert all("".join(filter(str.isdigit, path.name)).startswith("20260102030405") for path in created)
 
 
 def test_sessions_that_start_at_once_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "datetime", Frozen)
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: create_folder(tmp_path / "new", None), range(80)))
-    assert len(set(made)) == 80 == len(list((tmp_path / "new").iterdir()))
+        created = list(pool.map(lambda _: create_folder(tmp_path / "new", None), range(80)))
+    assert len(set(created)) == 80 == len(list((tmp_path / "new").iterdir()))
 
 
 @pytest.mark.parametrize("kind", ["empty folder", "full folder", "file"])
@@ -142,7 +140,7 @@ def test_without_a_folder_every_call_does_nothing(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_log_is_written_only_where_it_is_asked_for_and_ends_with_the_session(folder: Path) -> None:
+def test_log_file_is_optional_and_closed_with_the_session(folder: Path) -> None:
     Session.open(folder, "", log_file=False, log_tfb=False).close()
     assert not (folder / "log.txt").exists()
     opened = Session.open(folder, "")
@@ -276,9 +274,7 @@ def test_a_run_that_goes_on_shows_no_point_twice(folder: Path) -> None:
     assert shown(tfboard / "0002-00002") == {"Train/Loss": [(0, 2.0), (1, 2.0), (2, 2.0)]}
 
 
-def test_a_run_that_goes_on_within_the_same_second_keeps_the_points_there_were(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_within_a_second_keeps_tensorboard_points(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: 1_700_000_000.5)
     for epoch in range(2):
         opened = Session(folder, start=(0, epoch))
@@ -311,12 +307,10 @@ def test_a_checkpoint_elsewhere_is_of_no_session(tmp_path: Path) -> None:
     assert folder_of(tmp_path / "other" / "a.ckpt") is None
 
 
-def test_a_session_s_folder_can_be_named_relative_to_where_the_run_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_session_folder_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    made = create_folder(Path("sessions"), None)
-    opened = Session.open(made, "")
+    created = create_folder(Path("sessions"), None)
+    opened = Session.open(created, "")
     opened.write_metrics({"round": 0, "epoch": 0})
     opened.close()
     (found,) = os.scandir(tmp_path / "sessions")
@@ -352,7 +346,7 @@ def test_the_projector_gets_rows_labels_and_thumbnails_once(folder: Path, capsys
     assert capsys.readouterr() == ("", "")
 
 
-def test_nothing_is_shown_where_nothing_is_stored_or_tensorboard_is_off(folder: Path) -> None:
+def test_no_image_grid_without_session_or_tensorboard(folder: Path) -> None:
     for run in (Session(None), Session(folder, log_tfb=False)):
         run.write_picture("a", np.zeros((2, 2, 3), np.uint8), 0)
         run.write_projector(np.zeros((1, 2)), None, np.zeros((1, 3, 4, 4), np.float32))

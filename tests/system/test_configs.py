@@ -1,4 +1,4 @@
-"""Each config, by its own command, on made files of its data set's real format: one step of training."""
+"""Each config, by its own command, on synthetic files of its data set's real format: one step of training."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-import made
 import main
+import synthetic
 from lib.config.parser import read_options
 from lib.training import trainer
 from lib.training.optim import build_schedule
@@ -24,17 +24,17 @@ PARTS = {"cifar10-cpu", "cifar10", "cifar100", "svhn", "imagenet", "cub200", "do
 def make(name: str, root: Path) -> None:
     """A few images of a data set, as its archives unpack."""
     if name in ("cifar10", "cifar100"):
-        made.cifar(root, classes=int(name.removeprefix("cifar")))
+        synthetic.cifar(root, classes=int(name.removeprefix("cifar")))
     elif name == "svhn":
-        made.svhn(root)
+        synthetic.svhn(root)
     elif name == "cub200":
-        made.cub200(root, classes=4)
+        synthetic.cub200(root, classes=4)
     elif name == "dogs":
-        made.dogs(root, classes=4)
+        synthetic.dogs(root, classes=4)
     elif name == "imagenet":
-        made.imagenet(root, flat=True)
+        synthetic.imagenet(root, flat=True)
     elif name == "folder":
-        made.imagenet(root)
+        synthetic.imagenet(root)
 
 
 def command_of(config: Path) -> list[str]:
@@ -56,7 +56,7 @@ def test_each_config_trains_a_step_by_its_own_command(
     name = next(part for part in sorted(PARTS, key=len, reverse=True) if config.stem.startswith(part))
     name = {"cifar10-cpu": "folder"}.get(name, name)  # the same images as files
     make(name, tmp_path)
-    made.accept(monkeypatch, tmp_path)
+    synthetic.accept(monkeypatch, tmp_path)
     monkeypatch.chdir(CONFIGS.parent)
     records: list[dict[str, Any]] = []
     losses: list[Any] = []

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-import made
 import main
+import synthetic
 from lib.evaluation.knn import weighted_knn
 from lib.method import diagnostics
 from lib.method.discovery import discover
@@ -35,13 +35,13 @@ def one_colour(value: int) -> Picture:
 
 
 KINDS: dict[str, tuple[int, int, Picture]] = {
-    "two images": (2, 2, made.picture),
-    "one class": (9, 1, made.picture),
-    "a class of its own each": (6, 6, made.picture),
-    "the same image again and again": (9, 2, lambda number: made.picture(0)),
+    "two images": (2, 2, synthetic.picture),
+    "one class": (9, 1, synthetic.picture),
+    "a class of its own each": (6, 6, synthetic.picture),
+    "the same image again and again": (9, 2, lambda number: synthetic.picture(0)),
     "black images": (9, 2, one_colour(0)),
     "white images": (9, 2, one_colour(255)),
-    "images of one pixel": (9, 2, lambda number: made.picture(number)[:1, :1]),
+    "images of one pixel": (9, 2, lambda number: synthetic.picture(number)[:1, :1]),
     "one colour each": (9, 2, lambda number: one_colour(25 * number)(0)),
 }
 """Images, classes, and what they look like."""
@@ -62,8 +62,8 @@ def test_a_run_gets_through(kind: str, labelled: bool, tmp_path: Path, capsys: p
     test = ["--resume", str(session), "--test-only", "--export-features", str(tmp_path / "all.npz")]
     assert main.main([*test, *([] if labelled else ["--protocol", "cluster"])]) == 0, capsys.readouterr().err
     shown = capsys.readouterr()
-    alike = kind in ("the same image again and again", "black images", "white images")
-    assert ("1 of the 2 clusters are empty" in shown.out) == (alike and (classes == 2 or not labelled))
+    is_equal = kind in ("the same image again and again", "black images", "white images")
+    assert ("1 of the 2 clusters are empty" in shown.out) == (is_equal and (classes == 2 or not labelled))
     assert "nan" not in shown.out.lower().split() and shown.err == ""
     rows = [json.loads(line) for line in (session / "metrics.jsonl").read_text().splitlines()]
     unknown = {name for row in rows for name, value in row.items() if value is None}
@@ -83,10 +83,10 @@ def tensors(content: Any) -> list[torch.Tensor]:
 
 def test_a_single_image_is_refused_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "photos" / "train").mkdir(parents=True)
-    Image.fromarray(made.picture(0)).save(tmp_path / "photos" / "train" / "a.png")
+    Image.fromarray(synthetic.picture(0)).save(tmp_path / "photos" / "train" / "a.png")
     assert main.main([*RUN.split(), "--data-root", str(tmp_path / "photos"), "--sess-dir", str(tmp_path)]) == 2
-    (said,) = capsys.readouterr().err.splitlines()
-    assert "1 training images are fewer than a batch of 2" in said and len(list(tmp_path.iterdir())) == 1
+    (message,) = capsys.readouterr().err.splitlines()
+    assert "1 training images are fewer than a batch of 2" in message and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("zeros", [[0], [0, 3], range(6)])

@@ -87,7 +87,7 @@ def test_each_example_trains_as_it_is_printed(section: str, tmp_path: Path) -> N
     assert len(runs.metrics(root / "sessions" / "run")) == 2
 
 
-def test_the_example_loss_is_the_mean_of_the_instance_losses_of_the_members() -> None:
+def test_example_loss_is_the_mean_instance_loss() -> None:
     (code,) = blocks("A loss", "python")
     scope: dict[str, object] = {}
     exec(code, scope)  # our own page

@@ -179,7 +179,7 @@ def test_rehearsal_leaves_no_tensor_elsewhere(
 
 
 @pytest.mark.parametrize("size", [1, 5])
-def test_discovery_waits_for_the_largest_norm_and_the_instance_samples_only(size: int, ranks: Ranks) -> None:
+def test_discovery_waits_for_the_gpu_twice(size: int, ranks: Ranks) -> None:
     found = trace(lambda: discovery.discover(rows_of(20_000, ranks), temperature=0.1, anchors=5_000, size=size))
     assert found.waits == {
         "_local_scalar_dense at method/discovery.py entropy_and_topk": 2,  # one copy of two numbers
@@ -248,7 +248,7 @@ def test_features_are_extracted_without_a_wait_until_the_end(ranks: Ranks, monke
     assert found.result.device == CUDA and not found.waits
 
 
-def test_linear_probe_copies_each_batch_to_the_gpu_and_reads_accuracies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_probe_waits_only_for_accuracies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_probe, "STEPS", (1, 8))
 
     def work() -> linear_probe.Probed:
@@ -281,8 +281,8 @@ def test_prefetching_uses_one_stream_in_all_epochs(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(device))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     loader_module._prefetch_stream.cache_clear()
-    made = [stream for _ in range(3) for stream in [loader_module._prefetch_stream(CUDA)]]
-    assert len(set(map(id, made))) == 1
+    streams = [stream for _ in range(3) for stream in [loader_module._prefetch_stream(CUDA)]]
+    assert len(set(map(id, streams))) == 1
     batches = [(torch.zeros(2), torch.arange(2)) for _ in range(3)]
     assert list(loader_module._prefetch(iter(batches), CUDA)) == batches
     loader_module._prefetch_stream.cache_clear()
@@ -291,7 +291,7 @@ def test_prefetching_uses_one_stream_in_all_epochs(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("optimizer", "fused"), [("sgd", True), ("adam", True), ("rmsprop", None)])
 def test_optimiser_step_is_one_kernel_where_pytorch_has_it(optimizer: str, fused: bool | None) -> None:
     """The kernels themselves have no fake: only the choice is tested."""
-    made = trace(lambda: build_optimizer(Options(optimizer=optimizer), [torch.nn.Parameter(empty(3, 3))])).result
-    assert made.defaults.get("fused") == fused
+    on_gpu = trace(lambda: build_optimizer(Options(optimizer=optimizer), [torch.nn.Parameter(empty(3, 3))])).result
+    assert on_gpu.defaults.get("fused") == fused
     on_cpu = build_optimizer(Options(optimizer=optimizer), [torch.nn.Parameter(torch.zeros(3, 3))])
     assert on_cpu.defaults.get("fused") is None

@@ -162,16 +162,16 @@ def run(words: Sequence[str]) -> Outcome:
             status: object = main.main(list(words))
         except SystemExit as end:  # of --help
             status = end.code
-    shown, said = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
-    assert status in STATUSES, (status, said)
-    assert "Traceback" not in shown + said
+    shown, errors = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
+    assert status in STATUSES, (status, errors)
+    assert "Traceback" not in shown + errors
     seen = [warning for warning in warned if not issubclass(warning.category, UNSEEN)]
     assert not seen, [str(warning.message) for warning in seen]
     if status:
-        assert said.startswith("error: ") and said.endswith("\n") and said.count("\n") == 1, said
+        assert errors.startswith("error: ") and errors.endswith("\n") and errors.count("\n") == 1, errors
     else:
-        assert not said, said
-    return Outcome(status, shown, said)
+        assert not errors, errors
+    return Outcome(status, shown, errors)
 
 
 # Option files and flags.
@@ -475,7 +475,7 @@ damaged_files = st.one_of(
 
 @cases(100)
 @given(damage=damaged_files)
-def test_a_damaged_checkpoint_of_this_program_is_refused_or_the_one_before_it_is_taken(
+def test_damaged_checkpoint_is_refused_or_the_previous_one_used(
     ground: Ground, damage: tuple[float | None, list[tuple[float, int]]]
 ) -> None:
     with case(ground) as here:
@@ -511,9 +511,7 @@ def test_a_damaged_file_of_weights_gives_a_run_or_a_sentence(
 @example(name="metrics.jsonl", damage=b"\x80", words="")
 @example(name="metrics.jsonl", damage=b"[" * 100_000, words="")
 @example(name="config.yaml", damage=b"\x80", words="--cfgs base.yaml")
-def test_a_session_whose_other_files_are_damaged_gives_a_run_or_a_sentence(
-    ground: Ground, name: str, damage: Any, words: str
-) -> None:
+def test_damaged_session_files_never_end_in_a_traceback(ground: Ground, name: str, damage: Any, words: str) -> None:
     with case(ground) as here:
         path = here / "session" / name
         words += " --sess-dir sessions"

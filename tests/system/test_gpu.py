@@ -269,8 +269,8 @@ def test_a_run_on_a_gpu_learns_what_one_on_the_cpu_does(whole: Path, photos: Pat
     assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=0.05)  # rounding grows from step to step
     assert losses_of(whole) == pytest.approx(losses_of(tmp_path / "cpu"), rel=0.3)
     assert all(0 <= row["top1"] <= 1 for row in ours)
-    said = (whole / "log.txt").read_text(encoding="utf-8")
-    assert "GiB at the peak of one step of 8 images" in said
+    message = (whole / "log.txt").read_text(encoding="utf-8")
+    assert "GiB at the peak of one step of 8 images" in message
     assert not IS_GPU or torch.cuda.get_device_name(GPU) in metrics.starts(whole)[0]["device"]
 
 
@@ -336,12 +336,14 @@ def test_the_loader_s_batches_are_those_of_a_cpu() -> None:
     images = pictures(70, 40)
     many_sizes: Any = [image[: 30 + i % 9, : 30 + i % 7] for i, image in enumerate(images)]
     for given in (torch.from_numpy(images), many_sizes):
-        made: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+        batches: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         for device in (GPU, CPU):
             placed = given.to(device) if isinstance(given, torch.Tensor) else given
             workers = 0 if isinstance(given, torch.Tensor) else 2
             loader = Loader(placed, PAPER, batch_size=16, workers=workers, seed=4, device=device)
-            made.append([(images.cpu(), index.cpu()) for epoch in range(2) for images, index in loader.epoch(0, epoch)])
-        for (ours, index), (theirs, index_cpu) in zip(*made, strict=True):
+            batches.append(
+                [(images.cpu(), index.cpu()) for epoch in range(2) for images, index in loader.epoch(0, epoch)]
+            )
+        for (ours, index), (theirs, index_cpu) in zip(*batches, strict=True):
             assert torch.equal(index, index_cpu)
             close(ours, theirs, 0.02)

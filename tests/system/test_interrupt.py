@@ -1,4 +1,4 @@
-"""Runs that are killed or stopped anywhere end, when they go on, as the run that never was."""
+"""Runs that are killed or stopped anywhere and resumed end with the same bits as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def new(photos: Path, tmp_path: Path) -> Callable[[str], list[str]]:
 
 @pytest.fixture(scope="module")
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nobody stopped."""
+    """The uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     finished(*words_of(photos, folder, "whole"))
     return folder / "whole"
@@ -73,7 +73,7 @@ def test_a_run_killed_again_and_again_ends_as_the_one_that_was_not(whole: Path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("epochs", [3, 7])
-def test_a_run_killed_between_two_saves_repeats_the_epochs_since_the_last_one(
+def test_resume_after_kill_repeats_epochs_since_the_last_save(
     epochs: int, whole: Path, tmp_path: Path, new: New
 ) -> None:
     """Only the first epoch and the end of each round (four epochs) are saved: no interval passes."""
@@ -101,7 +101,7 @@ def test_a_run_killed_between_two_saves_repeats_the_epochs_since_the_last_one(
 @pytest.mark.parametrize(
     ("place", "calls"), [("save_discovery", 1), ("remove_best_checkpoints", 8), ("remove_best_checkpoints", 9)]
 )
-def test_a_run_that_keeps_fewer_checkpoints_is_resumed_from_wherever_it_was_killed(
+def test_run_that_keeps_few_checkpoints_resumes_after_any_kill(
     place: str, calls: int, keep: str, whole: Path, tmp_path: Path, new: New
 ) -> None:
     session = tmp_path / "killed"
@@ -282,7 +282,7 @@ def test_within_a_shield_things_are_finished_first() -> None:
     assert done == [1, 2] and stopped.value.signal == signal.SIGTERM
 
 
-def test_outside_a_shield_it_stops_at_once_and_ignores_copies_of_the_signal() -> None:
+def test_signal_outside_defer_stops_at_once() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals():
         assert signal.getsignal(signal.SIGTERM) is not before

@@ -1,4 +1,4 @@
-"""Runs of several processes: started by torchrun and by the program itself, gone on with, broken and stopped."""
+"""Runs of several processes: started by torchrun and by the program itself, resumed, broken and stopped."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def torchrun(processes: int, *flags: str) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def two(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The session of two processes that nobody stopped."""
+    """The session of two processes that was not stopped."""
     folder = tmp_path_factory.mktemp("two")
     process = start("main.py", *words_of(photos, folder, "two"), program=torchrun(2))
     shown = output_of(process)
@@ -64,7 +64,7 @@ def test_a_session_is_written_once_and_whole(two: Path) -> None:
     assert (two / "log.txt").read_text().count("processes: 2") == 1
 
 
-def test_its_checkpoint_is_judged_the_same_by_any_number_of_processes(two: Path) -> None:
+def test_evaluation_is_equal_for_any_number_of_processes(two: Path) -> None:
     alone = finished("--resume", str(two), "--test-only", "--protocol", "knn", "linear", "cluster", "--brief")
     for processes in (2, 3):
         status, shown = launched(
@@ -152,7 +152,7 @@ def running(text: str) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("restarts", [0, 1])
-def test_one_that_dies_takes_the_others_along_and_the_launcher_may_start_anew(
+def test_failed_rank_ends_the_others_and_may_be_restarted(
     restarts: int, two: Path, photos: Path, tmp_path: Path
 ) -> None:
     session, sessions = tmp_path / "sessions" / "broken", tmp_path / "sessions"
@@ -174,7 +174,7 @@ def test_one_that_dies_takes_the_others_along_and_the_launcher_may_start_anew(
 
 
 @pytest.mark.parametrize(
-    ("setup", "status", "said"),
+    ("setup", "status", "message"),
     [
         (RANK_1_FAILS, 70, "error: unexpected KeyError: 'stages'"),
         (RANK_1_IS_KILLED, 128 + signal.SIGKILL, "error: another process of the run has ended"),
@@ -183,13 +183,13 @@ def test_one_that_dies_takes_the_others_along_and_the_launcher_may_start_anew(
     ids=["fails", "killed", "not finite"],
 )
 def test_the_status_is_that_of_the_process_that_failed(
-    setup: str, status: int, said: str, photos: Path, tmp_path: Path
+    setup: str, status: int, message: str, photos: Path, tmp_path: Path
 ) -> None:
     program = main_with(tmp_path, setup + IN_STEP_20)
     process = start(program, *words_of(photos, tmp_path, "broken"), program=("-c", LAUNCH))
     shown = output_of(process)
     assert process.returncode == status, shown
-    assert said in shown
+    assert message in shown
 
 
 @pytest.mark.parametrize(("which", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 0)])
@@ -215,7 +215,7 @@ def test_a_signal_stops_all_at_one_step_and_they_go_on_from_there(
 
 def test_bad_input_is_told_once_and_by_its_status(photos: Path, tmp_path: Path) -> None:
     words = words_of(photos, tmp_path, "bad")
-    for wrong, said in {
+    for wrong, message in {
         ("--data-root", "nowhere"): "error: nowhere: no such folder",
         ("--batch-size", "3"): "error: --batch-size 3: the batch is divided among 2 processes",
         ("--ANs-size", "100"): "error: --ANs-size 100",
@@ -225,7 +225,7 @@ def test_bad_input_is_told_once_and_by_its_status(photos: Path, tmp_path: Path) 
         shown = output_of(process)
         assert process.returncode == 2, shown
         (line,) = [line for line in shown.splitlines() if line.startswith("error")]
-        assert line.startswith(said) and "Traceback" not in shown
+        assert line.startswith(message) and "Traceback" not in shown
     assert not list(tmp_path.iterdir())
 
 

@@ -146,7 +146,7 @@ def test_the_session_s_config_repeats_the_run(start: list[str], tmp_path: Path) 
     assert equal(content(session), content(next(again.iterdir())))
 
 
-def test_a_deterministic_run_gives_the_same_numbers_twice_and_leaves_the_next_run_free(
+def test_deterministic_run_repeats_exactly_and_resets_the_mode(
     start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the run sets it, and the next test is another
@@ -205,7 +205,7 @@ def test_an_interrupted_run_goes_on_in_its_session_to_the_same_end(
     assert [p.name for p in cut.glob("config*")] == ["config.yaml"]
 
 
-def test_the_command_that_resumes_a_stopped_run_is_quoted_for_the_shell(
+def test_resume_command_is_quoted_for_the_shell(
     start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finish_epoch = Trainer.finish_epoch
@@ -220,8 +220,8 @@ def test_the_command_that_resumes_a_stopped_run_is_quoted_for_the_shell(
         assert main.main(words) == 143
     (command,) = re.findall(r"resume with: python main\.py (.*)$", capsys.readouterr().out, re.MULTILINE)
     assert shlex.split(command) == ["--resume", str(tmp_path / "runs of mine" / "first try")]
-    said = refused(words, capsys)
-    assert shlex.split(said.partition("resume it with ")[2]) == shlex.split(command)
+    message = refused(words, capsys)
+    assert shlex.split(message.partition("resume it with ")[2]) == shlex.split(command)
     assert main.main(shlex.split(command)) == 0
 
 
@@ -246,9 +246,7 @@ LATEST_TWO = {"latest.ckpt", "previous.ckpt"}
         ("last", set()),
     ],
 )
-def test_of_a_session_those_checkpoints_are_kept_that_the_user_chooses(
-    keep: str, kept: set[str], start: list[str], tmp_path: Path
-) -> None:
+def test_kept_checkpoints_follow_the_option(keep: str, kept: set[str], start: list[str], tmp_path: Path) -> None:
     table, again = tmp_path / "all.csv", tmp_path / "again.csv"
     assert main.main([*start, "--session", "all", "--export-neighbourhoods", str(table)]) == 0
     assert main.main([*start, "--session", "kept", "--keep", keep]) == 0
@@ -264,7 +262,7 @@ def test_of_a_session_those_checkpoints_are_kept_that_the_user_chooses(
     assert [number for number, _ in found[1]] == [1, 2]
     assert all(torch.equal(one.entropy, other.entropy) for (_, one), (_, other) in zip(*found, strict=True))
     assert main.main(["--report", str(session)]) == 0
-    # and it is gone on with as ever
+    # and it resumes as usual
     for folder in (whole, session):
         assert main.main(["--resume", str(folder), "--max-round", "4"]) == 0
     assert equal({**content(session), "session": "all"}, content(whole))
@@ -288,7 +286,7 @@ def test_a_best_checkpoint_holds_the_rows_of_the_bank_once(start: list[str], tmp
     folder = session_in(tmp_path) / "checkpoint"
     assert checkpoint.load(folder / "latest.ckpt")["health"]["rows"].shape == (24, 8)
     assert checkpoint.load(folder / "0001-00012.ckpt")["health"]["rows"] is None
-    # the figures after it is gone on with: test_going_on_from_an_older_checkpoint_leaves_no_epoch_twice
+    # the figures after resuming: test_going_on_from_an_older_checkpoint_leaves_no_epoch_twice
 
 
 def test_restart_goes_on_in_a_new_session(start: list[str], tmp_path: Path) -> None:
@@ -310,7 +308,7 @@ def test_options_changed_on_resuming_are_kept_beside_the_former_ones(start: list
     assert metrics(session)[-1]["round"] == 3
 
 
-def test_a_test_run_shows_the_accuracy_of_the_training_run_and_the_recomputed_one(
+def test_test_only_shows_bank_and_recomputed_accuracy(
     start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main.main(start)
@@ -350,8 +348,8 @@ def test_a_linear_probe_that_the_disk_has_no_room_for_is_refused(
 ) -> None:
     monkeypatch.setattr(linear_probe, "IN_MEMORY", 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
-    said = refused([*start, "--test-only", "--protocol", "linear", "--linear-layers", "conv1"], capsys)
-    assert "--linear-layers conv1" in said and "TMPDIR" in said
+    message = refused([*start, "--test-only", "--protocol", "linear", "--linear-layers", "conv1"], capsys)
+    assert "--linear-layers conv1" in message and "TMPDIR" in message
 
 
 def test_held_out_images_are_not_trained_on(
@@ -400,9 +398,7 @@ def test_a_report_is_made_at_the_end_and_of_any_session(
     assert (session / "report.html").read_text(encoding="utf-8") == page
 
 
-def test_exports_of_a_run_with_held_out_images_count_in_the_whole_data_set(
-    start: list[str], photos: Path, tmp_path: Path
-) -> None:
+def test_exports_with_held_out_images_use_data_set_indices(start: list[str], photos: Path, tmp_path: Path) -> None:
     features, table = tmp_path / "features.npz", tmp_path / "neighbours.csv"
     words = ["--val-fraction", "0.25", "--export-features", str(features), "--export-neighbourhoods", str(table)]
     assert main.main([*start, *words]) == 0
@@ -580,7 +576,7 @@ def test_print_args_prints_options_that_cfgs_reads_back(
     assert not (tmp_path / "sessions").exists()
 
 
-def test_images_without_class_folders_train_without_anything_that_needs_labels(
+def test_images_without_class_folders_train_without_labels(
     photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flat = tmp_path / "flat"
@@ -595,7 +591,7 @@ def test_images_without_class_folders_train_without_anything_that_needs_labels(
     assert len(list((session / "checkpoint").iterdir())) == 5
 
 
-def test_of_many_files_that_are_left_out_for_one_reason_some_are_named(
+def test_many_skipped_files_are_named_by_example(
     photos: Path, start: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(12):
@@ -627,7 +623,7 @@ def test_every_optimiser_schedule_and_protocol_trains(optimizer: str, start: lis
     assert [row["learning_rate"] for row in metrics(session_in(tmp_path))] == [1e-3, 1e-4] * 2
 
 
-def test_a_run_ends_with_what_is_to_be_exported_and_that_is_the_network_again(
+def test_run_exports_the_trained_network_at_its_end(
     start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     features, model = tmp_path / "features.npz", tmp_path / "model.safetensors"
@@ -773,19 +769,19 @@ def test_a_name_of_several_lines_is_told_whole_on_one(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_is_gone_is_told_without_the_traceback_of_a_worker(
+def test_deleted_image_is_named_without_worker_traceback(
     workers: int, start: list[str], photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gone, load = photos / "train" / "dark" / "3.png", setup.load_data
+    missing, load = photos / "train" / "dark" / "3.png", setup.load_data
 
     def load_and_lose(options: Options) -> Any:
         splits = load(options)
-        gone.unlink()
+        missing.unlink()
         return splits
 
     monkeypatch.setattr(files, "IN_MEMORY", 0)
     monkeypatch.setattr(setup, "load_data", load_and_lose)
-    assert refused([*start, "--workers-num", str(workers)], capsys).startswith(f"{gone}: could be read at the start")
+    assert refused([*start, "--workers-num", str(workers)], capsys).startswith(f"{missing}: could be read at the start")
 
 
 @pytest.mark.parametrize(
@@ -801,7 +797,7 @@ def test_memory_that_ran_out_is_told(
     assert "--batch-size" in refused([*start, "--test-only"], capsys)
 
 
-def test_an_error_of_the_program_without_a_session_shows_its_traceback(
+def test_internal_error_without_session_shows_its_traceback(
     start: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(context: object) -> None:
@@ -816,7 +812,7 @@ def test_an_error_of_the_program_without_a_session_shows_its_traceback(
 
 
 def failing_after(calls: int, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
-    """From then on a step of the training raises this error, or one that nobody expects."""
+    """From then on a step of the training raises this error, or an unexpected one."""
     step, left = Trainer.backward, iter(range(calls))
 
     def altered(*arguments: Any) -> Any:
@@ -827,7 +823,7 @@ def failing_after(calls: int, monkeypatch: pytest.MonkeyPatch, error: Exception 
     monkeypatch.setattr(Trainer, "backward", altered)
 
 
-def test_an_error_in_training_leaves_its_traceback_in_the_log_and_the_session_goes_on(
+def test_error_in_training_logs_its_traceback_and_resumes(
     start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, broken = tmp_path / "sessions" / "whole", tmp_path / "sessions" / "broken"
@@ -855,7 +851,7 @@ def test_an_error_in_training_leaves_its_traceback_in_the_log_and_the_session_go
     [(torch.OutOfMemoryError("CUDA"), 2), (RuntimeError("CUDA error: unspecified launch failure\nmore"), 70)],
     ids=["memory", "GPU"],
 )
-def test_memory_or_a_gpu_that_fails_in_training_names_the_last_checkpoint_which_is_resumed(
+def test_device_failure_names_the_checkpoint_to_resume(
     error: Exception,
     status: int,
     start: list[str],
@@ -869,9 +865,9 @@ def test_memory_or_a_gpu_that_fails_in_training_names_the_last_checkpoint_which_
         failing_after(7, patch, error)
         capsys.readouterr()
         assert main.main([*start, "--session", "broken"]) == status
-    (said,) = capsys.readouterr().err.splitlines()
+    (message,) = capsys.readouterr().err.splitlines()
     saved = broken / "checkpoint" / "latest.ckpt"
-    assert said.endswith(f"; the last checkpoint is {saved}; resume with: python main.py --resume {broken}")
+    assert message.endswith(f"; the last checkpoint is {saved}; resume with: python main.py --resume {broken}")
     assert main.main(["--resume", str(broken)]) == 0
     assert equal(content(whole), content(broken))
 
@@ -884,7 +880,7 @@ def test_an_error_in_the_first_epoch_says_that_nothing_was_saved(
     assert capsys.readouterr().err.endswith("log.txt; no checkpoint was saved yet\n")
 
 
-def test_an_error_after_the_training_leaves_its_traceback_in_the_log_too(
+def test_error_after_training_logs_its_traceback(
     start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*arguments: Any) -> None:
@@ -943,7 +939,7 @@ LACKING = {
 
 
 @pytest.mark.parametrize("lacking", LACKING)
-def test_a_network_without_what_the_program_needs_is_refused_before_it_trains(
+def test_incomplete_network_is_refused_before_training(
     lacking: str,
     start: list[str],
     tmp_path: Path,
@@ -952,8 +948,8 @@ def test_a_network_without_what_the_program_needs_is_refused_before_it_trains(
 ) -> None:
     monkeypatch.setitem(models.NETWORKS, "mine", lambda low_dim: Unlike(low_dim=low_dim, lacking=lacking))
     for more in ([], ["--test-only", "--protocol", "linear", "--linear-layers", "conv1"]):
-        said = refused([*start, "--network", "mine", *more], capsys)
-        assert said.startswith(f"--network mine: {LACKING[lacking]}")
+        message = refused([*start, "--network", "mine", *more], capsys)
+        assert message.startswith(f"--network mine: {LACKING[lacking]}")
     assert not (tmp_path / "sessions").exists()
 
 
@@ -999,7 +995,7 @@ def test_checkpoints_that_do_not_fit_say_how(
 
 @pytest.mark.parametrize("place", ["net", "npc"])
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_a_checkpoint_that_has_diverged_is_refused_whatever_it_is_for(
+def test_diverged_checkpoint_is_refused_for_every_use(
     place: str, number: float, start: list[str], tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main.main([*start, "--max-round", "1"])
@@ -1011,8 +1007,8 @@ def test_a_checkpoint_that_has_diverged_is_refused_whatever_it_is_for(
     out, picture = tmp_path / "features.npz", photos / "test" / "dark" / "0.png"
     resume = [*start, "--resume", str(path)]
     for words in ([], ["--test-only"], ["--test-only", "--export-features", str(out)], ["--query", str(picture)]):
-        said = refused([*resume, *words], capsys)
-        assert "diverged.ckpt" in said and "not finite" in said and "an earlier checkpoint" in said
+        message = refused([*resume, *words], capsys)
+        assert "diverged.ckpt" in message and "not finite" in message and "an earlier checkpoint" in message
     assert not out.exists()
     if place == "net":
         assert "not finite" in refused([*start, "--pretrained", str(path)], capsys)
@@ -1025,7 +1021,7 @@ def test_the_program_itself_exits_with_2_and_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gpus", ["[0]", "[0, 1]"])
-def test_a_session_of_a_gpu_is_shown_and_judged_without_one_and_not_trained(
+def test_gpu_session_is_evaluated_but_not_trained_without_gpu(
     gpus: str, start: list[str], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main.main([*start, "--max-round", "1"])
@@ -1124,7 +1120,7 @@ def test_a_closed_pipe_ends_what_only_prints_quietly(words: list[str]) -> None:
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
-def test_compiling_breaks_no_graph_and_a_smaller_last_batch_compiles_nothing(
+def test_compile_has_no_graph_break_and_no_recompilation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend

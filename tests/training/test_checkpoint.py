@@ -109,7 +109,7 @@ def refusal(path: Path) -> str:
     return text.removeprefix(f"{path}: ")
 
 
-def test_a_checkpoint_has_the_parts_of_the_reference_in_its_types_and_shapes() -> None:
+def test_checkpoint_has_types_and_shapes_of_the_reference() -> None:
     state = state_of(steps=1)
     state.neighbourhoods = neighbourhoods_of(2, 0.5)
     state.acc, state.epoch, state.round = 0.25, 3, 2
@@ -185,7 +185,7 @@ def test_the_network_s_parameters_have_the_reference_s_names() -> None:
     assert names == expected
 
 
-def test_before_the_first_discovery_there_are_no_anchors_and_no_consistency() -> None:
+def test_no_anchors_before_the_first_discovery() -> None:
     found = state_of().checkpoint("small", "")["ANs_discovery"]
     assert found["anchor_indexes"].shape == (0,) and found["neighbours"].shape[0] == 0
     assert found["instance_indexes"].tolist() == list(range(12))
@@ -279,7 +279,7 @@ def test_a_checkpoint_of_the_reference_goes_on_here(prefix: str, zipped: bool, t
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_a_checkpoint_that_the_reference_wrote_under_python_2_goes_on_here(prefix: str, tmp_path: Path) -> None:
+def test_checkpoint_of_the_python_2_reference_resumes(prefix: str, tmp_path: Path) -> None:
     """PyTorch 1.0 named parameters by their addresses, integers that Python 2 pickled as text."""
     content = published(prefix)
     ids = [140_250_000_000_000 + 8 * i for i in content["optimizer"]["param_groups"][0]["params"]]
@@ -300,7 +300,7 @@ def test_a_checkpoint_that_the_reference_wrote_under_python_2_goes_on_here(prefi
     assert torch.equal(state.bank.memory, twin.bank.memory)
 
 
-def test_a_checkpoint_of_gpus_has_the_reference_s_prefix_and_goes_on_anywhere() -> None:
+def test_gpu_checkpoint_has_module_prefix_and_resumes_anywhere() -> None:
     gpu, cpu = torch.device("cuda", 1), torch.device("cpu")
     for network in ("resnet18", "imagenet-resnet18"):
         assert checkpoint.saved_name("conv1.weight", network, gpu) == "module.conv1.weight"
@@ -338,7 +338,7 @@ def test_a_checkpoint_of_another_network_says_so() -> None:
     assert "another network" in restore_refusal(content)
 
 
-def test_a_checkpoint_of_a_wider_network_of_the_same_names_says_which_part_differs() -> None:
+def test_wider_network_is_refused_with_the_first_difference() -> None:
     text = restore_refusal(state_of(width=7).checkpoint("small", ""))
     assert "another network" in text and "conv1.weight" in text and "[7, 3, 3, 3]" in text and "[6, 3, 3, 3]" in text
 
@@ -413,12 +413,12 @@ def test_without_an_optimiser_its_momentum_starts_at_zero() -> None:
 def test_without_neighbourhoods_the_round_starts_again(empty: bool) -> None:
     state, content = lacking("ANs_discovery")
     if empty:
-        nobody = {name: torch.zeros(0) for name in published("")["ANs_discovery"]}
-        state.restore({**content, "epoch": 4, "ANs_discovery": nobody}, Path("a.ckpt"), embed=unwanted)
+        no_neighbours = {name: torch.zeros(0) for name in published("")["ANs_discovery"]}
+        state.restore({**content, "epoch": 4, "ANs_discovery": no_neighbours}, Path("a.ckpt"), embed=unwanted)
     assert (state.round, state.epoch) == (2, 0) and state.neighbourhoods.num_anchors == 0
 
 
-def test_before_a_discovery_the_reference_s_buffers_of_no_size_are_no_hindrance() -> None:
+def test_empty_reference_buffers_are_accepted() -> None:
     content = {**published(""), "round": 0}
     content["ANs_discovery"] = {
         **Neighbourhoods.none(SAMPLES).state_dict(),
@@ -439,7 +439,7 @@ def test_a_round_of_no_anchors_goes_on_where_it_was() -> None:
     assert (state.round, state.epoch) == (1, 3)
 
 
-def test_the_embeddings_that_fill_the_bank_are_those_of_the_checkpoint_s_network() -> None:
+def test_bank_is_filled_by_the_checkpoint_s_network() -> None:
     content = {"net": published("")["net"]}
     state, seen = state_of(2), []
 
@@ -451,7 +451,7 @@ def test_the_embeddings_that_fill_the_bank_are_those_of_the_checkpoint_s_network
     assert len(seen) == 1 and same(seen[0], content["net"])
 
 
-def test_embeddings_that_cannot_be_made_are_not_the_checkpoint_s_fault() -> None:
+def test_failed_embedding_does_not_blame_the_checkpoint() -> None:
     def embed() -> torch.Tensor:
         raise RuntimeError("out of memory")
 
@@ -641,7 +641,7 @@ def test_every_damaged_byte_of_this_program_s_checkpoints_is_refused(tmp_path: P
 
 
 def sensible(text: str) -> None:
-    """One plain sentence about the file, which advises nobody to open it all the same."""
+    """One plain sentence about the file, which does not advise to open it anyway."""
     assert 10 < len(text) < 500 and text.isprintable()
     assert "weights_only" not in text and "Re-running" not in text and "torch.load" not in text
 
@@ -778,7 +778,7 @@ def test_saving_that_fails_half_way_leaves_the_old_file_whole(
         checkpoint.save({**CONTENT, "epoch": 9}, path)
     monkeypatch.undo()
     assert path.read_bytes() == before
-    checkpoint.save({**CONTENT, "epoch": 9}, path)  # and what is left over is in nobody's way
+    checkpoint.save({**CONTENT, "epoch": 9}, path)  # leftovers do no harm
     assert checkpoint.load(path)["epoch"] == 9
 
 
@@ -818,12 +818,12 @@ def test_the_prefixes_of_an_alexnet_trained_on_gpus_are_bridged(prefix: str) -> 
     assert all(torch.equal(value, saved.state_dict()[name]) for name, value in network.state_dict().items())
 
 
-def test_another_embedding_size_is_told_whatever_the_last_layer_is_called() -> None:
+def test_other_embedding_size_is_refused_for_any_layer_name() -> None:
     with pytest.raises(UsageError, match="embedding size 3, not 5"):
         checkpoint.load_network(TwoParts(5), {"net": TwoParts(3).state_dict()}, Path("a.ckpt"))
 
 
-def test_a_checkpoint_is_written_in_the_form_that_the_reference_s_pytorch_reads(tmp_path: Path) -> None:
+def test_checkpoint_has_the_legacy_format_of_pytorch(tmp_path: Path) -> None:
     """PyTorch 1.0 reads no zip; its pickles are of protocol 2, and these are the names it knows."""
     path = tmp_path / "a.ckpt"
     state = state_of(5, steps=2)

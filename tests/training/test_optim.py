@@ -97,7 +97,7 @@ def test_a_missing_file_of_rates_is_refused_by_name(tmp_path: Path) -> None:
         read_rates(tmp_path / "nowhere.yaml")
 
 
-def test_what_is_wrong_with_a_file_of_rates_is_not_blamed_on_option_files(tmp_path: Path) -> None:
+def test_schedule_file_errors_do_not_mention_option_files(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere.yaml", written(tmp_path, ""), written(tmp_path, "- 1\n")):
         with pytest.raises(UsageError) as refusal:
             read_rates(path)
@@ -132,7 +132,7 @@ def test_without_a_step_the_rate_never_drops() -> None:
 
 
 @pytest.mark.parametrize("epochs", [3, 20])  # beyond float32, and beyond Python's own numbers
-def test_a_rate_that_grows_beyond_all_numbers_is_refused_at_the_start(epochs: int) -> None:
+def test_overflowing_learning_rate_is_refused_at_the_start(epochs: int) -> None:
     growing: dict[str, Any] = {"lr_decay_rate": 1e30, "lr_decay_offset": 0, "lr_decay_step": 1}
     build_schedule(Options(**growing, max_epoch=2))
     with pytest.raises(UsageError, match="lr-decay-rate"):

@@ -52,7 +52,7 @@ def small(seed: int, **how: Any) -> Small:
 
 
 @pytest.fixture
-def said() -> Iterator[list[str]]:
+def message() -> Iterator[list[str]]:
     """What the program's logger is told."""
     lines: list[str] = []
 
@@ -217,14 +217,14 @@ def test_pytorch_s_files_may_have_any_ending(writer: str, tmp_path: Path) -> Non
     assert not load_pretrained(small(2), tmp_path / "a.safetensors").missing_keys
 
 
-def test_a_run_s_content_comes_with_its_other_keys_and_weights_alone_without(tmp_path: Path) -> None:
+def test_checkpoint_keeps_its_keys_and_weight_files_have_none(tmp_path: Path) -> None:
     (tmp_path / "run.ckpt").write_bytes(new(FORMS["net"](small(1).state_dict())))
     (tmp_path / "other.pth").write_bytes(new(FORMS["state_dict"](small(1).state_dict())))
     assert {"net", "acc", "epoch"} == set(read(tmp_path / "run.ckpt"))
     assert {"weights"} == set(read(tmp_path / "other.pth"))
 
 
-def test_torchvision_s_weights_lose_their_head_and_it_is_said(tmp_path: Path, said: list[str]) -> None:
+def test_torchvision_s_weights_lose_their_head_and_it_is_said(tmp_path: Path, message: list[str]) -> None:
     torch.manual_seed(0)
     theirs = torchvision.models.resnet18().state_dict()
     (tmp_path / "resnet18-f37072fd.pth").write_bytes(old(theirs))
@@ -235,38 +235,38 @@ def test_torchvision_s_weights_lose_their_head_and_it_is_said(tmp_path: Path, sa
     own = network.state_dict()
     assert all(torch.equal(own[name], value) for name, value in theirs.items() if not name.startswith("fc."))
     assert torch.equal(network.fc.weight, before)
-    text = "\n".join(said)
+    text = "\n".join(message)
     assert "loaded 100 of 102 tensors" in text and "layer1 20" in text
     assert "unexpected keys, not loaded: fc.weight (of shape [1000, 512] where the network has [16, 512])" in text
     assert "missing keys, left as initialised: fc.weight, fc.bias" in text
-    assert sum(line.startswith("WARNING") and "embedding layer" in line for line in said) == 1
+    assert sum(line.startswith("WARNING") and "embedding layer" in line for line in message) == 1
 
 
-def test_weights_with_the_head_bring_no_warning(tmp_path: Path, said: list[str]) -> None:
+def test_weights_with_the_head_bring_no_warning(tmp_path: Path, message: list[str]) -> None:
     (tmp_path / "a.pth").write_bytes(new(small(1).state_dict()))
     load_pretrained(small(2), tmp_path / "a.pth")
-    assert said == [f"INFO {tmp_path / 'a.pth'}: loaded 8 of 8 tensors: conv 2, bn 4, linear 2"]
+    assert message == [f"INFO {tmp_path / 'a.pth'}: loaded 8 of 8 tensors: conv 2, bn 4, linear 2"]
 
 
-def test_a_head_without_its_bias_is_no_random_projection(tmp_path: Path, said: list[str]) -> None:
+def test_a_head_without_its_bias_is_no_random_projection(tmp_path: Path, message: list[str]) -> None:
     state = small(1).state_dict()
     del state["linear.bias"]
     (tmp_path / "a.pth").write_bytes(new(state))
     load_pretrained(small(2), tmp_path / "a.pth")
-    assert said[1:] == ["INFO missing keys, left as initialised: linear.bias"]
+    assert message[1:] == ["INFO missing keys, left as initialised: linear.bias"]
 
 
-def test_the_path_that_is_taken_away_is_said(tmp_path: Path, said: list[str]) -> None:
+def test_the_path_that_is_taken_away_is_said(tmp_path: Path, message: list[str]) -> None:
     (tmp_path / "a.pth").write_bytes(new({f"module.{name}": v for name, v in small(1).state_dict().items()}))
     load_pretrained(small(2), tmp_path / "a.pth")
-    assert len(said) == 1 and "8 of 8 tensors (prefix 'module.' removed): conv 2" in said[0]
+    assert len(message) == 1 and "8 of 8 tensors (prefix 'module.' removed): conv 2" in message[0]
 
 
-def test_fresh_tensors_before_the_head_bring_no_warning_either(tmp_path: Path, said: list[str]) -> None:
+def test_fresh_tensors_before_the_head_bring_no_warning_either(tmp_path: Path, message: list[str]) -> None:
     state = {name: value for name, value in small(1).state_dict().items() if not name.startswith("conv.")}
     (tmp_path / "a.pth").write_bytes(new(state))
     assert load_pretrained(small(2), tmp_path / "a.pth").missing_keys == ["conv.weight", "conv.bias"]
-    assert not any(line.startswith("WARNING") for line in said)
+    assert not any(line.startswith("WARNING") for line in message)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -349,18 +349,18 @@ def test_a_counter_that_counts_nothing_is_left_out() -> None:
     assert found.unexpected_keys == {"bn.num_batches_tracked": "of type float32"} and not found.missing_keys
 
 
-def test_counters_that_old_files_lack_are_not_missed(tmp_path: Path, said: list[str]) -> None:
+def test_counters_that_old_files_lack_are_not_missed(tmp_path: Path, message: list[str]) -> None:
     state = {name: value for name, value in small(1).state_dict().items() if name in TENSORS}
     (tmp_path / "a.pth").write_bytes(old(state))
     assert load_pretrained(small(2), tmp_path / "a.pth").missing_keys == []
-    assert len(said) == 1 and "8 of 8" in said[0]
+    assert len(message) == 1 and "8 of 8" in message[0]
 
 
-def test_long_lists_of_names_are_cut(tmp_path: Path, said: list[str]) -> None:
+def test_long_lists_of_names_are_cut(tmp_path: Path, message: list[str]) -> None:
     more = {f"other{i}": torch.zeros(1) for i in range(30)}
     (tmp_path / "a.pth").write_bytes(new({**small(1).state_dict(), **more}))
     load_pretrained(small(2), tmp_path / "a.pth")
-    assert "other19 (not in this network) and 10 more" in said[1] and "other20" not in said[1]
+    assert "other19 (not in this network) and 10 more" in message[1] and "other20" not in message[1]
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])

@@ -69,7 +69,7 @@ def epochs_written(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> dict[st
         (30, [1, 6], [1, 6]),
     ],
 )
-def test_checkpoints_are_the_interval_apart_and_at_the_end_of_the_round(
+def test_checkpoints_follow_the_interval_and_end_of_round(
     interval: float, latest: list[int], best: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch, per_epoch=2)
@@ -80,7 +80,7 @@ def test_checkpoints_are_the_interval_apart_and_at_the_end_of_the_round(
 
 
 @pytest.mark.parametrize("keep", ["all", "best", "last"])
-def test_the_best_epoch_is_kept_as_it_was_while_training_changes_the_weights(keep: str, tmp_path: Path) -> None:
+def test_best_epoch_is_a_copy(keep: str, tmp_path: Path) -> None:
     """Written three epochs later, it equals the one that is written at once."""
     for interval in (0, 1000):
         session = new_session(tmp_path / str(interval))
@@ -143,9 +143,7 @@ def test_the_best_checkpoint_is_written_before_the_latest(tmp_path: Path, monkey
     session.close()
 
 
-def test_after_a_failure_every_epoch_tries_again_and_the_best_is_still_right(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_saves_are_retried_and_best_stays_correct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = checkpoint.save
     tried: list[tuple[str, int]] = []
     clock = Clock(monkeypatch, per_epoch=20)
@@ -169,7 +167,7 @@ def test_after_a_failure_every_epoch_tries_again_and_the_best_is_still_right(
     whole.close()
 
 
-def test_a_host_copy_shares_no_memory_and_reuses_that_of_an_earlier_one() -> None:
+def test_host_copy_reuses_memory_of_an_earlier_copy() -> None:
     state = state_of()
     content = state.checkpoint("net", "")
     kept = checkpoint.copy_to_host(content)

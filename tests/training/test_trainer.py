@@ -149,9 +149,9 @@ def test_a_collapse_is_warned_of_once(
     state.network = network()
     state.optimizer = torch.optim.SGD(state.network.parameters(), lr=0.1)
     trainer_of(state, max_round=2, max_epoch=8, low_dim=LOW_DIM).fit()
-    said = [message for message in caplog.messages if message.startswith("warning: ")]
-    assert len(said) == (network is Collapsed)
-    assert all("round 1, epoch 2: the embeddings seem to have collapsed" in message for message in said)
+    shown_text = [message for message in caplog.messages if message.startswith("warning: ")]
+    assert len(shown_text) == (network is Collapsed)
+    assert all("round 1, epoch 2: the embeddings seem to have collapsed" in message for message in shown_text)
 
 
 def test_a_collapse_is_not_warned_of_again_after_a_resume(
@@ -184,7 +184,7 @@ def test_an_epoch_is_the_plain_loop_with_and_without_anchors() -> None:
     torch.testing.assert_close(ours.bank.memory, plain.bank.memory, rtol=1e-4, atol=1e-6)
 
 
-def test_anchors_grow_by_the_select_rate_and_every_round_restarts_schedule_and_best() -> None:
+def test_anchors_grow_and_every_round_restarts() -> None:
     rates: list[int] = []
     given = iter([0.5, 0.4, 0.3, 0.2, 0.1, 0.15])
 
@@ -223,7 +223,7 @@ def test_held_out_images_choose_the_best_epoch_where_there_are_some() -> None:
     assert "best: chosen by the test labels" in trainer_of(state, **judges).recorder.summary(state.history)
 
 
-def test_of_epochs_equally_good_the_last_is_the_best_as_in_the_reference() -> None:
+def test_later_of_equal_epochs_is_the_best() -> None:
     tests = iter([0.5, 0.5, 0.3, 0.3, 0.2, 0.1])
     trainer = trainer_of(state_of(), evaluate=Judge(lambda: next(tests)))
     trainer.fit()
@@ -327,7 +327,7 @@ def test_mixed_precision_trains_nearly_as_float32_does(dtype: torch.dtype) -> No
     torch.testing.assert_close(mixed.network.linear.weight, exact.network.linear.weight, atol=0.02, rtol=0.1)
 
 
-def test_a_step_whose_scaled_gradient_overflows_is_left_out_and_the_scale_falls() -> None:
+def test_overflowing_scaled_gradient_skips_the_step() -> None:
     state = state_of()
     state.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
     before = state.network.linear.weight.detach().clone()
@@ -348,8 +348,8 @@ def test_a_loss_that_is_no_number_stops_with_step_rate_and_images() -> None:
     with pytest.raises(NonFiniteLossError) as error:
         train(state, batches, max_epoch=9)
     images = ", ".join(map(str, batches.parts[2].tolist()))
-    told = f"round 1, epoch 5, step 3, at a learning rate of 0.1, for the training images {images};"
-    assert told in str(error.value)
+    reported = f"round 1, epoch 5, step 3, at a learning rate of 0.1, for the training images {images};"
+    assert reported in str(error.value)
 
 
 def test_a_run_that_stops_so_leaves_the_checkpoint_of_before(tmp_path: Path) -> None:
@@ -481,7 +481,7 @@ def test_too_few_samples_are_refused_with_the_option_that_mends_it(changes: dict
 
 
 @pytest.mark.parametrize(("every", "requests"), [(1, 6), (4, 2)])
-def test_stop_requests_are_exchanged_every_so_many_steps_and_after_the_last(every: int, requests: int) -> None:
+def test_stop_requests_are_exchanged_every_gpu_steps(every: int, requests: int) -> None:
     asked: list[int] = []
     trainer = trainer_of(state_of())  # six steps an epoch
     trainer.steps_between_requests = every

@@ -57,7 +57,7 @@ def save(path: Path, number: int, size: tuple[int, int] | None = None) -> None:
 
 
 def age(root: Path, seconds: float = 60) -> None:
-    """Sets every folder's last change back, as one that nobody touches any more."""
+    """Sets every folder's last change back, as if it had not changed for long."""
     then = time.time() - seconds
     for folder, _, _ in os.walk(root):
         os.utime(folder, (then, then))

@@ -41,6 +41,7 @@ import filelock
 import torch
 
 from benchmarks import measure
+from benchmarks.study import epochs_of
 from lib.errors import UsageError
 from lib.session import metrics, provenance
 from lib.session.atomic_files import atomic_write
@@ -115,7 +116,7 @@ class Part:
     stop: signal.Signals = signal.SIGTERM
 
 
-class Session:
+class Runner:
     """The parts, and how far they have come.
 
     Args:
@@ -316,7 +317,7 @@ def cifar10_of(out: Path, given: argparse.Namespace, more: Sequence[str]) -> Par
 
     def command() -> list[str]:
         words = ["main.py", *(["--resume", str(session)] if latest(session).is_file() else _new_run())]
-        return [*words, "--gpus", _gpu(given.device), *more]
+        return [*words, "--gpus", measure.gpus(torch.device(given.device)), *more]
 
     def _new_run() -> list[str]:
         if session.exists():  # stopped before its first checkpoint
@@ -334,7 +335,7 @@ def cifar10_of(out: Path, given: argparse.Namespace, more: Sequence[str]) -> Par
         return [*words, *(small.split() if given.small else [])]
 
     def outcome(status: int) -> Outcome:
-        result = {"text": training_table(session), "machine": ""} if _epochs(session) else {}
+        result = {"text": training_table(session), "machine": ""} if epochs_of(session) else {}
         if status not in EXPECTED:
             return Outcome("failed", last_line(out / "cifar10.log"), result)
         return Outcome("unfinished" if status else "done", EXPECTED[status], result)
@@ -345,23 +346,10 @@ def cifar10_of(out: Path, given: argparse.Namespace, more: Sequence[str]) -> Par
     return Part("cifar10", "CIFAR-10", command, outcome, 20 if given.small else 60, None, TRAINING, blocked)
 
 
-def _gpu(device: str) -> str:
-    """The value of ``--gpus``."""
-    place = torch.device(device)
-    return "" if place.type == "cpu" else str(place.index or 0)
-
-
-def _epochs(session: Path) -> list[dict[str, Any]]:
-    try:
-        return metrics.read(session)
-    except UsageError:
-        return []
-
-
 def training_table(session: Path) -> str:
     """A table of the rounds of a session."""
     rounds: dict[int, list[dict[str, Any]]] = {}
-    for row in _epochs(session):
+    for row in epochs_of(session):
         rounds.setdefault(row["round"], []).append(row)
 
     def percent(value: float | None) -> str:
@@ -379,7 +367,7 @@ def training_table(session: Path) -> str:
 
 def training_report(session: Path, entry: dict[str, Any]) -> str:
     """The page of the training on CIFAR-10."""
-    epochs, starts = len(_epochs(session)), metrics.starts(session)
+    epochs, starts = len(epochs_of(session)), metrics.starts(session)
     shown = {name: ", ".join(dict.fromkeys(str(start.get(name)) for start in starts)) for name in ("device", "commit")}
     state = entry["status"] + (entry["reason"] and f": {entry['reason']}")
     return (
@@ -444,22 +432,22 @@ def _carry_out(given: argparse.Namespace, more: Sequence[str], deadline: float) 
     try:
         with filelock.FileLock(out / ".gpu.lock", timeout=0):
             setting = {"device": given.device, "size": "small" if given.small else "full"}
-            session = Session(out, parts, setting, deadline, given.parts)
+            runner = Runner(out, parts, setting, deadline, given.parts)
             for which in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(which, session.stop)
-            status = session.carry_out()
-            write_reports(session, [out, *([RESULTS] if given.save else [])])
+                signal.signal(which, runner.stop)
+            status = runner.carry_out()
+            write_reports(runner, [out, *([RESULTS] if given.save else [])])
             return status
     except filelock.Timeout:
         raise UsageError(f"{out}: another process measures into this folder; wait for it, or stop it") from None
 
 
-def write_reports(session: Session, folders: Sequence[Path]) -> None:
+def write_reports(runner: Runner, folders: Sequence[Path]) -> None:
     """Writes the tables to each folder."""
-    entry = session.entries.get("cifar10", {})
+    entry = runner.entries.get("cifar10", {})
     for folder in folders:
-        (folder / "gpu.md").write_text(session.report(), encoding="utf-8")
+        (folder / "gpu.md").write_text(runner.report(), encoding="utf-8")
         if entry.get("result"):
-            text = training_report(session.out / "cifar10", entry)
+            text = training_report(runner.out / "cifar10", entry)
             (folder / "cifar10-gpu.md").write_text(text, encoding="utf-8")
     print(f"the tables are in {', '.join(map(str, folders))}", flush=True)

@@ -74,20 +74,9 @@ def trainer_of(sizes: Sizes, device: torch.device, mode: str) -> Iterator[Traine
 
     splits = datasets.Splits(images_of(sizes.samples), images_of(sizes.tests))
     with tempfile.TemporaryDirectory() as folder:
-        words = [
-            "--cfgs",
-            "configs/base.yaml",
-            "--network",
-            sizes.network,
-            "--resize",
-            side,
-            side,
-            "--size",
-            side,
-            side,
-        ]
+        words = ["--cfgs", "configs/base.yaml", "--network", sizes.network, "--resize", side, "--size", side]
         words += ["--batch-size", str(sizes.batch), "--low-dim", str(sizes.low_dim), "--seed", "0"]
-        words += ["--gpus", "" if device.type == "cpu" else str(device.index or 0), "--sess-dir", folder]
+        words += ["--gpus", measure.gpus(device), "--sess-dir", folder]
         words += ["--ckpt-interval", "1000000", *MODES[mode].split()]
         with mock.patch.object(datasets, "load", lambda *words, **named: splits):
             trainer = build.build_trainer(setup.prepare(read_options(words)))

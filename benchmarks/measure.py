@@ -101,6 +101,11 @@ def machine(device: torch.device, repeats: int) -> str:
     )
 
 
+def gpus(device: torch.device) -> str:
+    """The value of main.py's ``--gpus`` for a device."""
+    return "" if device.type == "cpu" else str(device.index or 0)
+
+
 def unit_rows(samples: int, low_dim: int, device: torch.device, seed: int = 0) -> torch.Tensor:
     """Rows (N, D) of unit length in fifty groups, as embeddings have them."""
     draw = torch.Generator().manual_seed(seed)

@@ -27,10 +27,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+import datasets
 import models
-from benchmarks.study import CFGS, EPOCHS, FIRST_EPOCHS, ROUNDS
+from benchmarks.study import CFGS, total_epochs
 from lib.config.options import height_and_width
 from lib.config.parser import read_options
+from lib.errors import UsageError
 from lib.evaluation.knn import top_k_accuracy, weighted_knn
 from lib.seeding import Stream, seed_for
 from lib.session import provenance
@@ -40,8 +42,6 @@ from lib.training import setup
 BATCH, RATE, MOMENTUM, DECAY = 128, 0.06, 0.9, 5e-4
 HIDDEN, OUTPUT = 256, 128
 """Sizes of the projection head; the input is the backbone's 256 pooled values."""
-PASSES = FIRST_EPOCHS + (ROUNDS - 1) * EPOCHS
-"""Image passes of an arm of the study, in epochs of one view."""
 
 
 class Views(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -77,9 +77,10 @@ def accuracies(context: setup.RunContext, network: torch.nn.Module, head: torch.
         features = torch.cat(batches)
         found.append((F.normalize(features), F.normalize(head(features)), torch.as_tensor(split.labels)))
     (*train, labels), (*test, test_labels) = found
-    accuracy = {}
+    accuracy, options = {}, context.options
+    k, sigma = options.knn_k, options.knn_sigma or options.npc_temperature
     for name, queries, bank in zip(("knn_backbone", "knn_head"), test, train, strict=True):
-        scores = weighted_knn(queries, bank, labels, classes=len(context.splits.train.classes), k=200, sigma=0.1)
+        scores = weighted_knn(queries, bank, labels, classes=len(context.splits.train.classes), k=k, sigma=sigma)
         accuracy[name] = top_k_accuracy(scores, test_labels, 1)
     network.train()
     head.train()
@@ -87,7 +88,19 @@ def accuracies(context: setup.RunContext, network: torch.nn.Module, head: torch.
 
 
 def main(argv: Sequence[str]) -> int:
-    """Trains or resumes; the exit status."""
+    """Exit status: 0 trained, 2 input that cannot be used."""
+    try:
+        return train(argv)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        print(f"error: {package} is not installed; pip install -r requirements-peers.txt", file=sys.stderr)
+    except (UsageError, datasets.DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def train(argv: Sequence[str]) -> int:
+    """Trains or resumes."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules import SimCLRProjectionHead
     from lightly.transforms.simclr_transform import SimCLRTransform
@@ -96,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data-root", type=Path, required=True, help="folder of train/<class>/ and test/<class>/")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint and of metrics.jsonl")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--passes", type=float, default=PASSES, help=f"epochs of one view (default: {PASSES})")
+    parser.add_argument("--passes", type=float, default=total_epochs(), help="epochs of one view (default: an arm's)")
     parser.add_argument("--evaluate-every", type=int, default=5, help="epochs between two evaluations (default: 5)")
     given = parser.parse_args(argv)
     given.out.mkdir(parents=True, exist_ok=True)

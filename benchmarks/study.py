@@ -54,6 +54,11 @@ ARMS = {
 }
 
 
+def total_epochs() -> int:
+    """Epochs of an arm, its round 0 included: its image passes."""
+    return FIRST_EPOCHS + (ROUNDS - 1) * EPOCHS
+
+
 @dataclass(frozen=True)
 class Run:
     """One session of the study.
@@ -90,7 +95,7 @@ def plan(seeds: Sequence[int]) -> list[Run]:
         return Run(f"{name}-s{seed}", flags, f"round0-s{seed}", (ROUNDS - 1, EPOCHS - 1))
 
     def one_round(seed: int) -> Run:
-        epochs = FIRST_EPOCHS + (ROUNDS - 1) * EPOCHS
+        epochs = total_epochs()
         return Run(
             f"one-round-s{seed}", ("--seed", str(seed), "--max-round", "1", *schedule(epochs)), None, (0, epochs - 1)
         )

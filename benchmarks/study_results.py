@@ -25,12 +25,14 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from scipy import stats
 
+import datasets
 import models
 from benchmarks import measure
-from benchmarks.study import ARMS, CFGS, EPOCHS, FIRST_EPOCHS, ROUNDS, Run, epochs_of, plan
+from benchmarks.study import ARMS, CFGS, FIRST_EPOCHS, ROUNDS, SEEDS, Run, epochs_of, plan, total_epochs
 from lib.config.options import height_and_width
 from lib.config.parser import read_options
 from lib.config.resolve import resolve
+from lib.errors import UsageError
 from lib.evaluation import linear_probe
 from lib.evaluation.knn import top_k_accuracy, weighted_knn
 from lib.method.discovery import entropy_and_topk
@@ -41,7 +43,6 @@ from lib.training import setup
 PEER = "simclr"
 SHARES = [percent / 100 for percent in range(5, 101, 5)]
 """Shares of the samples, those of lowest entropy first, for which the consistency is computed."""
-K, SIGMA = 200, 0.1
 TITLES = {
     "knn_bank": "kNN, bank",
     "nn_bank": "NN, bank",
@@ -63,7 +64,7 @@ def evaluate(context: setup.RunContext, network: torch.nn.Module, bank: torch.Te
     ``knn_conv5`` uses the globally pooled features before the last layer, as is usual for methods with a projection
     head. ``correct`` has a bit for each test image: whether the recomputed kNN classifies it correctly.
     """
-    splits, classes = context.splits, len(context.splits.train.classes)
+    splits, options, classes = context.splits, context.options, len(context.splits.train.classes)
     assert splits.test is not None and splits.train.labels is not None and splits.test.labels is not None
     labels, test_labels = torch.from_numpy(splits.train.labels), torch.from_numpy(splits.test.labels)
     stages = [
@@ -72,8 +73,9 @@ def evaluate(context: setup.RunContext, network: torch.nn.Module, bank: torch.Te
     ]
     pooled = [F.normalize(each["conv5"].unflatten(1, (network_width(network), -1)).mean(dim=2)) for each in stages]
 
-    def accuracy(queries: torch.Tensor, rows: torch.Tensor, k: int = K) -> tuple[float, torch.Tensor]:
-        scores = weighted_knn(queries, rows, labels, classes=classes, k=k, sigma=SIGMA)
+    def accuracy(queries: torch.Tensor, rows: torch.Tensor, k: int = options.knn_k) -> tuple[float, torch.Tensor]:
+        sigma = options.knn_sigma or options.npc_temperature
+        scores = weighted_knn(queries, rows, labels, classes=classes, k=k, sigma=sigma)
         return top_k_accuracy(scores, test_labels, 1), scores.argmax(dim=1) == test_labels
 
     found: Figures = {"knn_conv5": accuracy(pooled[1], pooled[0])[0]}
@@ -96,7 +98,7 @@ def evaluate(context: setup.RunContext, network: torch.nn.Module, bank: torch.Te
     found["knn_bank"], _ = accuracy(test, bank)
     found["nn_bank"], _ = accuracy(test, bank, k=1)
     found["correct"] = base64.b64encode(np.packbits(correct.numpy()).tobytes()).decode()
-    return {**found, **neighbour_figures(bank, labels, classes, context.options.npc_temperature)}
+    return {**found, **neighbour_figures(bank, labels, classes, options.npc_temperature)}
 
 
 def network_width(network: torch.nn.Module) -> int:
@@ -149,12 +151,13 @@ def collect(data_root: Path, sess_dir: Path, runs: Sequence[Run], results: Path)
     for run in runs:
         rows, out = epochs_of(sess_dir / run.name), results / f"{run.name}.json"
         if rows and (rows[-1]["round"], rows[-1]["epoch"]) == run.last:
-            shutil.copyfile(sess_dir / run.name / metrics.METRICS, results / f"{run.name}.jsonl")
+            with atomic_write(results / f"{run.name}.jsonl") as file:  # repeated epochs count once
+                file.write("".join(json.dumps(row) + "\n" for row in rows).encode("utf-8"))
             if not out.exists():
                 _write(out, {**evaluate_run(sess_dir / run.name, data_root), "kept": rows[-1]["kept"]})
     for folder in sorted(sess_dir.glob(f"{PEER}-s*")):
         rows = read_lines(folder / metrics.METRICS)
-        if rows and rows[-1]["passes"] > FIRST_EPOCHS + (ROUNDS - 1) * EPOCHS - 1:
+        if rows and rows[-1]["passes"] > total_epochs() - 1:
             shutil.copyfile(folder / metrics.METRICS, results / f"{folder.name}.jsonl")
             if not (out := results / f"{folder.name}.json").exists():
                 _write(out, evaluate_peer(folder, data_root))
@@ -345,16 +348,20 @@ def interval(values: Sequence[float]) -> tuple[str, str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit status."""
+    """Exit status: 0, or 2 for input that cannot be used."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.study_results", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--data-root", type=Path, required=True, help="folder of train/<class>/ and test/<class>/")
     parser.add_argument("--sess-dir", type=Path, required=True, help="folder of the study's sessions")
     parser.add_argument("--results", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds (default: 0 1 2)")
     given = parser.parse_args(argv)
-    collect(given.data_root, given.sess_dir, plan(given.seeds), given.results)
+    try:
+        collect(given.data_root, given.sess_dir, plan(given.seeds), given.results)
+    except (UsageError, datasets.DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     results = Results(given.results)
     text = results.tables()
     (given.results / "tables.md").write_text(text + "\n", encoding="utf-8")

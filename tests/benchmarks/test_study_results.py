@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks import study_results
+from benchmarks import simclr, study_results
 from benchmarks.study_results import Results
 from runs import finished, words_of
 
@@ -87,3 +88,13 @@ def test_a_run_is_evaluated_as_the_program_does(photos: Path, tmp_path: Path) ->
     results_of_one = Results(tmp_path)
     for plot in (results_of_one.knn_plot(), results_of_one.consistency_plot()):
         assert [text.get_text() for text in plot.axes[0].get_legend().get_texts()] == ["round0 (1)"]
+
+
+def test_missing_lightly_is_named_with_the_pip_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lightly.loss", None)
+    monkeypatch.setitem(sys.modules, "lightly", None)
+    assert simclr.main(["--data-root", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "error: lightly is not installed; pip install -r requirements-peers.txt\n"
+    assert not list(tmp_path.iterdir())

@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -200,7 +200,8 @@ def test_repeated_sigterm_does_not_kill_a_run_that_is_stopping(new: New, tmp_pat
     until(lambda: written(tmp_path / "stopped") > 0, process)
     while process.poll() is None:
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.005)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.005)
     assert process.returncode == 143, output_of(process)
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from benchmarks import study
 from lib.session import metrics
-from runs import RUN, content, equal, output_of, read_until, start, until, written
+from runs import RUN, altered, content, equal, output_of, read_until, start, until
 
 SMALL = """
 import sys
@@ -23,6 +23,18 @@ study.CFGS, study.SEEDS, study.FIRST_EPOCHS, study.EPOCHS, study.ROUNDS = [sys.a
 sys.exit(study.main(sys.argv[2:]))
 """
 """The study at a size for tests; the first word is the config."""
+HELD = SMALL.replace(
+    "sys.exit(",
+    f"""
+command = study.Study.command
+held = {[*altered("await_signals(1)"), "lib.training.trainer", "Trainer.backward", "18"]!r}
+def hold(self, run):
+    python, program, *words = command(self, run)
+    return [python, *(held if run.name == "round0-s5" else [program]), *words]
+study.Study.command = hold
+sys.exit(""",
+)
+"""The same, where round 0 waits for a signal in a step of its second epoch."""
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +68,8 @@ def words(config: Path, photos: Path, folder: Path) -> list[str]:
 @pytest.mark.slow
 def test_a_study_is_stopped_and_carried_out_to_its_end(config: Path, photos: Path, tmp_path: Path) -> None:
     given = words(config, photos, tmp_path)
-    process = start(*given, program=("-c", SMALL))
-    until(lambda: written(tmp_path / "round0-s5") > 0, process)
+    process, output = start(*given, program=("-c", HELD)), tmp_path / "round0-s5.out"
+    until(lambda: output.exists() and "waiting for a signal" in output.read_text(), process)
     os.killpg(process.pid, signal.SIGTERM)
     shown = output_of(process)
     assert process.returncode == 128 + signal.SIGTERM, shown

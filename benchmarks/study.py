@@ -14,6 +14,7 @@ Arms, each branched from the last checkpoint of its seed's round 0 (instance los
     and           the paper: select rate 0.25, one neighbour
     all-at-once   select rate 1: every sample is an anchor from round 1 on
     and-k5        the paper's curriculum with five neighbours
+    right-pairs   the paper's curriculum, but anchors whose neighbour has another label stay instance samples
     one-round     instance loss alone, in one round of as many epochs as the others have in all (starts anew)
 """
 
@@ -51,7 +52,10 @@ ARMS = {
     "and": ["--ANs-select-rate", "0.25"],
     "all-at-once": ["--ANs-select-rate", "1"],
     "and-k5": ["--ANs-select-rate", "0.25", "--ANs-size", "5"],
+    "right-pairs": ["--ANs-select-rate", "0.25"],
 }
+PROGRAMS = {"right-pairs": ("-m", "benchmarks.right_pairs")}
+"""Arms that another program than ``main.py`` trains."""
 
 
 def total_epochs() -> int:
@@ -68,12 +72,14 @@ class Run:
         flags: what it has beside the config.
         branches_from: name of the run whose last checkpoint it starts from; None: it starts anew.
         last: (round, epoch) of its last line in metrics.jsonl.
+        program: what Python runs.
     """
 
     name: str
     flags: tuple[str, ...]
     branches_from: str | None
     last: tuple[int, int]
+    program: tuple[str, ...] = ("main.py",)
 
 
 def schedule(epochs: int) -> list[str]:
@@ -92,7 +98,8 @@ def plan(seeds: Sequence[int]) -> list[Run]:
 
     def arm(name: str, seed: int) -> Run:
         flags = ("--max-round", str(ROUNDS), *schedule(EPOCHS), *ARMS[name])
-        return Run(f"{name}-s{seed}", flags, f"round0-s{seed}", (ROUNDS - 1, EPOCHS - 1))
+        last, program = (ROUNDS - 1, EPOCHS - 1), PROGRAMS.get(name, ("main.py",))
+        return Run(f"{name}-s{seed}", flags, f"round0-s{seed}", last, program)
 
     def one_round(seed: int) -> Run:
         epochs = total_epochs()
@@ -102,7 +109,7 @@ def plan(seeds: Sequence[int]) -> list[Run]:
 
     runs = [run for seed in seeds for run in (round_0(seed), arm("restarts", seed), arm("and", seed))]
     for seed in seeds:
-        runs += [one_round(seed), arm("all-at-once", seed), arm("and-k5", seed)]
+        runs += [one_round(seed), arm("all-at-once", seed), arm("and-k5", seed), arm("right-pairs", seed)]
     return runs
 
 
@@ -140,7 +147,7 @@ class Study:
     def command(self, run: Run) -> list[str]:
         """The command line that starts or resumes a run."""
         session = self.sess_dir / run.name
-        words = [sys.executable, "main.py", "--brief"]
+        words = [sys.executable, *run.program, "--brief"]
         if latest(session).is_file():
             return [*words, "--resume", str(session)]
         if session.exists():  # stopped before its first checkpoint

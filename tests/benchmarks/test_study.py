@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from benchmarks import study
+from benchmarks import right_pairs, study
+from lib.errors import UsageError
+from lib.method.neighbourhoods import Neighbourhoods
 from lib.session import metrics
 from runs import RUN, altered, content, equal, output_of, read_until, start, until
 
@@ -91,6 +95,7 @@ def test_a_study_is_stopped_and_carried_out_to_its_end(config: Path, photos: Pat
         "all-at-once-s5": [100] * 4,
         "and-k5-s5": [25, 25, 50, 50],
     }
+    assert all(0 < row["anchors"] < 50 for row in metrics.read(tmp_path / "right-pairs-s5"))
     assert content(tmp_path / "and-k5-s5")["ANs_discovery"]["neighbours"].shape == (50, 5)
     rows = metrics.read(tmp_path / "one-round-s5")
     assert [(row["round"], row["epoch"]) for row in rows] == [(0, epoch) for epoch in range(7)]
@@ -109,7 +114,7 @@ def test_a_study_is_stopped_and_carried_out_to_its_end(config: Path, photos: Pat
     process = start(*given, program=("-c", SMALL))
     assert output_of(process) == "" and process.returncode == 0  # all is done
     process = start(*given, "--list", program=("-c", SMALL))
-    assert output_of(process).count("done") == 6
+    assert output_of(process).count("done") == 7
 
 
 @pytest.mark.slow
@@ -146,6 +151,20 @@ def test_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> 
     assert carried_out.command(run)[-2:] == ["--resume", str(session)] and session.exists()
 
 
+def test_right_pairs_keeps_anchors_with_right_neighbours() -> None:
+    anchors, neighbours = torch.tensor([4, 0, 2]), torch.tensor([[1], [3], [5]])
+    found = replace(Neighbourhoods.of_anchors(anchors, neighbours, torch.zeros(6)), consistency=1 / 3)
+    labels = torch.tensor([0, 1, 0, 1, 1, 2])  # 4 and 1 are alike; 0 and 3, 2 and 5 are not
+    trainer: Any = SimpleNamespace(labels=labels, state=SimpleNamespace(neighbourhoods=found))
+    right_pairs.keep_right_pairs(trainer)
+    kept = trainer.state.neighbourhoods
+    assert kept.anchors.tolist() == [4] and kept.neighbours.tolist() == [[1]] and kept.consistency == 1 / 3
+    assert kept.instances.tolist() == [0, 1, 2, 3, 5]
+    trainer.labels = None
+    with pytest.raises(UsageError, match="have no labels"):
+        right_pairs.keep_right_pairs(trainer)
+
+
 def test_learning_rates_drop_at_three_and_at_four_fifths_of_a_round() -> None:
     for epochs, drops in {50: (30, 40), 10: (6, 8), 90: (54, 72)}.items():
         _, length, _, offset, _, step = study.schedule(epochs)
@@ -156,7 +175,7 @@ def test_learning_rates_drop_at_three_and_at_four_fifths_of_a_round() -> None:
 def test_the_runs_that_matter_most_come_first() -> None:
     plan = study.plan(study.SEEDS)
     names = [run.name for run in plan]
-    assert names[:3] == ["round0-s0", "restarts-s0", "and-s0"] and len(set(names)) == len(names) == 18
+    assert names[:3] == ["round0-s0", "restarts-s0", "and-s0"] and len(set(names)) == len(names) == 21
     assert all(
         names.index(run.branches_from) < names.index(run.name) for run in study.plan(study.SEEDS) if run.branches_from
     )

@@ -6,7 +6,8 @@ Each run is a session in ``STUDY``, in a process of its own with one thread and 
 stopped at any time (Ctrl-C, SIGTERM) and started again by the same command: a run that is done is left alone, one that
 was stopped is resumed. Where all processes are killed, an epoch of each is lost. ``STUDY/study.jsonl`` has a line for
 each start and end of a run, with the commit, the processor and the images/s. ``--list`` shows how far each run is;
-``benchmarks/study_results.py`` evaluates the finished runs.
+``benchmarks/study_results.py`` evaluates the finished runs. ``--seeds 0 --arms and`` trains the paper's curriculum
+alone, in an evening.
 
 Arms, each branched from the last checkpoint of its seed's round 0 (instance loss), optimiser and bank included:
 
@@ -54,6 +55,7 @@ ARMS = {
     "and-k5": ["--ANs-select-rate", "0.25", "--ANs-size", "5"],
     "right-pairs": ["--ANs-select-rate", "0.25"],
 }
+NAMES = (*ARMS, "one-round")
 PROGRAMS = {"right-pairs": ("-m", "benchmarks.right_pairs")}
 """Arms that another program than ``main.py`` trains."""
 
@@ -89,8 +91,8 @@ def schedule(epochs: int) -> list[str]:
     return ["--max-epoch", str(epochs), "--lr-decay-offset", str(first - step), "--lr-decay-step", str(step)]
 
 
-def plan(seeds: Sequence[int]) -> list[Run]:
-    """All runs of these seeds, in the order in which they are started."""
+def plan(seeds: Sequence[int], arms: Sequence[str] = NAMES) -> list[Run]:
+    """The runs of these seeds and arms, and round 0 of each seed, in the order in which they are started."""
 
     def round_0(seed: int) -> Run:
         flags = ("--seed", str(seed), "--max-round", "1", *schedule(FIRST_EPOCHS))
@@ -110,7 +112,7 @@ def plan(seeds: Sequence[int]) -> list[Run]:
     runs = [run for seed in seeds for run in (round_0(seed), arm("restarts", seed), arm("and", seed))]
     for seed in seeds:
         runs += [one_round(seed), arm("all-at-once", seed), arm("and-k5", seed), arm("right-pairs", seed)]
-    return runs
+    return [run for run in runs if run.name.rpartition("-s")[0] in ("round0", *arms)]
 
 
 def epochs_of(session: Path) -> list[dict[str, Any]]:
@@ -252,9 +254,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--sess-dir", type=Path, required=True, help="folder of the study's sessions")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each (default: 1)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds to run (default: 0 1 2)")
+    parser.add_argument("--arms", nargs="+", choices=NAMES, default=NAMES, help="arms to run (default: all)")
     parser.add_argument("--list", action="store_true", help="show how far each run has come, and stop")
     given = parser.parse_args(argv)
-    study = Study(given.data_root, given.sess_dir, plan(given.seeds))
+    study = Study(given.data_root, given.sess_dir, plan(given.seeds, given.arms))
     if given.list:
         print(study.progress())
         return 0

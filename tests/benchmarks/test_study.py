@@ -179,3 +179,7 @@ def test_the_runs_that_matter_most_come_first() -> None:
     assert all(
         names.index(run.branches_from) < names.index(run.name) for run in study.plan(study.SEEDS) if run.branches_from
     )
+
+
+def test_chosen_arms_need_round_0_and_nothing_else() -> None:
+    assert [run.name for run in study.plan([1], ["and", "right-pairs"])] == ["round0-s1", "and-s1", "right-pairs-s1"]

@@ -1,4 +1,4 @@
-"""The K largest values of long rows, and a running top-k. Letters: R rows, N columns, G columns of a group."""
+"""A running top-k of long rows. Letters: R rows, N columns, G columns of a group."""
 
 from __future__ import annotations
 
@@ -6,44 +6,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-
-
-def top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Same result as ``values.topk(k, dim=1)``, faster on a CPU. The order of equal values is arbitrary in both.
-
-    Args:
-        values: (R, N).
-        k: K, at most N.
-
-    Returns:
-        (R, K) values, largest first, and (R, K) their columns.
-    """
-    found, columns = _candidates(values, k)
-    best = found.topk(k, dim=1)
-    return best.values, columns.gather(1, best.indices)
-
-
-def _candidates(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reduces each row (R, N) to M candidates that include its K largest values: (R, M) values and their columns.
-
-    The columns are split into groups of G. The K largest values lie in the K groups of largest maximum, so one fast
-    pass over the maxima leaves K G candidates: about 2 sqrt(N K) values to sort in place of N.
-    """
-    columns = values.shape[1]
-    size = round(math.sqrt(columns / max(k, 1)))  # G
-    if k == 1 and values.device.type != "cpu":  # one pass; topk takes several
-        best, column = values.max(dim=1, keepdim=True)
-        return best, column
-    if values.device.type != "cpu" or size < 4 or k == 0:
-        found = values.topk(k, dim=1, sorted=False)
-        return found.values, found.indices
-    groups = columns // size
-    maxima = values[:, : size * groups].unflatten(1, (size, groups)).amax(dim=1)  # group j: columns j, j + groups, ...
-    best_groups = maxima.topk(k, dim=1, sorted=False).indices  # (R, K)
-    members = (best_groups[:, :, None] + torch.arange(size) * groups).flatten(1)  # (R, K * G)
-    remainder = torch.arange(size * groups, columns).expand(len(values), -1)
-    members = torch.cat([members, remainder], dim=1)
-    return values.gather(1, members), members
 
 
 @dataclass(frozen=True)
@@ -91,3 +53,26 @@ class TopK:
         samples = torch.cat([self.samples[rows], samples], dim=1)
         self.similarities[rows], order = values.topk(self.samples.shape[1], dim=1)
         self.samples[rows] = samples.gather(1, order)
+
+
+def _candidates(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reduces each row (R, N) to M candidates that include its K largest values: (R, M) values and their columns.
+
+    The columns are split into groups of G. The K largest values lie in the K groups of largest maximum, so one fast
+    pass over the maxima leaves K G candidates: about 2 sqrt(N K) values to sort in place of N.
+    """
+    columns = values.shape[1]
+    size = round(math.sqrt(columns / max(k, 1)))  # G
+    if k == 1 and values.device.type != "cpu":  # one pass; topk takes several
+        best, column = values.max(dim=1, keepdim=True)
+        return best, column
+    if values.device.type != "cpu" or size < 4 or k == 0:
+        found = values.topk(k, dim=1, sorted=False)
+        return found.values, found.indices
+    groups = columns // size
+    maxima = values[:, : size * groups].unflatten(1, (size, groups)).amax(dim=1)  # group j: columns j, j + groups, ...
+    best_groups = maxima.topk(k, dim=1, sorted=False).indices  # (R, K)
+    members = (best_groups[:, :, None] + torch.arange(size) * groups).flatten(1)  # (R, K * G)
+    remainder = torch.arange(size * groups, columns).expand(len(values), -1)
+    members = torch.cat([members, remainder], dim=1)
+    return values.gather(1, members), members

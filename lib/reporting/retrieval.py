@@ -22,7 +22,6 @@ from lib.errors import UsageError
 from lib.method.chunking import block_rows
 from lib.method.discovery import discover
 from lib.method.neighbourhoods import Neighbourhoods
-from lib.method.topk import top_k
 from lib.session import image_grid
 from lib.session.atomic_files import check_ending, check_place, csv_text, new_files, printable
 from lib.session.console import SUMMARY, logger, plural, progress, table
@@ -192,7 +191,7 @@ def query(embeddings: torch.Tensor, memory: torch.Tensor, k: int) -> tuple[torch
     """
     indices, similarities = [], []
     for block in _blocks(len(embeddings), len(memory), memory.device, "looking up"):
-        values, samples = top_k(embeddings[block] @ memory.t(), min(k, len(memory)))  # (R, K)
+        values, samples = (embeddings[block] @ memory.t()).topk(min(k, len(memory)), dim=1)  # (R, K)
         indices.append(samples.cpu())
         similarities.append(values.cpu())
     return torch.cat(indices), torch.cat(similarities)

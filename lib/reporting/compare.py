@@ -1,8 +1,8 @@
 """Compares sessions in a table, a CSV file and a plot.
 
-Runs that differ only in their seed form a group: their options, commit, changes to it, and versions of Python and the
-packages are equal. A group is summarised by mean and sample standard deviation. If its runs are at different epochs,
-only those that are furthest are used, so that a mean never mixes epochs.
+Runs that differ only in their seed form a group: their options, commit, changes to it, versions of Python and the
+packages, and beginning are equal. A group is summarised by mean and sample standard deviation. If its runs are at
+different epochs, only those that are furthest are used, so that a mean never mixes epochs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +72,8 @@ class Run:
         session: the folder, as given on the command line.
         options: from its config.yaml.
         code: 'commit', 'python' and package names -> commit or version; several are joined by ``THEN``.
+        origin: checkpoint of another run, from which this one began (``--resume --restart``); None: a new network.
+        first: round and epoch of its first record, counted from 0.
         rounds: metrics of each round.
         whole: metrics of the whole run.
     """
@@ -80,6 +81,8 @@ class Run:
     session: Path
     options: Options
     code: dict[str, str]
+    origin: str | None
+    first: tuple[int, int]
     rounds: tuple[Figures, ...]
     whole: Figures
 
@@ -88,6 +91,19 @@ class Run:
         """Whether the last epoch of the last round is complete."""
         last = self.options.max_round - 1, self.options.max_epoch - 1
         return (self.whole.round, self.whole.epoch) >= last
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What is equal in all runs of a group, as text. Of the GPUs only their number counts."""
+        begun = f"checkpoint before round {self.first[0]}, epoch {self.first[1] + 1}" if self.origin else "new network"
+        names = [name for name in Options.model_fields if name not in LOCAL and not extra(name)["this_run"]]
+        gpus = f"{len(self.options.gpus)} GPU" if self.options.gpus else "CPU"
+        values = {name: gpus if name == "gpus" else _word(getattr(self.options, name)) for name in names}
+        return values | {"begun with": begun} | self.code
+
+    def depends_on(self, other: Run) -> bool:
+        """Whether the runs have the same seed, or began from the same checkpoint."""
+        return self.options.seed == other.options.seed or (self.origin is not None and self.origin == other.origin)
 
     @property
     def code_is_known(self) -> bool:
@@ -115,7 +131,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups of runs, the names of the options and versions that differ, and the number of equal ones."""
+    """Groups of runs, the names of the ``facts`` that differ between them, and the number of equal ones."""
 
     differing: tuple[str, ...]
     equal: int
@@ -133,21 +149,19 @@ def compare(sessions: Sequence[Path]) -> Comparison:
     Raises:
         UsageError: a folder is not a session or is given twice, or its options or metrics cannot be read.
     """
-    runs, places = [], set()
+    runs: dict[Path, Run] = {}
     for session in sessions:
-        runs.append(_read(session))
-        if (place := session.resolve()) in places:
+        run = _read(session)
+        if runs.setdefault(session.resolve(), run) is not run:
             raise UsageError(f"{session}: given twice; give each session once")
-        places.add(place)
-    spelled = [_spelled(run.options) | run.code for run in runs]
-    names = dict.fromkeys(name for values in spelled for name in values)
-    rows = [[values.get(name, UNKNOWN) for name in names] for values in spelled]
-    differs = [len(set(column)) > 1 for column in zip(*rows, strict=True)]
+    facts = [run.facts for run in runs.values()]
+    names = dict.fromkeys(name for values in facts for name in values)
+    differing = tuple(name for name in names if len({values.get(name, UNKNOWN) for values in facts}) > 1)
     members: dict[tuple[str, ...], list[Run]] = {}
-    for run, row in zip(runs, rows, strict=True):
-        members.setdefault(tuple(compress(row, differs)), []).append(run)
+    for run, values in zip(runs.values(), facts, strict=True):
+        members.setdefault(tuple(values.get(name, UNKNOWN) for name in differing), []).append(run)
     groups = (Group(n, values, tuple(found)) for n, (values, found) in enumerate(members.items(), start=1))
-    return Comparison(tuple(compress(names, differs)), differs.count(False), tuple(groups))
+    return Comparison(differing, len(names) - len(differing), tuple(groups))
 
 
 def show(sessions: Sequence[Path], folder: Path) -> None:
@@ -159,57 +173,46 @@ def show(sessions: Sequence[Path], folder: Path) -> None:
 
 
 def _read(session: Path) -> Run:
-    records = metrics.read(session)
+    records, starts = metrics.read(session), metrics.starts(session)
     rounds = {record["round"]: [r for r in records if r["round"] == record["round"]] for record in records}
     options = read_options([], base=session / "config.yaml")
-    return Run(session, options, _code(session), tuple(map(_figures, rounds.values())), _figures(records))
+    return Run(
+        session,
+        options,
+        code=_code(starts),
+        origin=starts[0].get("resumed from") if starts else None,
+        first=(records[0]["round"], records[0]["epoch"]),
+        rounds=tuple(map(_figures, rounds.values())),
+        whole=_figures(records),
+    )
 
 
-def _code(session: Path) -> dict[str, str]:
-    found: dict[str, dict[str, None]] = {}  # ordered sets of values
-    for start in metrics.starts(session):
-        versions = [word.rpartition(" ") for word in str(start.get("versions", "")).split(", ")]
-        facts = {"commit": str(start.get("commit", UNKNOWN))} | {name: number for name, _, number in versions if name}
-        for name, value in facts.items():
-            found.setdefault(name, {})[value] = None
-    return {name: THEN.join(values) for name, values in found.items()}
+def _code(starts: Iterable[dict[str, Any]]) -> dict[str, str]:
+    found: dict[str, list[str]] = {}
+    for start in starts:
+        versions = dict(words.rsplit(" ", 1) for words in str(start.get("versions", "")).split(", ") if " " in words)
+        for name, value in {"commit": str(start.get("commit", UNKNOWN)), **versions}.items():
+            found.setdefault(name, []).append(value)
+    return {name: THEN.join(dict.fromkeys(values)) for name, values in found.items()}
 
 
 def _figures(records: Sequence[dict[str, Any]]) -> Figures:
-    last = records[-1]
-    train = _total(record.get("train_s") for record in records)
-    evaluate = _total(record.get("evaluate_s") for record in records)
-    images = _total(_product(record.get("images_per_s"), record.get("train_s")) for record in records)
+    last, names = records[-1], ("train_s", "evaluate_s", "images_per_s")
+    train, evaluate, speed = (np.array([r.get(name) for r in records], dtype=float) for name in names)  # None: NaN
+    seconds, images = train.sum() + evaluate.sum(), (speed * train).sum()
     return Figures(
         round=last["round"],
         epoch=last["epoch"],
         **{name: last.get(name) for name in ("anchors", "consistency", "loss", "top1", "best_top1")},
-        seconds=_total([train, evaluate]),
-        images_per_s=images / train if images is not None and train else None,
+        seconds=None if np.isnan(seconds) else float(seconds),
+        images_per_s=None if np.isnan(images) or not train.sum() else float(images / train.sum()),
     )
-
-
-def _total(values: Iterable[float | None]) -> float | None:
-    """The sum, or None if a value is unknown."""
-    known = list(values)
-    return None if None in known else sum(v for v in known if v is not None)
-
-
-def _product(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else one * other
 
 
 def _furthest(found: Iterable[Figures]) -> list[Figures]:
     figures = list(found)
     last = max(((f.round, f.epoch) for f in figures), default=None)
     return [f for f in figures if (f.round, f.epoch) == last]
-
-
-def _spelled(options: Options) -> dict[str, str]:
-    """The options that distinguish runs, as text. Of the GPUs only their number counts."""
-    names = [name for name in Options.model_fields if name not in LOCAL and not extra(name)["this_run"]]
-    gpus = f"{len(options.gpus)} GPU" if options.gpus else "CPU"
-    return {name: gpus if name == "gpus" else _word(getattr(options, name)) for name in names}
 
 
 def _word(value: object) -> str:
@@ -259,18 +262,24 @@ def text(comparison: Comparison) -> str:
     columns = names if len(names) <= 4 else ()  # more do not fit; the list of groups shows them
     lines = [
         f"sessions: {len(runs)}; what differs: {', '.join(names) or 'nothing'}; "
-        f"equal: {comparison.equal} options and versions",
+        f"equal: {comparison.equal} facts (options, versions, beginning)",
         "",
         _table([(group, group.whole()) for group in groups], WHOLE, columns),
         "",
         *(f"group {_label(comparison, group)}: {_names(group.runs)}" for group in groups),
     ]
-    if going := [run for run, _ in runs if not run.finished]:
-        lines.append(f"not finished: {_names(going)}")
-    if repeated := [run for run, group in runs if [r.options.seed for r in group.runs].count(run.options.seed) > 1]:
-        lines.append(f"not independent, as another run of the group has the same seed: {_names(repeated)}")
-    if unknown := [run for run, group in runs if len(group.runs) > 1 and not run.code_is_known]:
-        lines.append(f"commit, changes to it or versions not recorded, and taken to be equal: {_names(unknown)}")
+    pooled = [(run, group) for run, group in runs if len(group.runs) > 1]
+    notes = {
+        "not finished": [run for run, _ in runs if not run.finished],
+        "not independent, as another run of the group has the same seed or began from the same checkpoint": [
+            run for run, group in pooled if any(run.depends_on(other) for other in group.runs if other is not run)
+        ],
+        "the options before the checkpoint are taken to be equal": [run for run, _ in pooled if run.origin],
+        "commit, changes to it or versions not recorded, and taken to be equal": [
+            run for run, _ in pooled if not run.code_is_known
+        ],
+    }
+    lines += [f"{note}: {_names(found)}" for note, found in notes.items() if found]
     lines += ["", _table([(group, figures) for group, figures in rounds if figures], BY_ROUND), ""]
     if len(runs) > len(groups):
         lines.append("±: sample standard deviation over the runs of a group that are furthest (first number of runs)")

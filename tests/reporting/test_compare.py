@@ -173,11 +173,19 @@ HEAD, OTHER = "3a9b45030dc56b72c152a23f30b380427bdf031e", "8c1a4e1c0f6a4d3ab0d2b
 VERSIONS = "python 3.11.7, torch 2.14.1, numpy 2.4.6"
 
 
-def started(session: Path, commit: str = HEAD, versions: str = VERSIONS) -> Path:
-    """Adds a start to a session, as the program records it."""
+def started(session: Path, commit: str = HEAD, versions: str = VERSIONS, origin: Path | None = None) -> Path:
+    """Adds a start to a session, as the program records it; ``origin`` is the checkpoint that was resumed."""
+    facts = {"time": "2026-01-01T00:00:00+00:00", "versions": versions, "commit": commit}
     with (session / "starts.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": "2026-01-01T00:00:00+00:00", "versions": versions, "commit": commit}) + "\n")
+        file.write(json.dumps(facts | ({"resumed from": str(origin)} if origin else {})) + "\n")
     return session
+
+
+def branched(folder: Path, origin: Path, first: tuple[int, int] = (1, 0), **options: Any) -> Path:
+    """A session that ``--resume ORIGIN --restart`` began in round and epoch ``first``."""
+    every = [record(r, e) for r in range(2) for e in range(3)]
+    rows = [row for row in every if (row["round"], row["epoch"]) >= first]
+    return started(make(folder, rows, **options), origin=origin)
 
 
 def test_runs_of_one_commit_and_the_same_versions_form_a_group(tmp_path: Path) -> None:
@@ -186,7 +194,7 @@ def test_runs_of_one_commit_and_the_same_versions_form_a_group(tmp_path: Path) -
     assert comparison.differing == () and len(comparison.groups) == 1
     assert comparison.equal == compare.compare([make(tmp_path / "bare")]).equal + 4
     text = compare.text(comparison)
-    assert f"what differs: nothing; equal: {comparison.equal} options and versions" in text
+    assert f"what differs: nothing; equal: {comparison.equal} facts (options, versions, beginning)" in text
     assert "not recorded" not in text
 
 
@@ -236,6 +244,47 @@ def test_code_that_is_not_known_is_not_pooled_without_a_word(commit: str | None,
     assert "taken to be equal" not in compare.text(compare.compare(sessions[:1]))
 
 
+def test_run_from_a_checkpoint_is_not_pooled_with_a_new_one(tmp_path: Path) -> None:
+    new = started(make(tmp_path / "new"))
+    comparison = compare.compare([new, branched(tmp_path / "branch", new / "checkpoint" / "latest.ckpt", seed=1)])
+    assert comparison.differing == ("begun with",)
+    assert [group.values for group in comparison.groups] == [
+        ("new network",),
+        ("checkpoint before round 1, epoch 1",),
+    ]
+    text = compare.text(comparison)
+    assert "±" not in text and "what differs: begun with;" in text
+
+
+def test_runs_from_checkpoints_are_grouped_by_round_and_epoch(tmp_path: Path) -> None:
+    begun = [(1, 0), (1, 0), (1, 1), (0, 0)]
+    sessions = [
+        branched(tmp_path / str(seed), tmp_path / f"origin-{seed}.ckpt", first, seed=seed)
+        for seed, first in enumerate(begun)
+    ]
+    comparison = compare.compare(sessions)
+    assert [[run.session for run in group.runs] for group in comparison.groups] == [
+        sessions[:2],
+        sessions[2:3],
+        sessions[3:],
+    ]
+    (line,) = [x for x in compare.text(comparison).splitlines() if "before the checkpoint" in x]
+    assert line.endswith(f": {sessions[0]}, {sessions[1]}")
+
+
+def test_resume_in_the_same_session_is_no_other_beginning(tmp_path: Path) -> None:
+    one, other = (started(make(tmp_path / str(seed), seed=seed)) for seed in range(2))
+    comparison = compare.compare([started(one, origin=one / "checkpoint" / "latest.ckpt"), other])
+    assert comparison.differing == () and len(comparison.groups) == 1
+
+
+def test_runs_from_one_checkpoint_are_reported_as_not_independent(tmp_path: Path) -> None:
+    origins = [tmp_path / name for name in ("a.ckpt", "a.ckpt", "b.ckpt")]
+    sessions = [branched(tmp_path / str(seed), origin, seed=seed) for seed, origin in enumerate(origins)]
+    (line,) = [x for x in compare.text(compare.compare(sessions)).splitlines() if "not independent" in x]
+    assert line.endswith(f": {sessions[0]}, {sessions[1]}")
+
+
 def test_a_damaged_line_among_the_starts_is_left_out(tmp_path: Path) -> None:
     session = started(make(tmp_path / "a"))
     with (session / "starts.jsonl").open("ab") as file:
@@ -269,7 +318,7 @@ def test_every_other_option_that_a_session_keeps_makes_a_group(tmp_path: Path) -
     assert values[0] == {"size": "224", "scale": "not set", "nesterov": "off", "network": "resnet18"}
     assert values[1] == {"size": "32 48", "scale": "0.2 1.0", "nesterov": "on", "network": "resnet10"}
     kept = set(parser.read_yaml(one / "config.yaml"))
-    assert comparison.equal + len(changed) == len(kept - {"seed", "sess_dir", "log_file", "log_tfb"})
+    assert comparison.equal + len(changed) == len(kept - {"seed", "sess_dir", "log_file", "log_tfb"}) + 1  # beginning
 
 
 def test_options_that_a_file_leaves_out_have_their_defaults(tmp_path: Path) -> None:

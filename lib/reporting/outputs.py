@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +61,14 @@ def finish(context: RunContext, recorder: Recorder, final: Checkpoint, history: 
     """
     session = recorder.session
     failures: list[UsageError] = []
-    attempt = partial(_attempt, failures)
     show_embeddings(context, final["npc"]["memory"], session)
     logger().info("\n%s", recorder.summary(history), extra=SUMMARY)
     logger().info("session: %s", session.folder or "none", extra=SUMMARY)
-    attempt(lambda: export_results(context, final, session.folder))
-    if context.options.report and session.folder:  # also after a failed export
-        folder = session.folder
-        attempt(lambda: write_report(context, folder, final))
+    with _collect(failures):
+        export_results(context, final, session.folder)
+    with _collect(failures):
+        if context.options.report and session.folder:
+            write_report(context, session.folder, final)
     for error in failures if recorder.unsaved else failures[:-1]:  # the last one is raised if the checkpoint was saved
         logger().error("%s", error)
     if recorder.unsaved:
@@ -79,10 +79,11 @@ def finish(context: RunContext, recorder: Recorder, final: Checkpoint, history: 
     return True
 
 
-def _attempt(failures: list[UsageError], write: Callable[[], None]) -> None:
-    """Calls ``write``; a UsageError is added to ``failures``, so that what comes after is still written."""
+@contextmanager
+def _collect(failures: list[UsageError]) -> Iterator[None]:
+    """Adds a UsageError of the block to ``failures``, so that what comes after is still written."""
     try:
-        write()
+        yield
     except UsageError as error:
         failures.append(error)
 
@@ -212,19 +213,21 @@ def export_results(context: RunContext, loaded: Checkpoint, folder: Path | None)
     """
     options, splits = context.options, context.splits
     failures: list[UsageError] = []
-    attempt = partial(_attempt, failures)
-    if path := options.export_features:
-        parts = [
-            export.Part(name, context.loader(split, train=False), split.labels, split.names, split.indices)
-            for name, split in (("train", splits.train), ("val", splits.val), ("test", splits.test))
-            if split
-        ]
-        attempt(partial(export.save_features, path, context.network, parts, classes=splits.train.classes))
-    if path := options.export_model:
-        means, stds = context.means_and_stds
-        attempt(partial(export.save_model, path, context.network, options, means=means, stds=stds))
-    if options.export_neighbourhoods:
-        attempt(partial(_export_neighbourhoods, context, loaded, folder, options.export_neighbourhoods))
+    with _collect(failures):
+        if options.export_features:
+            parts = [
+                export.Part(name, context.loader(split, train=False), split.labels, split.names, split.indices)
+                for name, split in (("train", splits.train), ("val", splits.val), ("test", splits.test))
+                if split
+            ]
+            export.save_features(options.export_features, context.network, parts, classes=splits.train.classes)
+    with _collect(failures):
+        if options.export_model:
+            means, stds = context.means_and_stds
+            export.save_model(options.export_model, context.network, options, means=means, stds=stds)
+    with _collect(failures):
+        if options.export_neighbourhoods:
+            _export_neighbourhoods(context, loaded, folder, options.export_neighbourhoods)
     for error in failures[:-1]:
         logger().error("%s", error)
     if failures:

@@ -344,7 +344,7 @@ def _paste(axes: Axes, tile: Tile, left: float, top: float, side: float) -> None
         axes.add_patch(Rectangle((x, y), width, height, fill=False, ec=colour, lw=2.5, ls=dashes))
 
 
-def means_and_stds(classes: int) -> np.ndarray:
+def class_colours(classes: int) -> np.ndarray:
     """(C, 4) a colour for each class: well apart up to 20, a wheel of hues beyond."""
     if classes <= 20:
         return np.asarray(matplotlib.colormaps["tab10" if classes <= 10 else "tab20"](np.arange(classes)))
@@ -361,7 +361,7 @@ def embedding_map(points: np.ndarray, labels: np.ndarray | None, names: Sequence
     if labels is None:
         axes.scatter(points[:, 0], points[:, 1], s=size, color=BLUE, lw=0, alpha=0.7)
         return figure
-    palette = means_and_stds(len(names))
+    palette = class_colours(len(names))
     axes.scatter(points[:, 0], points[:, 1], s=size, color=palette[labels], lw=0, alpha=0.8)
     shown = np.unique(np.linspace(0, len(names) - 1, min(LEGEND, len(names))).round().astype(int))
     for number in shown:

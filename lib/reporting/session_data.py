@@ -5,7 +5,6 @@ Letters: N training samples, D embedding.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,18 +18,8 @@ from lib.errors import UsageError
 from lib.method.collapse import find_collapse
 from lib.reporting.report_data import Discovered, ReportData, Tested
 from lib.session import metrics
-from lib.session.metrics import STARTS
 from lib.training import checkpoint
 from lib.training.checkpoint import Checkpoint
-
-
-def facts(folder: Path) -> dict[str, str]:
-    """What the session's last start said of itself; nothing where it left no such file."""
-    try:
-        lines = (folder / STARTS).read_text(encoding="utf-8").splitlines()
-        return {str(name): str(value) for name, value in json.loads(lines[-1]).items()}
-    except (OSError, ValueError, IndexError, AttributeError):
-        return {}
 
 
 def material(
@@ -61,7 +50,7 @@ def material(
     Raises:
         UsageError: the session has no metrics, or a checkpoint cannot be used.
     """
-    rows = metrics.read(folder)
+    rows, starts = metrics.read(folder), metrics.starts(folder)
     last = rows[-1]
     shown: dict[str, Any] = options.model_dump(mode="json")
     try:
@@ -72,7 +61,7 @@ def material(
         raise UsageError(f"{folder}: its latest checkpoint holds no memory bank; a report needs one") from None
     return ReportData(
         name=folder.resolve().name,
-        facts=facts(folder),
+        facts={str(name): str(value) for name, value in (starts[-1] if starts else {}).items()},
         options={name: value for name, value in shown.items() if not extra(name)["this_run"]},
         metrics=rows,
         warning=find_collapse(

@@ -24,17 +24,15 @@ def read(session: Path) -> list[dict[str, Any]]:
         UsageError: the folder is not a session, it has no complete record, or a line is damaged.
     """
     records: dict[tuple[int, int], dict[str, Any]] = {}
-    *lines, rest = _content(session).split(b"\n")
+    lines = _content(session).split(b"\n")
     for number, line in enumerate(lines, start=1):
-        record = _record(line)
-        if record is None:
+        if record := parse_record(line):
+            records[record["round"], record["epoch"]] = record
+        elif number < len(lines):
             raise UsageError(
                 f"{session / METRICS}, line {number}: damaged: must be a JSON object with round, epoch and numbers; "
                 "correct or delete the line"
             )
-        records[record["round"], record["epoch"]] = record
-    if last := _record(rest):
-        records[last["round"], last["epoch"]] = last
     if not records:
         raise UsageError(f"{session / METRICS}: contains no complete epoch; choose a session with at least one")
     return [records[key] for key in sorted(records)]
@@ -64,7 +62,7 @@ def _content(session: Path) -> bytes:
         raise UsageError(f"{session / METRICS}: cannot be read: {error.strerror}; check its permissions") from None
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def parse_record(line: bytes) -> dict[str, Any] | None:
     """The epoch record of a line, or None if the line is not one."""
     record = _object(line)
     if record is None or not all(v is None or _is_finite(v) for v in record.values()):

@@ -254,11 +254,8 @@ def _round_name(round: int, anchors: int) -> str:
 
 
 def _is_before(line: bytes, start: tuple[int, int]) -> bool:
-    try:
-        record = json.loads(line.decode("utf-8"))
-        return (record["round"], record["epoch"]) < start
-    except (ValueError, KeyError, TypeError, RecursionError):  # damaged, or the incomplete line of a killed run
-        return False
+    record = metrics.parse_record(line)  # None: damaged, or the incomplete line of a killed run
+    return record is not None and (record["round"], record["epoch"]) < start
 
 
 def _finite(value: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -45,10 +47,11 @@ def rehearse(
     device = state.bank.memory.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    if not _fits(state, loss, ranks, batch_size, size, precision):
+    step = partial(_step, state, loss, ranks, size=size, precision=precision)
+    if not _fits(step, batch_size):
         fitting = None
         if device.type == "cuda" and ranks.size == 1:  # elsewhere a smaller batch may be killed and not refused
-            fitting = _largest_fitting(state, loss, ranks, batch_size // 2, size, precision)
+            fitting = _largest_fitting(step, batch_size // 2)
         advice = f"--batch-size {fitting} fits" if fitting else "set it lower, or --size, or choose a smaller --network"
         raise UsageError(
             f"--batch-size {batch_size}: memory ran out in one step of the network; {advice}{gpus.memory_of_others()}"
@@ -57,37 +60,23 @@ def rehearse(
     return f"{peak / 2**30:.2f} GiB at the peak of one step of {batch_size} images" if peak else "not known here"
 
 
-def _largest_fitting(
-    state: TrainingState,
-    loss: Loss,
-    ranks: Ranks,
-    batch_size: int,
-    size: tuple[int, int],
-    precision: torch.dtype | None,
-) -> int | None:
+def _largest_fitting(step: Callable[[int], None], batch_size: int) -> int | None:
     """The first of ``batch_size``, its half, its quarter and so on that fits."""
     while batch_size >= 2:
         torch.cuda.empty_cache()
-        if _fits(state, loss, ranks, batch_size, size, precision):
+        if _fits(step, batch_size):
             return batch_size
         batch_size //= 2
     return None
 
 
-def _fits(
-    state: TrainingState,
-    loss: Loss,
-    ranks: Ranks,
-    batch_size: int,
-    size: tuple[int, int],
-    precision: torch.dtype | None,
-) -> bool:
+def _fits(step: Callable[[int], None], batch_size: int) -> bool:
     """Whether a step does not run out of memory.
 
     When it returns, the error is gone, and with it the frames of its traceback, which hold the tensors of the step.
     """
     try:
-        _step(state, loss, ranks, batch_size, size, precision)
+        step(batch_size)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -100,6 +89,7 @@ def _step(
     loss: Loss,
     ranks: Ranks,
     batch_size: int,
+    *,
     size: tuple[int, int],
     precision: torch.dtype | None,
 ) -> None:

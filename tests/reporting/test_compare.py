@@ -558,7 +558,7 @@ def test_odd_names_go_through_everything(tmp_path: Path) -> None:
         compare.write(comparison, tmp_path / "out")
 
 
-def means_and_stds(pixels: np.ndarray) -> dict[str, int]:
+def pixels_by_group(pixels: np.ndarray) -> dict[str, int]:
     """Pixels of the first groups' colours."""
     first = {"1": (0x1F, 0x77, 0xB4), "2": (0xFF, 0x7F, 0x0E), "3": (0x2C, 0xA0, 0x2C)}
     return {name: int((pixels == colour).all(axis=2).sum()) for name, colour in first.items()}
@@ -571,9 +571,9 @@ def test_the_plot_shows_each_group_in_its_colour(tmp_path: Path) -> None:
     assert 1000 <= width <= 1600 and 400 <= height <= 800
     left, right = pixels[:, : width * 6 // 10], pixels[:, width * 7 // 10 :]
     for half, least in ((left, 200), (right, 5000)):
-        found = means_and_stds(half)
+        found = pixels_by_group(half)
         assert found["1"] > least and found["2"] > least and found["3"] == 0
-    assert abs(means_and_stds(right)["2"] / means_and_stds(right)["1"] - 8 / 6) < 0.05  # as long as they took
+    assert abs(pixels_by_group(right)["2"] / pixels_by_group(right)["1"] - 8 / 6) < 0.05  # as long as they took
 
 
 def test_a_group_that_is_better_stands_higher(tmp_path: Path) -> None:

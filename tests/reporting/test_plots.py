@@ -244,7 +244,7 @@ def test_the_bar_of_votes_is_as_long_as_their_shares() -> None:
 
 @pytest.mark.parametrize("classes", [1, 10, 11, 20, 21, 1000])
 def test_every_class_has_a_colour(classes: int) -> None:
-    found = plots.means_and_stds(classes)
+    found = plots.class_colours(classes)
     assert found.shape == (classes, 4)
     if classes <= 21:
         assert len({tuple(colour) for colour in found.tolist()}) == classes

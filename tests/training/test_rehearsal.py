@@ -69,16 +69,15 @@ def test_memory_that_runs_out_is_told_before_anything_is_written(
         rehearsed(state_of())
 
 
-def test_a_batch_that_fits_is_found_by_halving(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_fits_is_found_by_halving() -> None:
     tried: list[int] = []
 
-    def step(state: TrainingState, loss: Any, ranks: Ranks, batch_size: int, *others: Any) -> None:
+    def step(batch_size: int) -> None:
         tried.append(batch_size)
         if batch_size > 6:
             raise torch.OutOfMemoryError("CUDA")
 
-    monkeypatch.setattr(rehearsal, "_step", step)
-    assert rehearsal._largest_fitting(state_of(), neighbourhood_loss, Ranks(), 20, (8, 8), None) == 5
+    assert rehearsal._largest_fitting(step, 20) == 5
     assert tried == [20, 10, 5]
 
 
@@ -91,15 +90,14 @@ def test_other_errors_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         rehearsed(state_of())
 
 
-def test_tensors_of_a_step_that_failed_are_freed_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_of_a_step_that_failed_are_freed_before_the_next() -> None:
     held: list[weakref.ref[torch.Tensor]] = []
 
-    def step(*arguments: Any) -> None:
+    def step(batch_size: int) -> None:
         assert all(tensor() is None for tensor in held)
         activation = torch.zeros(3)
         held.append(weakref.ref(activation))
         raise torch.OutOfMemoryError("CUDA")
 
-    monkeypatch.setattr(rehearsal, "_step", step)
-    assert rehearsal._largest_fitting(state_of(), neighbourhood_loss, Ranks(), 8, (8, 8), None) is None
+    assert rehearsal._largest_fitting(step, 8) is None
     assert len(held) == 3

@@ -83,41 +83,41 @@ def own_by_golden(z: Golden, round: int) -> list[list[int]]:
 
 @files
 @rounds
-def test_the_number_of_anchors_is_the_references(name: str, round: int) -> None:
+def test_number_of_anchors_equals_the_reference(name: str, round: int) -> None:
     z = golden(name)
     assert num_anchors(len(z["memory"]), float(z["select_rate"]), round) == z[f"r{round}_num"]
 
 
 @files
 @discoveries
-def test_anchors_and_their_order_are_the_references(name: str, round: int) -> None:
+def test_anchors_and_their_order_equal_the_reference(name: str, round: int) -> None:
     found, z = discovered(name, round), golden(name)
     assert found.anchors.tolist() == z[f"r{round}_anchors"].tolist()
 
 
 @files
 @discoveries
-def test_neighbours_and_their_order_are_the_references(name: str, round: int) -> None:
+def test_neighbours_and_their_order_equal_the_reference(name: str, round: int) -> None:
     found, z = discovered(name, round), golden(name)
     assert found.neighbours.tolist() == z[f"r{round}_neighbours"].tolist()
 
 
 @files
 @discoveries
-def test_positions_are_the_references(name: str, round: int) -> None:
+def test_positions_equal_the_reference(name: str, round: int) -> None:
     found, z = discovered(name, round), golden(name)
     assert found.position.tolist() == z[f"r{round}_position"].tolist()
 
 
 @files
 @discoveries
-def test_entropies_are_the_references(name: str, round: int) -> None:
+def test_entropies_equal_the_reference(name: str, round: int) -> None:
     close(discovered(name, round).entropy.numpy(), golden(name)[f"r{round}_entropy"])
 
 
 @files
 @discoveries
-def test_consistency_is_the_references(name: str, round: int) -> None:
+def test_consistency_equals_the_reference(name: str, round: int) -> None:
     found, z = discovered(name, round), golden(name)
     share = consistency(found.anchors, found.neighbours, torch.from_numpy(z["labels"]))
     assert share == z[f"r{round}_consistency"]
@@ -125,7 +125,7 @@ def test_consistency_is_the_references(name: str, round: int) -> None:
 
 @files
 @rounds
-def test_a_training_step_is_the_references(name: str, round: int) -> None:
+def test_training_step_equals_the_reference(name: str, round: int) -> None:
     z = golden(name)
     bank, found = bank_of(z), discovered(name, round)
     index = torch.from_numpy(z[f"r{round}_batch_index"])
@@ -147,7 +147,7 @@ def right_answers(z: Golden, key: str) -> int:
 
 
 @files
-def test_weighted_knn_accuracy_is_the_references(name: str) -> None:
+def test_weighted_knn_accuracy_equals_the_reference(name: str) -> None:
     z = golden(name)
     queries, bank, labels = (torch.from_numpy(z[key]) for key in ("query", "memory", "labels"))
     classes = int(z["labels"].max()) + 1
@@ -157,7 +157,7 @@ def test_weighted_knn_accuracy_is_the_references(name: str) -> None:
 
 
 @files
-def test_nearest_neighbour_accuracy_is_the_references(name: str) -> None:
+def test_nearest_neighbour_accuracy_equals_the_reference(name: str) -> None:
     z = golden(name)
     queries, bank, labels = (torch.from_numpy(z[key]) for key in ("query", "memory", "labels"))
     scores = nearest_neighbour(queries, bank, labels, classes=int(z["labels"].max()) + 1)
@@ -166,7 +166,7 @@ def test_nearest_neighbour_accuracy_is_the_references(name: str) -> None:
 
 
 @files
-def test_learning_rates_of_base_yaml_are_the_references(name: str) -> None:
+def test_learning_rates_of_base_yaml_equal_the_reference(name: str) -> None:
     z = golden(name)
     rate = build_schedule(read_options(["--cfgs", str(FOLDER.parent.parent / "configs" / "base.yaml")]))
     assert [rate(epoch) for epoch in z["lr_epochs"].tolist()] == z["lr"].tolist()

@@ -43,12 +43,12 @@ def test_rooms_import_only_from_those_before_them(path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["models", "datasets"])
-def test_networks_and_data_never_import_lib(folder: str) -> None:
+def test_models_and_datasets_never_import_lib(folder: str) -> None:
     for path in (ROOT / folder).glob("*.py"):
         assert not {name for name in imported(path) if name.split(".")[0] in ("lib", "main")}, path
 
 
-def test_nothing_imports_main_but_the_tests() -> None:
+def test_only_tests_import_main() -> None:
     for path in [*MODULES, *(ROOT / "models").glob("*.py"), *(ROOT / "datasets").glob("*.py")]:
         assert "main" not in {name.split(".")[0] for name in imported(path)}, path
 

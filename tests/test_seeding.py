@@ -53,11 +53,11 @@ def test_different_places_have_different_seeds(seed: int, here: list[int], there
 
 @given(seeds, places)
 @many
-def test_zero_at_the_end_makes_another_place(seed: int, where: list[int]) -> None:
+def test_trailing_zero_gives_another_seed(seed: int, where: list[int]) -> None:
     assert seed_for(seed, *where) != seed_for(seed, *where, 0)
 
 
-def test_a_long_seed_is_not_a_short_one_at_another_place() -> None:
+def test_long_seed_does_not_collide_with_a_short_one() -> None:
     assert seed_for(5, 1) != seed_for(2**32 + 5)
     assert seed_for(5, 1, 0) != seed_for(2**32 + 5, 0)
 
@@ -80,5 +80,5 @@ def test_seed_option_precedes_checkpoint_precedes_clock() -> None:
 
 
 @pytest.mark.parametrize("saved", [None, "5", -1, True, 5.0])
-def test_what_a_checkpoint_calls_a_seed_and_is_none_is_not_taken(saved: object) -> None:
+def test_invalid_seed_of_a_checkpoint_is_ignored(saved: object) -> None:
     assert choose(None, saved, 7) == 7

@@ -34,13 +34,13 @@ SMALL = {
 }
 
 
-def test_every_benchmark_is_small_here() -> None:
+def test_every_benchmark_has_a_small_size_for_tests() -> None:
     assert list(SMALL) == cli.names()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
-def test_every_benchmark_runs_and_says_on_what(
+def test_every_benchmark_runs_and_reports_the_hardware(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any
 ) -> None:
     module = importlib.import_module(f"benchmarks.{name}")
@@ -58,18 +58,18 @@ def test_every_benchmark_runs_and_says_on_what(
     assert (tmp_path / "growth-cpu.png").is_file() == (name == "growth")
 
 
-def test_without_a_name_they_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmarks_are_listed_without_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [*SMALL, "gpu"]
 
 
 @pytest.mark.parametrize(("words", "message"), [(["speed"], "no benchmark speed; there are augmentation, criterion")])
-def test_a_name_that_is_none_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_benchmark_name_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words) == 2
     assert message in capsys.readouterr().err
 
 
-def test_both_losses_and_gradients_are_the_same() -> None:
+def test_losses_and_gradients_equal_the_reference() -> None:
     bank, given = measure.unit_rows(500, 16, CPU), measure.unit_rows(20, 16, CPU, seed=1)
     one, other = given.clone().requires_grad_(), given.clone().requires_grad_()
     index = torch.arange(20)
@@ -81,7 +81,7 @@ def test_both_losses_and_gradients_are_the_same() -> None:
     torch.testing.assert_close(other.grad, one.grad, atol=1e-6, rtol=1e-5)
 
 
-def test_both_discoveries_are_the_same() -> None:
+def test_discovery_equals_the_reference() -> None:
     bank = measure.unit_rows(2500, 16, CPU)
     entropy, position, near = reference.discovery(bank, 0.1, 600, 3)
     found = discover(bank, temperature=0.1, anchors=600, size=3)
@@ -95,7 +95,7 @@ def test_both_discoveries_are_the_same() -> None:
     assert dict(zip(found.anchors.tolist(), found.neighbours.tolist(), strict=True)) == theirs
 
 
-def test_both_classifiers_rank_the_classes_alike() -> None:
+def test_classifier_ranks_the_classes_as_the_reference() -> None:
     bank, queries = measure.unit_rows(700, 16, CPU), measure.unit_rows(150, 16, CPU, seed=1)
     labels = torch.randint(10, (700,), generator=torch.Generator().manual_seed(2))
     ranked = reference.weighted_knn(queries, bank, labels, classes=10, k=50, sigma=0.1)
@@ -103,7 +103,7 @@ def test_both_classifiers_rank_the_classes_alike() -> None:
     assert (scores.argmax(dim=1) == ranked[:, 0]).all()
 
 
-def test_both_augmentations_have_the_same_mean_and_spread() -> None:
+def test_augmentations_have_equal_mean_and_deviation() -> None:
     """Of pixels over 2,000 draws of one image; each draw is checked by the tests of ``lib/data/augmentation.py``."""
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     draws = np.random.default_rng(1).random((2000, NUM_RANDOM))

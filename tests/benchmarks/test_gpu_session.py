@@ -70,7 +70,7 @@ def test_failed_parts_are_retried_after_the_others(tmp_path: Path) -> None:
     assert "What is missing" not in Runner(tmp_path, parts, {"device": "cpu"}, 0).report()
 
 
-def test_no_part_is_begun_that_cannot_end(tmp_path: Path) -> None:
+def test_part_that_cannot_finish_is_not_started(tmp_path: Path) -> None:
     parts = [
         part("long", "raise SystemExit('begun')", tmp_path, least=100.0),
         part("missing", "raise SystemExit('begun')", tmp_path, needs=("json", "no_such_module")),
@@ -100,7 +100,7 @@ SAVES += "signal.pause()"
     ],
     ids=["ends", "is killed", "saves"],
 )
-def test_the_deadline_is_kept(
+def test_session_ends_before_the_deadline(
     code: str, status: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The clock follows the part: it stands at the time to stop once the part has begun, then at the time to kill."""
@@ -120,7 +120,7 @@ def test_the_deadline_is_kept(
     assert entries["next"]["status"] == "not begun" if code == STUBBORN else True
 
 
-def test_a_part_that_hangs_leaves_time_for_the_others(tmp_path: Path) -> None:
+def test_hanging_part_is_stopped_in_time_for_the_others(tmp_path: Path) -> None:
     parts = [part("hangs", WAIT, tmp_path, most=0.5), part("next", "", tmp_path)]
     _, entries = carried_out(tmp_path, parts)
     assert entries["hangs"]["reason"] == "ran out of time" and entries["next"]["status"] == "done"
@@ -145,7 +145,7 @@ def test_results_of_another_setting_and_a_damaged_state_are_refused(tmp_path: Pa
         ("", "--device cuda:0: PyTorch sees no GPU here; --device cpu --small tries the command"),
     ],
 )
-def test_what_cannot_be_used_is_refused(
+def test_invalid_arguments_are_refused(
     words: str, message: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -154,7 +154,7 @@ def test_what_cannot_be_used_is_refused(
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_a_constant_batch_stands_for_a_loader() -> None:
+def test_constant_batches_replace_the_loader() -> None:
     batch = (torch.zeros(2, 3, 4, 4), torch.tensor([5, 6]))
     constant = gpu_parts.Constant(batch, 7)
     assert len(constant) == 7 and len(list(constant.epoch(first=3))) == 4
@@ -162,7 +162,7 @@ def test_a_constant_batch_stands_for_a_loader() -> None:
 
 
 @pytest.mark.slow
-def test_a_session_is_stopped_and_continued(photos: Path, tmp_path: Path) -> None:
+def test_stopped_session_is_continued(photos: Path, tmp_path: Path) -> None:
     out, chosen = tmp_path / "out", ["step-float32", "rate-bf16", "discovery-50k", "discovery-1281k", "knn", "memory"]
     words = ["gpu", "--device", "cpu", "--small", "--out", str(out), "--data-root", str(photos), "--parts", *chosen]
     words += ["cifar10", "--", "--max-epoch", "100"]

@@ -70,7 +70,7 @@ def words(config: Path, photos: Path, folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_study_is_stopped_and_carried_out_to_its_end(config: Path, photos: Path, tmp_path: Path) -> None:
+def test_stopped_study_is_continued_to_its_end(config: Path, photos: Path, tmp_path: Path) -> None:
     given = words(config, photos, tmp_path)
     process, output = start(*given, program=("-c", HELD)), tmp_path / "round0-s5.out"
     until(lambda: output.exists() and "waiting for a signal" in output.read_text(), process)
@@ -118,7 +118,7 @@ def test_a_study_is_stopped_and_carried_out_to_its_end(config: Path, photos: Pat
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_reported_and_the_others_go_on(config: Path, photos: Path, tmp_path: Path) -> None:
+def test_failed_run_is_reported_and_the_others_continue(config: Path, photos: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text(config.read_text().replace("batch_size: 8", "batch_size: 800"))
     process = start(*words(broken, photos, tmp_path / "study"), program=("-c", SMALL))
@@ -172,7 +172,7 @@ def test_learning_rates_drop_at_three_and_at_four_fifths_of_a_round() -> None:
         assert int(offset) + 3 * int(step) >= epochs
 
 
-def test_the_runs_that_matter_most_come_first() -> None:
+def test_most_important_runs_come_first() -> None:
     plan = study.plan(study.SEEDS)
     names = [run.name for run in plan]
     assert names[:3] == ["round0-s0", "restarts-s0", "and-s0"] and len(set(names)) == len(names) == 21

@@ -80,7 +80,7 @@ def test_every_option_of_the_reference_keeps_its_name_and_default(name: str) -> 
 
 
 @pytest.mark.parametrize("name", OTHER_DEFAULTS)
-def test_a_run_is_logged_unless_it_is_told_otherwise(name: str) -> None:
+def test_logging_is_on_by_default(name: str) -> None:
     assert getattr(Options(), name) is True and getattr(Options(**{name: False}), name) is False
 
 
@@ -128,14 +128,14 @@ def test_options_cannot_be_changed_afterwards() -> None:
         ("session", 2019, "2019"),
     ],
 )
-def test_what_the_reference_s_files_write_is_read(name: str, given: Any, read: Any) -> None:
+def test_values_of_the_reference_s_files_are_accepted(name: str, given: Any, read: Any) -> None:
     value = getattr(Options(**{"momentum": 0.9, name: given}), name)
     assert value == read and type(value) is type(read)
 
 
 @pytest.mark.parametrize("name", ["data_root", "resume", "session", "lr_schedule"])
 @pytest.mark.parametrize("given", ["None", ""])
-def test_a_path_or_name_that_is_none_or_empty_is_not_set(name: str, given: str) -> None:
+def test_none_or_empty_path_or_name_is_not_set(name: str, given: str) -> None:
     """The reference evaluates its strings, so that 'None' and '' were no paths there."""
     assert getattr(Options(**{name: given}), name) is None
 
@@ -159,7 +159,7 @@ def test_gpus_are_read_in_every_spelling(given: Any, read: tuple[int, ...]) -> N
 
 
 @pytest.mark.parametrize("given", ["a", "0,", ",", "0 1", "0;1", -1, "-1", 1.5, True, {}, [[0]], "cuda:0"])
-def test_gpus_that_are_none_are_refused(given: Any) -> None:
+def test_invalid_gpus_are_refused(given: Any) -> None:
     with pytest.raises(ValidationError):
         Options(gpus=given)
 
@@ -169,7 +169,7 @@ NUMBERS = [name for name in PUBLISHED if type(PUBLISHED[name]) in (int, float) o
 
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("given", [True, False, "True", "False"])
-def test_true_and_false_are_no_numbers(name: str, given: Any) -> None:
+def test_booleans_are_refused_as_numbers(name: str, given: Any) -> None:
     with pytest.raises(ValidationError):
         Options(**{name: given})
 
@@ -178,7 +178,7 @@ def test_true_and_false_are_no_numbers(name: str, given: Any) -> None:
     ("name", "length"), [("scale", 2), ("ratio", 2), ("colorjitter", 4), ("means", 3), ("stds", 3), ("size", 2)]
 )
 @pytest.mark.parametrize("as_text", [False, True], ids=["values", "text"])
-def test_true_is_no_number_among_several_either(name: str, length: int, as_text: bool) -> None:
+def test_boolean_in_a_list_of_numbers_is_refused(name: str, length: int, as_text: bool) -> None:
     values = (True,) * length if name != "colorjitter" else (True, True, True, False)
     with pytest.raises(ValidationError):
         Options(**{name: str(values) if as_text else list(values)})
@@ -188,14 +188,14 @@ def test_true_is_no_number_among_several_either(name: str, length: int, as_text:
 @pytest.mark.parametrize(
     "name", [n for n in NUMBERS if isinstance(PUBLISHED[n], float)] + ["batch_size", "size", "seed"]
 )
-def test_numbers_that_are_not_finite_are_refused(name: str, given: Any) -> None:
+def test_nonfinite_number_is_refused(name: str, given: Any) -> None:
     with pytest.raises(ValidationError):
         Options(**{name: given})
 
 
 @pytest.mark.parametrize(("name", "length"), [("scale", 2), ("ratio", 2), ("colorjitter", 4), ("means", 3)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_not_finite_are_refused_among_several(name: str, length: int, value: float) -> None:
+def test_nonfinite_number_in_a_list_is_refused(name: str, length: int, value: float) -> None:
     with pytest.raises(ValidationError):
         Options(**{name: [0.1] * (length - 1) + [value]})
 
@@ -268,7 +268,7 @@ def test_options_that_contradict_each_other_are_refused(changes: dict[str, Any],
         Options(**changes)
 
 
-def test_nesterov_asks_nothing_of_the_other_optimisers() -> None:
+def test_nesterov_needs_momentum_only_with_sgd() -> None:
     assert Options(nesterov=True, momentum=0, optimizer="adam").nesterov
 
 
@@ -281,7 +281,7 @@ def test_a_crop_as_large_as_the_image_fits(resize: Any, size: Any) -> None:
 
 
 @pytest.mark.parametrize("given", ["1if", "0x1for", "32and64"])
-def test_a_value_that_is_no_literal_is_refused_without_a_warning(given: str) -> None:
+def test_invalid_literal_is_refused_without_a_warning(given: str) -> None:
     with warnings.catch_warnings(record=True) as shown_text:
         warnings.simplefilter("always")
         with pytest.raises(ValidationError):
@@ -289,7 +289,7 @@ def test_a_value_that_is_no_literal_is_refused_without_a_warning(given: str) -> 
     assert not [str(warning.message) for warning in shown_text]
 
 
-def test_every_option_says_what_it_means_and_which_group_it_is_of() -> None:
+def test_every_option_has_a_description_and_a_group() -> None:
     for name, field in Options.model_fields.items():
         assert field.description and len(field.description) > 5, name
         assert isinstance(field.json_schema_extra, dict) and field.json_schema_extra["group"], name
@@ -301,6 +301,6 @@ def test_ratios_may_be_written_as_quotients(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["(1/0, 4/3)", "(a/b, 4/3)", "1/2/", "(3//4, 4//3)"])
-def test_what_only_looks_like_a_quotient_is_refused(text: str) -> None:
+def test_invalid_quotient_is_refused(text: str) -> None:
     with pytest.raises(ValidationError):
         Options(ratio=text)

@@ -113,13 +113,13 @@ def test_flags_take_several_numbers_and_switches_no_value() -> None:
     assert options.nesterov and options.gpus == (0, 1) and options.means == (0, 0, 0)
 
 
-def test_a_tuple_in_quotes_is_a_tuple_on_the_command_line_too() -> None:
+def test_quoted_tuple_is_accepted_on_the_command_line() -> None:
     options = read_options(["--size", "(16, 32)", "--resize=(64, 64)"])
     assert (options.size, options.resize) == ((16, 32), (64, 64))
 
 
 @pytest.mark.parametrize(("words", "read"), [(["--gpus", ""], ()), (["--gpus", "0"], (0,)), ([], ())])
-def test_gpus_come_from_the_flag_and_none_means_the_cpu(words: list[str], read: tuple[int, ...]) -> None:
+def test_gpus_flag_sets_the_gpus_and_empty_means_cpu(words: list[str], read: tuple[int, ...]) -> None:
     assert read_options(words).gpus == read
 
 
@@ -158,7 +158,7 @@ def test_a_file_with_python_tags_is_refused_and_nothing_runs(tag: str, tmp_path:
 
 
 @pytest.mark.parametrize("key", ["size", "seed", "query", "scale", "dataset", "unheard_of"])
-def test_lists_of_lists_of_lists_fill_no_memory(key: str, tmp_path: Path) -> None:
+def test_nested_yaml_aliases_do_not_fill_memory(key: str, tmp_path: Path) -> None:
     """Each names the one before ten times: written out, the last has a billion words."""
     lists = "".join(f"- &a{i} [{', '.join([f'*a{i - 1}'] * 10) if i else 'ha, ha'}]\n" for i in range(10))
     text = refused_file(tmp_path, "".join(f"{key}:\n{lists}"))
@@ -182,12 +182,12 @@ def test_unknown_key_is_named_with_the_nearest_known_one(key: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("key", ["1", "true", "1.5", "zzzzqqqq"])
-def test_a_key_that_resembles_nothing_is_named(key: str, tmp_path: Path) -> None:
+def test_unknown_key_without_a_near_match_is_named(key: str, tmp_path: Path) -> None:
     message = refused_file(tmp_path, f"{key}: 3\n")
     assert str(yaml.safe_load(key)) in message and "--help" in message
 
 
-def test_a_key_of_two_lines_is_told_on_one(tmp_path: Path) -> None:
+def test_key_with_a_line_break_is_shown_on_one_line(tmp_path: Path) -> None:
     refused_file(tmp_path, '"low\\ndim": 3\n')
 
 
@@ -207,12 +207,12 @@ def test_an_unknown_flag_is_named_with_the_nearest_known_one(word: str, near: st
     assert word.split("=")[0] in message and message.endswith(f"did you mean {near}?")
 
 
-def test_a_flag_with_underscores_is_told_its_dashes() -> None:
+def test_error_for_a_flag_with_underscores_shows_dashes() -> None:
     assert "--batch-size" in refusal(["--batch_size", "3"]).replace("--batch_size", "")
 
 
 @pytest.mark.parametrize("words", [["stray"], ["-x"], ["--max-epoch", "3", "4"]])
-def test_a_word_that_belongs_to_no_option_is_named(words: list[str]) -> None:
+def test_extra_argument_is_named(words: list[str]) -> None:
     assert repr(words[-1]) in refusal(words)
 
 
@@ -275,7 +275,7 @@ def test_a_wrong_value_of_a_flag_is_named(words: str, expected: list[str]) -> No
     assert all(word in message for word in expected), message
 
 
-def test_the_origin_named_is_the_one_whose_value_held(tmp_path: Path) -> None:
+def test_error_names_the_file_that_set_the_value(tmp_path: Path) -> None:
     good, bad = written(tmp_path, "batch_size: 4\n", "good.yaml"), written(tmp_path, "batch_size: 1\n", "bad.yaml")
     assert str(bad) in refusal(["--cfgs", str(good), str(bad)])
     assert read_options(["--cfgs", str(bad), str(good)]).batch_size == 4
@@ -283,19 +283,19 @@ def test_the_origin_named_is_the_one_whose_value_held(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["seed", "base_lr", "size", "gpus", "scale"])
-def test_a_number_of_thousands_of_digits_is_refused_like_any_other(name: str, tmp_path: Path) -> None:
+def test_number_of_thousands_of_digits_is_refused(name: str, tmp_path: Path) -> None:
     assert name in refused_file(tmp_path, f"{name}: 0x{'f' * 6000}\n")
 
 
 @pytest.mark.parametrize("value", ["-" * 50_000 + "1", "(" * 50_000, "1" * 50_000, "[" * 300 + "]" * 300])
 @pytest.mark.parametrize("name", ["seed", "base_lr", "size", "scale", "nesterov", "gpus"])
-def test_a_long_or_deep_string_is_refused_like_any_other(name: str, value: str, tmp_path: Path) -> None:
+def test_long_or_deeply_nested_string_is_refused(name: str, value: str, tmp_path: Path) -> None:
     assert name in refused_file(tmp_path, f"{name}: '{value}'\n")
     assert name in refusal([f"{flag(name)}={value}"])
 
 
 @pytest.mark.parametrize("text", ["size: &a [*a]", "scale: &a [*a, *a]", "dataset: &a {x: *a}", "gpus: &a [*a]"])
-def test_a_value_that_contains_itself_is_refused(text: str, tmp_path: Path) -> None:
+def test_recursive_value_is_refused(text: str, tmp_path: Path) -> None:
     assert text.split(":")[0] in refused_file(tmp_path, text + "\n")
 
 
@@ -330,14 +330,12 @@ def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
         (b"\xff\xfes\x00i\x00z\x00e\x00", ["UTF-8"]),
     ],
 )
-def test_a_file_that_is_no_option_file_is_refused_with_the_reason(
-    content: str | bytes, words: list[str], tmp_path: Path
-) -> None:
+def test_invalid_option_file_is_refused_with_the_reason(content: str | bytes, words: list[str], tmp_path: Path) -> None:
     message = refused_file(tmp_path, content)
     assert all(word in message for word in words), message
 
 
-def test_a_file_that_comes_as_a_windows_editor_writes_it_is_read(tmp_path: Path) -> None:
+def test_file_with_bom_and_crlf_is_read(tmp_path: Path) -> None:
     path = written(tmp_path, b"\xef\xbb\xbfbatch_size: 7\r\nnetwork: \xc3\xa4\r\n")
     assert read_yaml(path) == {"batch_size": 7, "network": "ä"}
 
@@ -428,7 +426,7 @@ def test_options_written_and_read_back_are_the_same(changes: dict[str, Any], tmp
     assert {name for name in changes if name not in THIS_RUN} <= set(yaml.safe_load(text))
 
 
-def test_what_is_written_leaves_out_what_belongs_to_one_run() -> None:
+def test_written_options_omit_those_of_a_single_run() -> None:
     content = yaml.safe_load(to_yaml(Options(**SETS[-1], session="mine")))
     assert set(content) == set(Options.model_fields) - THIS_RUN
 
@@ -500,7 +498,7 @@ def test_the_table_of_options_has_a_row_for_each() -> None:
         assert row.count("|") == 4, row
 
 
-def test_choosing_a_name_that_is_not_there_tells_the_nearest() -> None:
+def test_unknown_name_is_reported_with_the_nearest_one() -> None:
     known = {"resnet18": 1, "resnet50": 2}
     assert choose(known, "resnet50", "--network") == 2
     with pytest.raises(UsageError, match=r"--network resnet51.*did you mean resnet50"):
@@ -509,7 +507,7 @@ def test_choosing_a_name_that_is_not_there_tells_the_nearest() -> None:
         choose(known, "vgg", "--network")
 
 
-def test_reading_options_leaves_the_working_folder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_options_keeps_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     read_options(["--session", "mine", "--sess-dir", "there"])
     assert not list(tmp_path.iterdir())
@@ -522,7 +520,7 @@ def test_reading_options_leaves_the_working_folder_alone(tmp_path: Path, monkeyp
         ("seed: 1\n'seed': 1\n", "'seed' is set twice, in lines 1 and 2; keep one of them"),
     ],
 )
-def test_a_key_that_stands_twice_is_refused_with_both_lines(content: str, message: str, tmp_path: Path) -> None:
+def test_duplicate_key_is_refused_with_both_lines(content: str, message: str, tmp_path: Path) -> None:
     assert message in refused_file(tmp_path, content)
 
 
@@ -539,7 +537,7 @@ def test_session_config_of_the_reference_is_accepted(tmp_path: Path) -> None:
     assert options.cfgs == (path,)
 
 
-def test_help_shows_choices_and_no_types_of_python() -> None:
+def test_help_shows_choices_without_python_types() -> None:
     text = parser().format_help()
     assert "--amp {bf16,fp16}" in text and "--lr-policy {step,fixed,multistep}" in text
     assert "typing." not in text and "<class" not in text

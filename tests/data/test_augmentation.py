@@ -105,7 +105,7 @@ def test_scale_is_the_share_of_the_area() -> None:
     assert max(max(corner) for corner in corners) > 30
 
 
-def test_a_scale_of_one_is_the_whole_image() -> None:
+def test_scale_of_one_keeps_the_whole_image() -> None:
     for output in trained(coordinates(16, 16), 3, scale=(1, 1), ratio=(1, 1)):
         np.testing.assert_array_equal(output, coordinates(16, 16))
 
@@ -117,7 +117,7 @@ def test_ratio_is_width_to_height() -> None:
     assert len(corners) > 5
 
 
-def test_scales_are_drawn_from_all_of_the_range() -> None:
+def test_scales_cover_the_whole_range() -> None:
     """How much of the rows a crop spans, from red; the blur of the resizing costs a pixel or so."""
     outputs = trained(coordinates(80, 80), 150, resize=80, size=16, scale=(0.2, 1), ratio=(1, 1))
     spans = [(np.ptp(output[:, :, 0]) / 2 + 80 / 16) / 80 for output in outputs]
@@ -142,7 +142,7 @@ def test_a_size_is_a_square_or_height_and_width(size: Any, shape: tuple[int, int
 # Colours.
 
 
-def test_without_options_colours_and_sides_stay() -> None:
+def test_disabled_options_keep_colours_and_sides() -> None:
     for output in trained(coordinates(16, 16), 5, colorjitter=None, random_grayscale=0, random_horizontal_flip=False):
         np.testing.assert_array_equal(output, coordinates(16, 16))
 
@@ -192,7 +192,7 @@ def test_the_fourth_jitter_is_hue() -> None:
     assert max(map(abs, turns)) < 0.27
 
 
-def test_greyscale_for_certain_gives_equal_channels_of_the_lightness() -> None:
+def test_greyscale_gives_equal_channels_of_the_lightness() -> None:
     for output in trained(flat(200, 100, 50), 5, random_grayscale=1):
         np.testing.assert_array_equal(output[:, :, 0], output[:, :, 1])
         np.testing.assert_array_equal(output[:, :, 0], output[:, :, 2])
@@ -209,7 +209,7 @@ def test_grey_images_are_normalised_channel_by_channel() -> None:
     assert not torch.allclose(output[0], output[1])
 
 
-def test_greyscale_now_and_then_is_as_frequent_as_it_says() -> None:
+def test_greyscale_has_the_given_probability() -> None:
     outputs = trained(flat(200, 100, 50), 500, random_grayscale=0.2)
     grey = sum(len(set(output[0, 0].tolist())) == 1 for output in outputs)
     assert abs(grey - 100) < 5 * (500 * 0.2 * 0.8) ** 0.5
@@ -225,7 +225,7 @@ def test_a_flip_mirrors_about_half_of_the_images() -> None:
     assert abs(mirrored - 200) < 5 * 400**0.5 / 2
 
 
-def test_the_papers_options_work_together() -> None:
+def test_options_of_the_paper_work_together() -> None:
     options = {"scale": (0.2, 1.0), "colorjitter": (0.4, 0.4, 0.4, 0.4), "random_grayscale": 0.2}
     outputs = trained(coordinates(32, 32), 20, resize=(32, 32), size=(32, 32), **options)
     assert different(outputs) == 20
@@ -323,7 +323,7 @@ def test_values_are_normalised_by_the_means_and_deviations(make: Any, by_worker:
 # The test transform.
 
 
-def test_testing_is_the_crop_in_the_middle_whatever_is_drawn() -> None:
+def test_test_transform_is_the_centre_crop() -> None:
     options = options_of(
         size=8, scale=(0.2, 0.5), colorjitter=(0.4, 0.4, 0.4, 0.4), random_grayscale=1, random_horizontal_flip=True
     )
@@ -352,7 +352,7 @@ def test_two_numbers_resize_to_height_and_width() -> None:
     assert output[:, 3:5].max() == 0
 
 
-def test_the_training_image_is_resized_as_the_test_image_is() -> None:
+def test_training_and_test_images_are_resized_equally() -> None:
     output = trained(striped(), 1, resize=(8, 8), size=8)[0]
     np.testing.assert_array_equal(output, pixels(for_the_test(striped(), resize=(8, 8), size=8)))
 
@@ -360,7 +360,7 @@ def test_the_training_image_is_resized_as_the_test_image_is() -> None:
 @pytest.mark.parametrize("make", [for_training, for_testing])
 @pytest.mark.parametrize("scale", [None, (0.2, 1)])
 @pytest.mark.parametrize("size", [16, (8, 12)])
-def test_no_images_give_no_images(make: Any, scale: Any, size: Any) -> None:
+def test_empty_batch_stays_empty(make: Any, scale: Any, size: Any) -> None:
     """As in a process that has no share of a small last batch."""
     augmentation = make(options_of(scale=scale, size=size, colorjitter=(0.4,) * 4, random_grayscale=0.2), *PLAIN)
     none = torch.empty(0, 32, 32, 3, dtype=torch.uint8)
@@ -369,7 +369,7 @@ def test_no_images_give_no_images(make: Any, scale: Any, size: Any) -> None:
     assert augmentation.augment_on_device(cropped, np.empty((0, NUM_RANDOM))).shape == (0, 3, *augmentation.size)
 
 
-def test_the_image_itself_stays_as_it_was() -> None:
+def test_input_image_is_unchanged() -> None:
     image = coordinates(16, 16)
     trained(image, 3, colorjitter=(0.4, 0.4, 0.4, 0.4), random_horizontal_flip=True)
     np.testing.assert_array_equal(image, coordinates(16, 16))

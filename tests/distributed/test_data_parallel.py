@@ -102,7 +102,7 @@ def test_summing_during_the_backward_pass_equals_summing_after_it(size: int, cha
 
 
 @pytest.mark.parametrize("spoilt", [0, 1, 2])
-def test_where_batches_may_be_skipped_gradients_are_summed_after(spoilt: int, team: Team) -> None:
+def test_skippable_batches_sum_gradients_after_the_backward_pass(spoilt: int, team: Team) -> None:
     """The first and the last batch of a step, and one of the next step."""
     changes = {"on_nonfinite": "skip", "iter_size": 2}
     after = team.run(epoch_of, (), 7, spoilt, changes)

@@ -59,7 +59,7 @@ OLD_DRIVER = (
 )
 
 
-def test_gpus_with_a_driver_too_old_are_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_old_driver_is_named_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """NVML counts the GPUs without the CUDA driver, so their number alone is no sign that they can be used."""
 
     def is_available() -> bool:
@@ -81,7 +81,7 @@ def test_gpus_with_a_driver_too_old_are_an_error_that_says_so(monkeypatch: pytes
     assert device.available((0, 1)) == ()
 
 
-def test_a_pytorch_without_cuda_is_named_as_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pytorch_without_cuda_is_named_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def init() -> None:
         raise AssertionError("Torch not compiled with CUDA enabled")
 
@@ -91,7 +91,7 @@ def test_a_pytorch_without_cuda_is_named_as_the_reason(monkeypatch: pytest.Monke
         device.select((0,))
 
 
-def test_memory_that_other_programs_fill_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_other_programs_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """At 80 GiB, 70 GiB filled, of which this process holds 2."""
     values = {"is_initialized": True, "current_device": 1, "memory_reserved": 2 * 2**30}
     for name, value in values.items():
@@ -185,7 +185,7 @@ def test_a_network_is_placed_channels_last() -> None:
         ("cuda", {"amp": "bf16"}, torch.channels_last),
     ],
 )
-def test_images_and_network_are_channels_last_where_that_is_fast(
+def test_channels_last_is_used_where_it_is_fast(
     gpus: str, options: dict[str, Any], layout: torch.memory_format
 ) -> None:
     found = device.memory_format(Options(gpus=(0,), **options), torch.device(gpus))
@@ -216,7 +216,7 @@ def test_a_compiled_network_keeps_its_parameter_names_and_outputs() -> None:
     torch.testing.assert_close(placed(images), expected)
 
 
-def test_tf32_is_off_unless_asked_for() -> None:
+def test_tf32_is_off_by_default() -> None:
     try:
         for allowed in (True, False):
             device.allow_tf32(allowed)

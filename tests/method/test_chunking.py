@@ -10,7 +10,7 @@ from lib.method.chunking import MIN_ROWS, block_rows, block_size
 GPU = torch.device("cuda", 0)
 
 
-def test_blocks_do_not_depend_on_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_size_does_not_depend_on_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another size would round sums differently, so that a run beside another program would give other bits."""
     for name in ("mem_get_info", "memory_reserved", "memory_allocated", "memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda *arguments: pytest.fail("the device is asked"))

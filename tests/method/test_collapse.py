@@ -42,7 +42,7 @@ def test_healthy_runs_have_no_warning(run: str) -> None:
     assert find_collapse(given, samples=samples, size=1, low_dim=128, temperature=temperature) == ""
 
 
-def test_embeddings_that_are_all_alike_are_a_collapse() -> None:
+def test_equal_embeddings_are_reported_as_collapse() -> None:
     message = find_collapse(rows(COLLAPSED), **DIGITS)
     assert message.startswith("round 0, epoch 10: the embeddings seem to have collapsed")
     assert "ln N = 7.27" in message
@@ -51,7 +51,7 @@ def test_embeddings_that_are_all_alike_are_a_collapse() -> None:
     assert find_collapse(rows([*COLLAPSED, *[4.0] * 5]), **DIGITS) == message  # the first sign
 
 
-def test_it_takes_four_epochs_in_a_row_and_ten_of_the_run() -> None:
+def test_collapse_needs_four_epochs_in_a_row_and_ten_in_total() -> None:
     assert find_collapse(rows(COLLAPSED[:9]), **DIGITS) == ""
     assert find_collapse(rows([7.25] * 9), **DIGITS) == ""
     assert find_collapse(rows([7.25] * 10), **DIGITS)
@@ -59,7 +59,7 @@ def test_it_takes_four_epochs_in_a_row_and_ten_of_the_run() -> None:
     assert "round 1, epoch 3" in find_collapse(rows([5.0] * 9 + [7.25] * 4), **DIGITS)
 
 
-def test_neighbours_kept_by_chance_alone_are_a_collapse() -> None:
+def test_random_neighbourhoods_are_reported_as_collapse() -> None:
     kept = [None] * 10 + [0.0807, 0.0035, 0.0014, 0.0007, 0.0007, 0.0]  # of digits at a learning rate of 30
     message = find_collapse(rows([5.0] * 16, kept), **DIGITS)
     assert message.startswith("round 1, epoch 5: the neighbourhoods seem to be random")
@@ -68,10 +68,10 @@ def test_neighbours_kept_by_chance_alone_are_a_collapse() -> None:
 
 
 @pytest.mark.parametrize("samples", [1, 2, 19])
-def test_a_handful_of_samples_is_not_judged(samples: int) -> None:
+def test_few_samples_are_not_judged(samples: int) -> None:
     assert find_collapse(rows([math.log(samples)] * 20), **{**DIGITS, "samples": samples}) == ""
 
 
-def test_runs_without_these_figures_are_not_judged() -> None:
+def test_runs_without_health_figures_are_not_judged() -> None:
     assert find_collapse([{"round": 0, "epoch": number} for number in range(20)], **DIGITS) == ""
     assert find_collapse(rows([math.log(1437)] * 20), **{**DIGITS, "temperature": 100.0}) == ""

@@ -76,7 +76,7 @@ def assert_equal(found: Figures, wanted: Figures) -> None:
 
 @many
 @given(memories(), st.integers(1, 20), st.integers(1, 60))
-def test_the_figures_of_all_samples_are_the_oracles(memory: np.ndarray, size: int, block: int) -> None:
+def test_figures_of_all_samples_equal_the_oracle(memory: np.ndarray, size: int, block: int) -> None:
     found, _ = figures_of(memory, size=size, CPU_BLOCK=block, MIN_ROWS=1)
     assert_equal(found, expected(memory, list(range(len(memory))), size))
     assert found["kept"] is None and found["drift"] is None
@@ -84,7 +84,7 @@ def test_the_figures_of_all_samples_are_the_oracles(memory: np.ndarray, size: in
 
 @many
 @given(memories(), st.integers(1, 20), st.integers(1, 13), st.integers(1, 60))
-def test_the_figures_of_a_sample_are_the_oracles(memory: np.ndarray, size: int, rows: int, block: int) -> None:
+def test_figures_of_a_subset_equal_the_oracle(memory: np.ndarray, size: int, rows: int, block: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(diagnostics, "ROWS", rows)
         chosen = measured(len(memory)).tolist()
@@ -93,7 +93,7 @@ def test_the_figures_of_a_sample_are_the_oracles(memory: np.ndarray, size: int, 
     assert_equal(found, expected(memory, chosen, size))
 
 
-def test_a_hub_is_found() -> None:
+def test_hub_raises_hubness_and_largest_hub() -> None:
     """Samples around a middle, each far from the others: all have the middle as nearest."""
     memory = np.eye(10)[1:] + 3 * np.eye(10)[0]
     memory = np.vstack([np.eye(10)[:1], memory / np.linalg.norm(memory, axis=1, keepdims=True)])
@@ -104,7 +104,7 @@ def test_a_hub_is_found() -> None:
     assert found["hubness"] == pytest.approx(skewness([9, 1] + [0] * 8))
 
 
-def test_many_samples_are_measured_by_a_fixed_sample_of_them() -> None:
+def test_many_samples_are_measured_on_a_fixed_subset() -> None:
     assert measured(diagnostics.ROWS).tolist() == list(range(diagnostics.ROWS))
     some = measured(3 * diagnostics.ROWS)
     assert len(some) == diagnostics.ROWS == len(some.unique())
@@ -120,7 +120,7 @@ def test_many_samples_are_measured_by_a_fixed_sample_of_them() -> None:
 
 @many
 @given(memories(), seeds, st.integers(1, 20), st.integers(1, 14))
-def test_drift_and_kept_neighbours_are_the_oracles(memory: np.ndarray, seed: int, size: int, rows: int) -> None:
+def test_drift_and_kept_neighbours_equal_the_oracle(memory: np.ndarray, seed: int, size: int, rows: int) -> None:
     later = oracles.rows("random", *memory.shape, seed=seed)
     _, state = figures_of(memory, round=0, size=size, ROWS=rows)
     found, _ = figures_of(later, state, round=1, size=size, ROWS=rows)
@@ -133,7 +133,7 @@ def test_drift_and_kept_neighbours_are_the_oracles(memory: np.ndarray, seed: int
     assert found["drift"] == pytest.approx(sum(1 - oracles.dot(memory[i], later[i]) for i in chosen) / len(chosen))
 
 
-def test_the_drift_is_of_directions_alone() -> None:
+def test_drift_ignores_the_length_of_rows() -> None:
     """Rows are not of unit length before their first update."""
     memory = oracles.rows("random", 6, 4, seed=1)
     _, state = figures_of(memory)
@@ -167,13 +167,13 @@ def test_diagnostics_state_is_a_copy_of_the_bank() -> None:
     assert measure(memory, state, round=0, temperature=0.2, size=1)[0]["drift"] == pytest.approx(2)
 
 
-def test_a_state_of_other_rows_counts_as_none() -> None:
+def test_state_of_other_rows_is_ignored() -> None:
     _, state = figures_of(oracles.rows("random", 9, 3, seed=1))
     found, _ = figures_of(oracles.rows("random", 8, 3, seed=2), state, round=1)
     assert found["kept"] is None and found["drift"] is None
 
 
-def test_another_number_of_neighbours_is_compared_by_those_of_before() -> None:
+def test_kept_is_the_share_of_earlier_neighbours_for_any_size() -> None:
     memory = oracles.rows("random", 9, 3, seed=1)
     _, few = figures_of(memory, size=2)
     assert figures_of(memory, few, round=1, size=4)[0]["kept"] == 1
@@ -184,7 +184,7 @@ def test_another_number_of_neighbours_is_compared_by_those_of_before() -> None:
 # Going on from a checkpoint.
 
 
-def test_a_state_comes_back_from_a_checkpoint_with_the_same_figures(tmp_path: Any) -> None:
+def test_restored_state_gives_the_same_figures(tmp_path: Any) -> None:
     banks = [oracles.rows("random", 12, 4, seed=seed) for seed in range(3)]
     state: State | None = None
     for round, bank in enumerate(banks[:2]):
@@ -221,7 +221,7 @@ def test_a_damaged_state_is_refused(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("size", [1, 3, 50])
 @pytest.mark.parametrize("samples", [1, 2, 3, 20])
 @pytest.mark.parametrize("kind", ["equal", "zero", "one zero", "random"])
-def test_whatever_the_rows_the_figures_are_finite(kind: str, samples: int, size: int) -> None:
+def test_figures_are_finite_for_any_rows(kind: str, samples: int, size: int) -> None:
     memory = oracles.rows("equal" if kind == "equal" else "random", samples, 3, seed=1).astype(np.float32)
     memory[: {"zero": samples, "one zero": 1}.get(kind, 0)] = 0
     for rows in (1, 2, samples):
@@ -240,13 +240,13 @@ def test_whatever_the_rows_the_figures_are_finite(kind: str, samples: int, size:
             assert found["entropy_05"] == found["entropy_95"] == pytest.approx(math.log(samples), abs=1e-6)
 
 
-def test_where_all_serve_equally_often_there_is_no_hubness() -> None:
+def test_hubness_is_zero_for_equal_counts() -> None:
     memory = np.repeat(np.eye(4), 2, axis=0)  # pairs
     found, _ = figures_of(memory)
     assert (found["hubness"], found["orphans"], found["reciprocal"], found["largest_hub"]) == (0, 0, 1, 1 / 8)
 
 
-def test_figures_that_are_not_numbers_stop_nothing() -> None:
+def test_nonfinite_rows_do_not_raise() -> None:
     found, state = figures_of(np.full((4, 2), np.nan))
     assert math.isnan(found["entropy_50"] or 0)
     figures_of(np.full((4, 2), np.nan), state, round=1)
@@ -260,7 +260,7 @@ def test_every_figure_has_a_sentence_on_how_to_read_it() -> None:
         assert not set(sentence) & set("<>&|\n")  # for tables and pages alike
 
 
-def test_nothing_is_changed_and_nothing_asks_for_gradients() -> None:
+def test_measuring_changes_nothing_and_needs_no_gradient() -> None:
     memory = torch.from_numpy(oracles.rows("random", 9, 3, seed=1)).requires_grad_()
     copy = memory.detach().clone()
     _, state = measure(memory, None, round=0, temperature=0.2, size=1)

@@ -34,7 +34,7 @@ def found_in(memory: np.ndarray, *, temperature: float, anchors: int, size: int,
 
 @many
 @given(memories(), st.sampled_from([0.05, 0.1, 0.5, 3.0]), st.integers(1, 60))
-def test_entropies_are_the_oracles(memory: np.ndarray, temperature: float, block: int) -> None:
+def test_entropies_equal_the_oracle(memory: np.ndarray, temperature: float, block: int) -> None:
     found = found_in(memory, temperature=temperature, anchors=0, size=1, block=block)
     expected = oracles.entropies(memory, temperature)
     np.testing.assert_allclose(found.entropy.numpy(), expected, rtol=1e-9, atol=1e-12)
@@ -44,7 +44,7 @@ def test_entropies_are_the_oracles(memory: np.ndarray, temperature: float, block
 @given(  # without ties: two samples, or one dimension, would have nothing else
     memories(kinds=("random",), samples=3, low_dim=2), st.integers(0, 14), st.integers(1, 20), st.integers(1, 60)
 )
-def test_anchors_positions_and_neighbours_are_the_oracles(
+def test_anchors_positions_and_neighbours_equal_the_oracle(
     memory: np.ndarray, anchors: int, size: int, block: int
 ) -> None:
     samples = len(memory)
@@ -60,7 +60,7 @@ def test_anchors_positions_and_neighbours_are_the_oracles(
 
 @many
 @given(memories(), st.integers(1, 20), st.integers(1, 60))
-def test_with_ties_the_neighbours_are_as_similar_as_the_oracles(memory: np.ndarray, size: int, block: int) -> None:
+def test_neighbours_with_ties_are_as_similar_as_the_oracle_s(memory: np.ndarray, size: int, block: int) -> None:
     samples = len(memory)
     found = found_in(memory, temperature=0.1, anchors=samples, size=size, block=block)
     for anchor, chosen in zip(found.anchors.tolist(), found.neighbours.tolist(), strict=True):
@@ -116,7 +116,7 @@ def test_entropy_is_finite_where_probabilities_underflow(memory: np.ndarray, tem
 
 @many
 @given(seeds, st.floats(1.0, 1e30))
-def test_the_entropy_of_a_row_is_finite_whatever_its_logits(seed: int, scale: float) -> None:
+def test_entropy_of_a_row_is_finite_for_any_logits(seed: int, scale: float) -> None:
     logits = torch.from_numpy(np.random.default_rng(seed).normal(size=(3, 8)) * scale).float()
     entropy = entropy_from_statistics(softmax_statistics(logits))
     assert entropy.isfinite().all()
@@ -143,14 +143,14 @@ def test_blocks_of_any_size_cover_every_sample(block: int) -> None:
     assert found.neighbours.tolist() == [oracles.neighbours(memory, a, 2) for a in found.anchors.tolist()]
 
 
-def test_discovery_leaves_the_memory_as_it_was() -> None:
+def test_discovery_does_not_change_the_memory() -> None:
     memory = torch.from_numpy(oracles.rows("random", 9, 3, seed=3))
     before = memory.clone()
     discover(memory, temperature=0.1, anchors=4, size=2)
     assert torch.equal(memory, before)
 
 
-def test_the_anchors_own_no_more_memory_than_they_need() -> None:
+def test_anchors_do_not_keep_the_memory_of_all_samples() -> None:
     found = discover(torch.from_numpy(oracles.rows("random", 90, 3, seed=3)), temperature=0.1, anchors=4, size=2)
     assert found.anchors.untyped_storage().nbytes() == 4 * 8
     assert found.neighbours.untyped_storage().nbytes() == 4 * 2 * 8

@@ -41,7 +41,7 @@ def test_rows_start_as_uniform_noise_within_the_bound(low_dim: int) -> None:
     assert lengths.mean() == pytest.approx(1, abs=0.03)  # as long as the unit rows that replace them
 
 
-def test_the_noise_depends_on_the_seed_alone() -> None:
+def test_noise_depends_only_on_the_seed() -> None:
     torch.manual_seed(1)
     first = bank_of(20, 4, seed=7).memory
     torch.manual_seed(2)
@@ -49,7 +49,7 @@ def test_the_noise_depends_on_the_seed_alone() -> None:
     assert not torch.equal(bank_of(20, 4, seed=8).memory, first)
 
 
-def test_the_noise_leaves_pytorchs_generator_alone() -> None:
+def test_noise_does_not_use_pytorch_s_generator() -> None:
     before = torch.get_rng_state()
     bank_of(20, 4, seed=7)
     assert torch.equal(torch.get_rng_state(), before)
@@ -59,7 +59,7 @@ def test_the_noise_leaves_pytorchs_generator_alone() -> None:
 @given(
     st.sampled_from(oracles.KINDS), st.integers(1, 9), st.integers(1, 5), st.sampled_from([0.0, 0.3, 0.5, 1.0]), seeds
 )
-def test_an_update_is_the_oracles_and_touches_no_other_row(
+def test_update_equals_the_oracle_and_keeps_other_rows(
     kind: str, samples: int, low_dim: int, momentum: float, seed: int
 ) -> None:
     memory = oracles.rows(kind, samples, low_dim, seed)
@@ -83,7 +83,7 @@ def test_an_update_is_in_place() -> None:
     assert bank.memory is rows
 
 
-def test_opposite_rows_cancel_to_zeros_and_not_to_nan() -> None:
+def test_opposite_rows_cancel_to_zero_instead_of_nan() -> None:
     bank = bank_with(np.array([[1.0, 0.0], [0.6, 0.8]]))
     bank.update(torch.tensor([[-1.0, 0.0]], dtype=torch.float64), torch.tensor([0]))
     assert bank.memory.tolist() == [[0.0, 0.0], [0.6, 0.8]]
@@ -111,7 +111,7 @@ def test_the_state_is_temperature_momentum_and_memory() -> None:
     assert torch.equal(state["memory"], bank.memory)
 
 
-def test_a_state_read_back_gives_the_rows_but_not_the_constants() -> None:
+def test_restored_state_sets_rows_but_not_constants() -> None:
     saved = bank_of(4, 2, seed=1, temperature=0.25, momentum=0.75)
     bank = bank_of(4, 2, seed=2, temperature=0.5, momentum=0.125)
     bank.load_state_dict(saved.state_dict())
@@ -122,6 +122,6 @@ def test_a_state_read_back_gives_the_rows_but_not_the_constants() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (5, 2), (4, 3)])
-def test_rows_of_another_number_or_size_are_refused(shape: tuple[int, ...]) -> None:
+def test_rows_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises((ValueError, RuntimeError)):
         bank_of(4, 2).load_state_dict({"memory": torch.zeros(shape)})

@@ -24,7 +24,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 @many
 @given(st.integers(0, 60_000), st.sampled_from([0.0, 0.1, 0.2, 0.25, 0.5, 1.0]), st.integers(0, 12))
-def test_the_number_of_anchors_is_the_oracles(samples: int, rate: float, round: int) -> None:
+def test_number_of_anchors_equals_the_oracle(samples: int, rate: float, round: int) -> None:
     exact = samples * rate * round
     expected = samples if exact >= samples else math.floor(exact)
     assert num_anchors(samples, rate, round) == expected
@@ -39,7 +39,7 @@ def test_a_quarter_more_of_the_samples_are_anchors_in_each_round() -> None:
 
 @many
 @given(st.integers(1, 12), st.integers(1, 4), st.integers(1, 4), seeds)
-def test_consistency_is_the_oracles(anchors: int, size: int, classes: int, seed: int) -> None:
+def test_consistency_equals_the_oracle(anchors: int, size: int, classes: int, seed: int) -> None:
     draw = np.random.default_rng(seed)
     labels, chosen = draw.integers(0, classes, 20), draw.permutation(20)[:anchors]
     others = draw.integers(0, 20, (anchors, size))
@@ -57,7 +57,7 @@ def test_consistency_without_pairs_is_unknown() -> None:
 # Neighbourhoods of a batch.
 
 
-def test_before_the_first_discovery_everyone_is_an_instance_sample() -> None:
+def test_all_are_instance_samples_before_the_first_discovery() -> None:
     none = Neighbourhoods.none(4)
     assert none.num_anchors == 0
     assert none.instances.tolist() == [0, 1, 2, 3]
@@ -90,7 +90,7 @@ def some() -> Neighbourhoods:
 
 @pytest.mark.parametrize("share", [None, 0.75, 0.0])
 @pytest.mark.parametrize("anchors", [0, 5, 8])
-def test_a_state_read_back_is_the_same(share: float | None, anchors: int) -> None:
+def test_restored_state_is_equal(share: float | None, anchors: int) -> None:
     memory = torch.from_numpy(oracles.rows("random", 8, 3, seed=2))
     found = discover(memory, temperature=0.1, anchors=anchors, size=2)
     state = {**found.state_dict(), "consistency": torch.tensor(math.nan if share is None else share)}
@@ -143,6 +143,6 @@ def contradictions() -> list[Any]:
 
 
 @pytest.mark.parametrize("state", contradictions())
-def test_a_state_that_contradicts_itself_is_refused(state: dict[str, torch.Tensor]) -> None:
+def test_inconsistent_state_is_refused(state: dict[str, torch.Tensor]) -> None:
     with pytest.raises(ValueError):
         Neighbourhoods.from_state_dict(state)

@@ -79,12 +79,12 @@ def picture(content: bytes) -> np.ndarray:
 # Reading metrics.
 
 
-def test_records_come_back_as_they_were_written(tmp_path: Path) -> None:
+def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
     records = [record(0, 0), record(0, 1, loss=None), record(1, 0)]
     assert metrics.read(make(tmp_path / "a", records)) == records
 
 
-def test_later_record_of_an_epoch_counts(tmp_path: Path) -> None:
+def test_later_record_of_an_epoch_is_used(tmp_path: Path) -> None:
     session = make(tmp_path / "a", [record(0, 0), record(1, 0), record(0, 1, loss=1.0), record(0, 1, loss=2.0)])
     assert [(r["round"], r["epoch"], r["loss"]) for r in metrics.read(session)] == [
         (0, 0, 4.5),
@@ -93,7 +93,7 @@ def test_later_record_of_an_epoch_counts(tmp_path: Path) -> None:
     ]
 
 
-def test_what_a_run_has_half_written_is_left_out_wherever_it_was_cut(tmp_path: Path) -> None:
+def test_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
     session, line = make(tmp_path / "a"), json.dumps(record(0, 1))
     for cut in range(len(line)):
         write_lines(session, [record(0, 0)], line[:cut])
@@ -133,13 +133,13 @@ def test_a_damaged_line_is_named(line: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b'{"round": 0, "ep', b"\0\0"])
-def test_a_session_without_a_whole_epoch_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_session_without_a_complete_epoch_is_refused(content: bytes, tmp_path: Path) -> None:
     session = make(tmp_path / "a")
     (session / "metrics.jsonl").write_bytes(content)
     assert str(session) in refusal(session)
 
 
-def test_what_is_no_session_is_refused_by_name(tmp_path: Path) -> None:
+def test_folder_that_is_not_a_session_is_refused_by_name(tmp_path: Path) -> None:
     session = make(tmp_path / "a")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
@@ -153,13 +153,13 @@ def test_what_is_no_session_is_refused_by_name(tmp_path: Path) -> None:
     assert "cannot be read" in refusal(session)
 
 
-def test_options_that_cannot_be_used_are_refused_by_file_and_name(tmp_path: Path) -> None:
+def test_invalid_options_are_refused_with_file_and_name(tmp_path: Path) -> None:
     session = make(tmp_path / "a")
     (session / "config.yaml").write_text("max_rund: 3\n")
     assert str(session / "config.yaml") in (text := refusal(session)) and "max_round" in text
 
 
-def test_a_session_named_twice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_given_twice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = make(tmp_path / "a")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(session)
@@ -209,7 +209,7 @@ def test_runs_of_one_commit_and_the_same_versions_form_a_group(tmp_path: Path) -
         ("unknown (not a git checkout)", VERSIONS, "commit", (HEAD, "unknown (not a git checkout)")),
     ],
 )
-def test_runs_of_other_code_are_grouped_apart(
+def test_runs_of_other_code_are_in_another_group(
     commit: str, versions: str, name: str, values: tuple[str, str], tmp_path: Path
 ) -> None:
     one = started(make(tmp_path / "a"))
@@ -227,14 +227,14 @@ def test_a_commit_is_shown_as_its_first_ten_digits(tmp_path: Path) -> None:
     assert row_of(text, "1", HEAD[:10]) and row_of(text, "2", f"{HEAD[:10]}+0123")
 
 
-def test_a_run_that_other_code_resumed_is_of_both(tmp_path: Path) -> None:
+def test_run_resumed_by_other_code_names_both_commits(tmp_path: Path) -> None:
     mixed = started(started(started(make(tmp_path / "a"))), OTHER)
     comparison = compare.compare([mixed, started(make(tmp_path / "b", seed=1), OTHER)])
     assert [group.values for group in comparison.groups] == [(f"{HEAD}, then {OTHER}",), (OTHER,)]
 
 
 @pytest.mark.parametrize("commit", [None, f"{HEAD}+", "unknown (not a git checkout)"])
-def test_code_that_is_not_known_is_not_pooled_without_a_word(commit: str | None, tmp_path: Path) -> None:
+def test_pooled_runs_of_unknown_code_are_reported(commit: str | None, tmp_path: Path) -> None:
     """None: there is no record; '+' alone: from before changes had a digest."""
     sessions = [make(tmp_path / str(seed), seed=seed) for seed in range(2)]
     if commit:
@@ -272,7 +272,7 @@ def test_runs_from_checkpoints_are_grouped_by_round_and_epoch(tmp_path: Path) ->
     assert line.endswith(f": {sessions[0]}, {sessions[1]}")
 
 
-def test_resume_in_the_same_session_is_no_other_beginning(tmp_path: Path) -> None:
+def test_resumed_session_is_pooled_with_an_uninterrupted_one(tmp_path: Path) -> None:
     one, other = (started(make(tmp_path / str(seed), seed=seed)) for seed in range(2))
     comparison = compare.compare([started(one, origin=one / "checkpoint" / "latest.ckpt"), other])
     assert comparison.differing == () and len(comparison.groups) == 1
@@ -285,14 +285,14 @@ def test_runs_from_one_checkpoint_are_reported_as_not_independent(tmp_path: Path
     assert line.endswith(f": {sessions[0]}, {sessions[1]}")
 
 
-def test_a_damaged_line_among_the_starts_is_left_out(tmp_path: Path) -> None:
+def test_damaged_line_of_starts_is_skipped(tmp_path: Path) -> None:
     session = started(make(tmp_path / "a"))
     with (session / "starts.jsonl").open("ab") as file:
         file.write(b'\xff\n[]\n{"commit": "ha')
     assert compare.compare([session]).groups[0].runs[0].code["commit"] == HEAD
 
 
-def test_runs_that_differ_by_what_belongs_to_one_run_form_a_group(tmp_path: Path) -> None:
+def test_runs_that_differ_in_local_options_form_a_group(tmp_path: Path) -> None:
     local = {"seed": 1, "sess_dir": Path("elsewhere"), "log_file": False, "log_tfb": False, "gpus": (3,)}
     changes = [{"gpus": (0,)}, local, {"gpus": (0,), "base_lr": 0.03}, {"gpus": (1,), "base_lr": 0.03, "seed": 2}]
     sessions = [make(tmp_path / str(n), **change) for n, change in enumerate(changes)]
@@ -302,14 +302,14 @@ def test_runs_that_differ_by_what_belongs_to_one_run_form_a_group(tmp_path: Path
     assert groups == [(1, ("0.1",), ["0", "1"]), (2, ("0.03",), ["2", "3"])]
 
 
-def test_the_number_of_gpus_makes_a_group(tmp_path: Path) -> None:
+def test_number_of_gpus_separates_groups(tmp_path: Path) -> None:
     sessions = [make(tmp_path / str(n), gpus=gpus) for n, gpus in enumerate([(), (0,), (1,), (0, 1)])]
     comparison = compare.compare(sessions)
     assert comparison.differing == ("gpus",)
     assert [group.values for group in comparison.groups] == [("CPU",), ("1 GPU",), ("2 GPU",)]
 
 
-def test_every_other_option_that_a_session_keeps_makes_a_group(tmp_path: Path) -> None:
+def test_every_other_recorded_option_separates_groups(tmp_path: Path) -> None:
     changed: dict[str, Any] = {"size": (32, 48), "scale": (0.2, 1.0), "nesterov": True, "network": "resnet10"}
     one, other = make(tmp_path / "a", momentum=0.9), make(tmp_path / "b", momentum=0.9, **changed)
     comparison = compare.compare([one, other])
@@ -321,7 +321,7 @@ def test_every_other_option_that_a_session_keeps_makes_a_group(tmp_path: Path) -
     assert comparison.equal + len(changed) == len(kept - {"seed", "sess_dir", "log_file", "log_tfb"}) + 1  # beginning
 
 
-def test_options_that_a_file_leaves_out_have_their_defaults(tmp_path: Path) -> None:
+def test_missing_options_have_their_defaults(tmp_path: Path) -> None:
     one, other = make(tmp_path / "a"), make(tmp_path / "b")
     (other / "config.yaml").write_text("max_round: 2\nmax_epoch: 3\n")
     assert compare.compare([one, other]).differing == ()
@@ -337,7 +337,7 @@ def test_round_figures_are_of_its_last_epoch(tmp_path: Path) -> None:
     assert run.whole == compare.Figures(1, 0, 100, 0.75, 3.5, 0.6, 0.7, 7.5, (300 + 300 + 2000) / 6)
 
 
-def test_a_time_that_was_not_recorded_is_not_known(tmp_path: Path) -> None:
+def test_unrecorded_time_is_unknown(tmp_path: Path) -> None:
     for number, name in enumerate(["train_s", "evaluate_s"]):
         session = make(tmp_path / str(number), [record(0, 0), record(0, 1, **{name: None})])
         assert compare.compare([session]).groups[0].runs[0].whole.seconds is None
@@ -373,7 +373,7 @@ def seeds(folder: Path, top1: list[float], **options: Any) -> list[Path]:
     ]
 
 
-def test_mean_and_deviation_are_those_of_the_statistics_module(tmp_path: Path) -> None:
+def test_mean_and_deviation_equal_the_statistics_module(tmp_path: Path) -> None:
     values = [0.5, 0.55, 0.7, 0.51]
     (group,) = compare.compare(seeds(tmp_path, values)).groups
     expected = {"top1": [v + 0.01 for v in values], "best_top1": [v + 0.02 for v in values]}
@@ -396,7 +396,7 @@ def test_missing_figures_have_no_mean_or_deviation(tmp_path: Path) -> None:
     assert compare.mean_and_deviation(group.of_round(7), "top1") == (None, None)
 
 
-def test_means_are_over_the_runs_that_got_furthest(tmp_path: Path) -> None:
+def test_means_are_over_the_runs_that_are_furthest(tmp_path: Path) -> None:
     sessions = seeds(tmp_path, [0.5, 0.6, 0.9])
     write_lines(sessions[2], [record(0, e, top1=0.9) for e in range(3)] + [record(1, 0, top1=0.9)])
     (group,) = compare.compare(sessions).groups
@@ -414,7 +414,7 @@ def row_of(text: str, *start: str) -> list[str]:
     return found
 
 
-def test_the_table_shows_what_differs_and_last_and_best_side_by_side(tmp_path: Path) -> None:
+def test_table_shows_differences_and_last_and_best_accuracy(tmp_path: Path) -> None:
     sessions = seeds(tmp_path / "a", [0.5, 0.6]) + seeds(tmp_path / "b", [0.7], base_lr=0.03)
     text = compare.text(compare.compare(sessions))
     title = row_of(text, "group", "base_lr")
@@ -440,7 +440,7 @@ def test_durations_are_hours_minutes_and_seconds(tmp_path: Path) -> None:
         assert shown in compare.text(compare.compare([session]))
 
 
-def test_many_options_stand_in_the_list_of_groups(tmp_path: Path) -> None:
+def test_many_differing_options_are_in_the_list_of_groups(tmp_path: Path) -> None:
     changed: dict[str, Any] = {"low_dim": 7, "base_lr": 0.5, "momentum": 0.75, "workers_num": 9, "network": "resnet50"}
     text = compare.text(compare.compare([make(tmp_path / "a"), make(tmp_path / "b", **changed)]))
     assert row_of(text, "group", "runs", "round", "epoch", "top-1 last")
@@ -448,7 +448,7 @@ def test_many_options_stand_in_the_list_of_groups(tmp_path: Path) -> None:
     assert all(f"{name} {value}" in line for name, value in changed.items())
 
 
-def test_runs_of_different_lengths_stand_together(tmp_path: Path) -> None:
+def test_runs_of_different_lengths_are_compared(tmp_path: Path) -> None:
     every = [record(r, e) for r in range(4) for e in range(3)]
     comparison = compare.compare([make(tmp_path / "a"), make(tmp_path / "b", every, max_round=4)])
     assert comparison.rounds == [0, 1, 2, 3]
@@ -458,7 +458,7 @@ def test_runs_of_different_lengths_stand_together(tmp_path: Path) -> None:
     assert [row["group"] for row in csv_rows(comparison)] == ["1", "1", "2", "2", "2", "2"]
 
 
-def test_the_same_seed_twice_in_a_group_is_said(tmp_path: Path) -> None:
+def test_same_seed_twice_in_a_group_is_reported(tmp_path: Path) -> None:
     one, other, third = make(tmp_path / "a"), make(tmp_path / "b", seed=1), make(tmp_path / "c", base_lr=0.5)
     assert "not independent" not in compare.text(compare.compare([one, other, third]))
     shutil.copytree(one, tmp_path / "d")
@@ -495,7 +495,7 @@ def test_the_csv_has_a_line_for_each_session_and_round(tmp_path: Path) -> None:
     assert rows[-1].items() >= (wanted | {"seconds": "7.5", "images_per_s": "1000.0"}).items()
 
 
-def test_the_csv_has_the_means_and_deviations_of_the_screen(tmp_path: Path) -> None:
+def test_csv_has_the_means_and_deviations_of_the_table(tmp_path: Path) -> None:
     sessions = [*seeds(tmp_path / "a", [0.5, 0.6]), *seeds(tmp_path / "b", [0.7], base_lr=0.03)]
     comparison = compare.compare(sessions)
     for scope, found in (
@@ -518,7 +518,7 @@ def test_the_csv_has_the_means_and_deviations_of_the_screen(tmp_path: Path) -> N
     assert [float(row["seconds"]) for row in csv_rows(comparison, "run")] == pytest.approx([33, 39, 45])
 
 
-def test_no_name_in_the_csv_is_a_formula_to_a_spreadsheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_in_the_csv_are_no_spreadsheet_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     sessions = [make(Path("=1+1"), published="@SUM(1)"), make(Path("-a"), published="=2"), make(Path("ü, b"))]
     comparison = compare.compare(sessions)
@@ -544,7 +544,7 @@ ODD = [
 ]
 
 
-def test_odd_names_go_through_everything(tmp_path: Path) -> None:
+def test_unusual_names_work_everywhere(tmp_path: Path) -> None:
     values = ["$x$", "$ $", "日本\n", "\x1b[31m", "_a", 'a,"b"', "{0}%s", "é", "x" * 200]
     sessions = [make(tmp_path / name, data_root=Path(value)) for name, value in zip(ODD, values, strict=True)]
     comparison = compare.compare(sessions)
@@ -576,7 +576,7 @@ def test_the_plot_shows_each_group_in_its_colour(tmp_path: Path) -> None:
     assert abs(pixels_by_group(right)["2"] / pixels_by_group(right)["1"] - 8 / 6) < 0.05  # as long as they took
 
 
-def test_a_group_that_is_better_stands_higher(tmp_path: Path) -> None:
+def test_better_group_is_drawn_higher(tmp_path: Path) -> None:
     for number, (kind, values) in enumerate([("top1", (0.5, 0.9)), ("loss", (1.0, 5.0))]):
         sessions = []
         for low_dim, value in enumerate(values, start=1):
@@ -598,11 +598,11 @@ def test_the_plot_grows_with_its_groups(count: int, tmp_path: Path) -> None:
         assert (edge == 255).all()  # nothing is cut off
 
 
-def test_a_plot_of_runs_that_recorded_nothing_is_one(tmp_path: Path) -> None:
+def test_runs_without_metrics_give_a_plot(tmp_path: Path) -> None:
     assert picture(compare.draw(compare.compare([make(tmp_path / "a", [{"round": 0, "epoch": 0}])]))).size
 
 
-def test_exports_replace_older_files(tmp_path: Path) -> None:
+def test_files_of_an_earlier_comparison_are_replaced(tmp_path: Path) -> None:
     sessions = [make(tmp_path / "a"), make(tmp_path / "b", low_dim=5)]
     folder = tmp_path / "new" / "folder"
     assert compare.write(compare.compare(sessions[:1]), folder) == (
@@ -631,7 +631,7 @@ def in_the_way(kind: str, path: Path, ours: bytes) -> None:
 
 @pytest.mark.parametrize("kind", ["folder", "link", "other", "cut", "empty"])
 @pytest.mark.parametrize("name", ["comparison.csv", "comparison.png"])
-def test_what_is_no_whole_older_comparison_is_left_alone(name: str, kind: str, tmp_path: Path) -> None:
+def test_other_files_are_not_overwritten(name: str, kind: str, tmp_path: Path) -> None:
     comparison = compare.compare([make(tmp_path / "a")])
     folder = tmp_path / "out"
     folder.mkdir()
@@ -644,7 +644,7 @@ def test_what_is_no_whole_older_comparison_is_left_alone(name: str, kind: str, t
     assert {path: path.is_file() and path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_unwritable_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     for folder in (tmp_path / "file", tmp_path / "file" / "out"):
         with pytest.raises(UsageError, match="cannot be written"):
@@ -652,7 +652,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_a_write_that_fails_leaves_the_older_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_the_older_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "out"
     compare.write(compare.compare([make(tmp_path / "a")]), folder)
     before = {path: path.read_bytes() for path in folder.iterdir()}

@@ -66,18 +66,18 @@ def test_out_of_memory_in_training_names_the_last_checkpoint(error: Exception, t
 
 
 @pytest.mark.parametrize("error", [LOST[0], FULL[0]], ids=str)
-def test_without_a_checkpoint_that_is_said(error: Exception, tmp_path: Path) -> None:
+def test_missing_checkpoint_is_reported(error: Exception, tmp_path: Path) -> None:
     _, sentence = messages(error, tmp_path, saved=False)
     assert sentence.endswith("; no checkpoint was saved yet") and "the last checkpoint is" not in sentence
 
 
 @pytest.mark.parametrize("error", [LOST[0], FULL[0]], ids=str)
-def test_of_several_processes_the_rank_is_named(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_is_named_with_several_processes(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     known = failures.explain(error)
     assert known is not None and " on rank 3" in known[1]
 
 
-def test_other_errors_of_the_program_stay_unexpected() -> None:
+def test_other_errors_are_unexpected() -> None:
     assert failures.explain(RuntimeError("shapes do not fit")) is None

@@ -122,14 +122,14 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_a_picture_is_readable_and_of_the_common_width(name: str) -> None:
+def test_every_picture_is_readable_and_has_the_common_width(name: str) -> None:
     figure = PICTURES[name]()
     assert figure.get_figwidth() == plots.WIDTH
     assert read(figure).width == round(60 * plots.WIDTH)
     assert_readable(figure)
 
 
-def test_the_check_of_readability_can_fail() -> None:
+def test_readability_check_can_fail() -> None:
     figure = plots.curves({"loss": np.arange(2.0)}, np.zeros(2, int), "loss")
     figure.axes[0].text(1.5, 0.5, "over")
     figure.axes[0].text(1.5, 0.5, "another")
@@ -137,7 +137,7 @@ def test_the_check_of_readability_can_fail() -> None:
         assert_readable(figure)
 
 
-def test_the_users_settings_count_for_nothing_and_stay() -> None:
+def test_user_s_matplotlib_settings_are_ignored_and_kept() -> None:
     def draw() -> bytes:
         with plots.style():
             return plots.render(plots.consistency(np.array([0.2, 0.4]), np.array([0.9, 0.8]), [1, 2]), 60)
@@ -149,7 +149,7 @@ def test_the_users_settings_count_for_nothing_and_stay() -> None:
         assert dict(matplotlib.rcParams) == before
 
 
-def test_a_text_is_cut_to_its_room() -> None:
+def test_text_is_cut_to_the_given_width() -> None:
     figure = plots.curves({"loss": np.arange(2.0)}, np.zeros(2, int), "loss")
     for name in [*LONG, "i" * 500, "m" * 500]:
         for inches in (0.3, 0.7, 1.3):
@@ -162,19 +162,19 @@ def test_a_text_is_cut_to_its_room() -> None:
 
 
 @pytest.mark.parametrize("name", ["猫", "", "tab\tbed", "line\nbreak", "\udcff"])
-def test_a_name_that_the_font_cannot_write_becomes_a_number(name: str) -> None:
+def test_name_that_the_font_lacks_becomes_a_number(name: str) -> None:
     assert plots.writable(name, 7) == "class 7"
 
 
 @pytest.mark.parametrize("name", ["été", "$x^2$", "<script>", "собака"])
-def test_other_names_stay(name: str) -> None:
+def test_other_names_are_unchanged(name: str) -> None:
     assert plots.writable(name, 7) == name
     figure = plots.confusion(np.eye(1, dtype=int), [name])
     assert name in [text.get_text() for text in shown_texts(figure)]
     read(figure)
 
 
-def test_curves_leave_out_what_is_not_finite() -> None:
+def test_curves_omit_nonfinite_values() -> None:
     values = np.array([3.0, np.nan, 2.0, np.inf, 1.0])
     figure = plots.curves({"loss": values}, np.array([0, 0, 1, 1, 2]), "loss")
     axes = figure.axes[0]
@@ -184,7 +184,7 @@ def test_curves_leave_out_what_is_not_finite() -> None:
     assert {"0", "1", "2"} <= {text.get_text() for text in shown_texts(figure)}
 
 
-def test_the_entropy_plot_shows_its_greatest_value() -> None:
+def test_entropy_plot_shows_the_greatest_possible_value() -> None:
     values = np.sort(RNG.random((4, 5)), axis=1)
     figure = plots.quantiles(values, np.zeros(4, int), 587)
     levels = [line.get_ydata()[0] for line in figure.axes[0].lines if line.get_linestyle() == "--"]
@@ -216,7 +216,7 @@ def test_the_consistency_is_drawn_over_the_selected_share() -> None:
     assert [text.get_text() for text in figure.axes[0].texts] == ["1", "2"]
 
 
-def test_frames_tell_agreement_and_images_keep_their_proportions() -> None:
+def test_frames_show_agreement_and_images_keep_proportions() -> None:
     wide = np.zeros((10, 40, 3), np.uint8)
     figure = plots.gallery([[Tile(wide, "a"), *(Tile(wide, "b", same) for same in (True, False, None))]])
     axes = figure.axes[0]

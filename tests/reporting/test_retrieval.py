@@ -71,7 +71,7 @@ def written(
 
 @many
 @given(st.integers(1, 12), st.integers(2, 5), seeds, st.integers(1, 15), st.integers(1, 60))
-def test_the_table_is_what_plain_loops_find(
+def test_table_equals_plain_loops(
     tmp_path_factory: pytest.TempPathFactory, samples: int, low_dim: int, seed: int, size: int, block: int
 ) -> None:
     memory = oracles.rows("random", samples, low_dim, seed)
@@ -133,7 +133,7 @@ def test_csv_follows_rfc_4180(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["equal", "zero"])
-def test_equal_and_empty_rows_have_neighbours_too(kind: str, tmp_path: Path) -> None:
+def test_equal_and_zero_rows_have_neighbours(kind: str, tmp_path: Path) -> None:
     memory = oracles.rows("equal", 5, 3, seed=1) * (kind == "equal")
     _, *lines = written(tmp_path / "out.csv", memory, 9, [NEVER] * 5, dummies(5))
     for sample, (_, entropy, _, *found) in enumerate(lines):
@@ -142,7 +142,7 @@ def test_equal_and_empty_rows_have_neighbours_too(kind: str, tmp_path: Path) -> 
         assert {float(cell) for cell in found[1::2]} == {float(kind == "equal")}
 
 
-def test_the_neighbours_are_those_of_a_discovery(tmp_path: Path) -> None:
+def test_neighbours_equal_those_of_a_discovery(tmp_path: Path) -> None:
     """In float32, as in training."""
     memory = oracles.rows("duplicates", 40, 6, seed=1).astype(np.float32)
     _, *lines = written(tmp_path / "out.csv", memory, 1, [NEVER] * 40, dummies(40))
@@ -151,7 +151,7 @@ def test_the_neighbours_are_those_of_a_discovery(tmp_path: Path) -> None:
         assert int(lines[anchor][3]) == near
 
 
-def test_the_table_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Failing(list[str]):
         def __getitem__(self, index: Any) -> Any:
             if index == 3:
@@ -176,7 +176,7 @@ def test_the_table_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mon
 # Where it may go.
 
 
-def test_a_place_that_will_do_passes_and_nothing_is_written(tmp_path: Path) -> None:
+def test_check_accepts_a_valid_path_and_writes_nothing(tmp_path: Path) -> None:
     for name in ("out.csv", "OUT.CSV", "\udcff.csv"):
         retrieval.check(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
@@ -194,7 +194,7 @@ def test_a_place_that_will_do_passes_and_nothing_is_written(tmp_path: Path) -> N
         ("a\0b.csv", r"cannot be written: .*null"),
     ],
 )
-def test_a_place_that_will_not_do_is_refused_in_a_sentence(name: str, words: str, tmp_path: Path) -> None:
+def test_invalid_path_is_refused_in_a_sentence(name: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "taken.csv").write_text("mine")
     (tmp_path / "link.csv").symlink_to("nowhere")
     with pytest.raises(UsageError, match=words):
@@ -213,7 +213,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir() if p.read_text() == "mine") == ["out.csv", "out.png"]
 
 
-def test_of_several_files_all_come_into_being_or_none(tmp_path: Path) -> None:
+def test_several_files_are_written_all_or_none(tmp_path: Path) -> None:
     with atomic_files.new_files(tmp_path / "a", tmp_path / "b") as (one, other):
         one.write(b"1")
         other.write(b"2")
@@ -224,7 +224,7 @@ def test_of_several_files_all_come_into_being_or_none(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_where_the_last_of_several_files_fails_none_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_of_the_last_file_removes_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[int] = []
 
     def full(descriptor: int) -> None:
@@ -249,7 +249,7 @@ def found(anchors: list[int], samples: int) -> Neighbourhoods:
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2]])
-def test_the_first_round_as_anchor_counts(order: list[int]) -> None:
+def test_first_round_as_an_anchor_is_reported(order: list[int]) -> None:
     rounds = {0: [], 1: [4, 2], 2: [0, 2], 3: [1, 0, 4]}
     nothing = Neighbourhoods.none(6)
     given = [(round, found(rounds[round], 6) if rounds[round] else nothing) for round in order]
@@ -267,7 +267,7 @@ def test_anchors_of_other_data_are_refused() -> None:
 
 @many
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(1, 15), seeds, st.integers(1, 60))
-def test_the_most_similar_are_the_oracles(queries: int, samples: int, k: int, seed: int, block: int) -> None:
+def test_most_similar_images_equal_the_oracle(queries: int, samples: int, k: int, seed: int, block: int) -> None:
     asked, memory = oracles.rows("random", queries, 4, seed), oracles.rows("random", samples, 4, seed + 1)
     with blocks_of(block):
         indices, similarities = query(torch.from_numpy(asked), torch.from_numpy(memory), k)
@@ -279,13 +279,13 @@ def test_the_most_similar_are_the_oracles(queries: int, samples: int, k: int, se
         assert similarities[row].tolist() == pytest.approx([values[j] for j in best])
 
 
-def test_nothing_of_the_network_hangs_on_what_is_found() -> None:
+def test_results_need_no_gradient() -> None:
     embeddings = torch.eye(3, requires_grad=True)
     _, similarities = query(embeddings, torch.eye(3), 2)
     assert not similarities.requires_grad
 
 
-def test_a_table_for_people_tells_rank_file_class_and_similarity() -> None:
+def test_table_shows_rank_file_class_and_similarity() -> None:
     indices, similarities = torch.tensor([2, 0, 1]), torch.tensor([0.98765, 0.5, -1e-9])
     names = ["a.png", "new\nline.png", "\udcff.png"]
     gallery = dummies(3, names=names, labels=np.array([1, 0, 0]), classes=("cat", "dog"))
@@ -344,7 +344,7 @@ def test_each_query_has_a_row_of_tiles_by_similarity() -> None:
 
 
 @pytest.mark.parametrize(("k", "lines"), [(1, [1]), (10, [10]), (11, [10, 1]), (25, [10, 10, 5])])
-def test_many_that_are_found_go_on_below(k: int, lines: list[int]) -> None:
+def test_more_than_ten_results_continue_below(k: int, lines: list[int]) -> None:
     gallery = Gallery([flat(number) for number in range(30)])
     found = boxes(drawn([flat(90), flat(91)], [list(range(k))] * 2, gallery))
     assert [number for number, *_ in found] == [90, *range(k), 91, *range(k)]
@@ -355,7 +355,7 @@ def test_many_that_are_found_go_on_below(k: int, lines: list[int]) -> None:
 @pytest.mark.parametrize(
     ("height", "width"), [(8, 8), (16, 8), (32, 32), (375, 500), (500, 375), (96, 96), (1, 1), (50, 500)]
 )
-def test_an_image_fills_its_place_and_keeps_its_shape(height: int, width: int) -> None:
+def test_image_fills_its_tile_and_keeps_its_proportions(height: int, width: int) -> None:
     picture = drawn([flat(0)], [[1]], Gallery([flat(0), flat(1, height, width)]))
     (_, _, top, *_), (number, _, top_of_it, wide, high) = boxes(picture)
     assert number == 1 and max(wide, high) == TILE
@@ -363,14 +363,14 @@ def test_an_image_fills_its_place_and_keeps_its_shape(height: int, width: int) -
     assert abs((top + TILE / 2) - (top_of_it + high / 2)) <= 1  # in the middle
 
 
-def test_the_pixels_of_small_images_are_shown_as_they_are() -> None:
+def test_pixels_of_small_images_stay_visible() -> None:
     image = np.random.default_rng(0).integers(0, 255, (8, 8, 3)).astype(np.uint8)
     pixels = np.asarray(drawn([flat(0)], [[0]], Gallery([image])))
     _, left, top, *_ = boxes(drawn([flat(0)], [[0]], Gallery([flat(1)])))[1]
     assert (pixels[top : top + TILE, left : left + TILE] == np.kron(image, np.ones((16, 16, 1), np.uint8))).all()
 
 
-def test_an_image_too_thin_to_be_seen_leaves_the_others_be() -> None:
+def test_extremely_thin_image_does_not_affect_the_others() -> None:
     gallery = Gallery([flat(0), flat(1, 1, 5000), flat(2, 3000, 1), flat(3)])
     numbers = [number for number, *_, high in boxes(drawn([flat(90)], [[0, 1, 2, 3]], gallery)) if high == TILE]
     assert numbers[:2] == [90, 0] and numbers[-1] == 3
@@ -401,7 +401,7 @@ def test_captions_show_similarity_and_class_or_file() -> None:
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "W" * 300, "\udcff\n狗" * 50, "", "é"])
-def test_names_of_any_length_and_letters_stay_in_their_place(name: str) -> None:
+def test_names_of_any_length_stay_within_their_tile(name: str) -> None:
     gallery = Gallery([flat(0), flat(0)], [name, "b"])
     picture = draw([Query(name, flat(90))], torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.25]]), gallery)
     other = draw(
@@ -420,7 +420,7 @@ def test_letters_beyond_latin_1_are_drawn(names: tuple[str, str]) -> None:
     assert strip(picture, 1, 1) != strip(missing, 1, 1)  # neither boxes nor question marks
 
 
-def test_an_accent_of_its_own_is_drawn_as_part_of_its_letter() -> None:
+def test_combining_accent_is_drawn_with_its_letter() -> None:
     composed, apart = (
         drawn([flat(90)], [[0]], Gallery([flat(0)], [name])) for name in ("\u00e9t\u00e9", "e\u0301te\u0301")
     )
@@ -428,7 +428,7 @@ def test_an_accent_of_its_own_is_drawn_as_part_of_its_letter() -> None:
 
 
 @pytest.mark.parametrize("name", ["holiday-in-the-mountains-2019-0231.jpg", "W" * 60 + "1.png", "i" * 300 + "1.png"])
-def test_a_name_is_shortened_in_the_middle_to_its_room(name: str) -> None:
+def test_long_name_is_shortened_in_the_middle(name: str) -> None:
     shortened = retrieval.shorten(name, TILE)
     start, end = shortened.split("…")
     assert name.startswith(start) and name.endswith(end) and len(end) - len(start) in (0, 1)
@@ -458,7 +458,7 @@ def test_the_picture_is_written_as_png(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["found.png"]
 
 
-def test_no_name_in_a_table_is_a_formula_to_a_spreadsheet(tmp_path: Path) -> None:
+def test_names_in_the_table_are_no_spreadsheet_formulas(tmp_path: Path) -> None:
     formulas = ["=1+1.png", "+a.png", "-a.png", "@a.png", "\ta.png", "\ra.png", "-inf", "+nan", "-1_0", "-5\n"]
     names = [*formulas, "a=b.png", "-5", "1e5", "+.5E-3", "inf", "ü日本", 'a,"b"', "line\nbreak"]
     bank = measure_rows(len(names))

@@ -25,7 +25,7 @@ def log_as_before() -> Iterator[None]:
     log.handlers[:], log.level, log.propagate = before
 
 
-def test_a_table_puts_the_first_column_left_and_the_others_right() -> None:
+def test_table_aligns_the_first_column_left_and_others_right() -> None:
     text = table(["name", "n"], [["a", 1], ["longer", 1234], ["", 5]])
     assert text.split("\n") == [
         "name       n",
@@ -40,7 +40,7 @@ def test_a_table_without_rows_is_its_header() -> None:
     assert table(["one", "two"], []).split("\n") == ["one  two", "---  ---"]
 
 
-def test_a_table_of_one_column_has_no_blanks_at_the_end() -> None:
+def test_table_has_no_trailing_spaces() -> None:
     assert table(["a"], [["b"], ["ccc"]]).split("\n") == ["a", "---", "b", "ccc"]
 
 
@@ -62,7 +62,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_bar_appears_after_a_second_and_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bar_appears_after_a_second_and_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     assert list(progress(range(3), "quick")) == [0, 1, 2]
@@ -93,7 +93,7 @@ def test_brief_shows_only_marked_lines_warnings_and_errors(capsys: pytest.Captur
     assert capsys.readouterr().out == "a round\na warning\nan error\n"
 
 
-def test_starting_twice_shows_every_line_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_line_is_shown_once_after_two_starts(capsys: pytest.CaptureFixture[str]) -> None:
     start_logging(brief=True)
     start_logging()
     logger().info("once")
@@ -113,7 +113,7 @@ def test_log_file_has_earlier_lines_with_their_times(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out == "careful\n"
 
 
-def test_the_file_goes_on_after_what_it_held(tmp_path: Path) -> None:
+def test_existing_log_file_is_appended_to(tmp_path: Path) -> None:
     for text in ("first", "second"):
         start_logging()
         logger().info(text)
@@ -121,7 +121,7 @@ def test_the_file_goes_on_after_what_it_held(tmp_path: Path) -> None:
     assert [line.split()[-1] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["first", "second"]
 
 
-def test_a_file_name_that_is_no_utf_8_can_be_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_name_that_is_not_utf_8_can_be_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Such names come from the file system with lone surrogates in place of the bytes."""
     start_logging(brief=True)
     handler = log_to_file(tmp_path / "log.txt")
@@ -131,7 +131,7 @@ def test_a_file_name_that_is_no_utf_8_can_be_logged(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().err == ""
 
 
-def test_what_a_terminal_would_obey_is_shown_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start_logging()
     handler = log_to_file(tmp_path / "log.txt")
     logger().info("unreadable: %s\tand\nanother line", "\x1b[2J\u202egpj.\x9b\r")

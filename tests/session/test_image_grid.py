@@ -64,13 +64,13 @@ def in_order(picture: Image.Image) -> list[int]:
     return [sample for row in read(picture) for sample, _ in row]
 
 
-def test_an_anchor_stands_before_its_neighbours_most_similar_first() -> None:
+def test_anchor_is_followed_by_neighbours_by_similarity() -> None:
     images = [flat(sample) for sample in range(100)]
     picture = image_grid.draw(images, None, *found([7, 3], [[5, 9, 1], [2, 7, 8]]))
     assert in_order(picture) == [7, 5, 9, 1, 3, 2, 7, 8]
 
 
-def test_frames_tell_an_equal_label_another_one_and_an_unknown_one() -> None:
+def test_frame_colours_show_equal_other_and_unknown_labels() -> None:
     images = [flat(sample) for sample in range(100)]
     labels = np.zeros(100, np.int64)
     labels[[5, 7]] = 1
@@ -82,7 +82,7 @@ def test_frames_tell_an_equal_label_another_one_and_an_unknown_one() -> None:
 
 
 @pytest.mark.parametrize("k", [5, 6, 20])
-def test_of_many_neighbours_the_first_five_are_shown(k: int) -> None:
+def test_first_five_of_many_neighbours_are_shown(k: int) -> None:
     images = [flat(sample) for sample in range(100)]
     neighbours = [list(range(10, 10 + k)), list(range(50, 50 + k))]
     assert read(image_grid.draw(images, None, *found([1, 2], neighbours))) == [
@@ -99,7 +99,7 @@ def test_few_anchors_are_all_shown_in_order_of_entropy(count: int) -> None:
     assert in_order(picture) == [sample for anchor in anchors for sample in (anchor, 99 - anchor)]
 
 
-def test_many_anchors_are_shown_from_the_surest_to_the_least_sure() -> None:
+def test_many_anchors_are_shown_in_order_of_entropy() -> None:
     images = [flat(sample) for sample in range(1000)]
     anchors = list(range(999, 499, -1))
     shown = in_order(image_grid.draw(images, None, *found(anchors, [[0]] * 500), rows=4, columns=5))[::2]
@@ -109,7 +109,7 @@ def test_many_anchors_are_shown_from_the_surest_to_the_least_sure() -> None:
     assert steps.min() >= 26 and steps.max() <= 27  # 499 places in 19 steps
 
 
-def test_an_image_fills_its_tile_whatever_its_size() -> None:
+def test_image_of_any_size_fills_its_tile() -> None:
     sizes = {1: (1, 1), 2: (8, 8), 3: (48, 48), 4: (500, 500), 5: (2000, 2000), 6: (33, 33)}
     images = [flat(sample, *sizes.get(sample, (8, 8))) for sample in range(100)]
     picture = image_grid.draw(images, None, *found([1, 3, 5], [[2], [4], [6]]))
@@ -135,13 +135,13 @@ def test_tile_keeps_the_aspect_ratio(height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(1000, 1), (1, 97), (1, 5000)])
-def test_an_image_too_thin_to_be_seen_leaves_the_others_be(height: int, width: int) -> None:
+def test_extremely_thin_image_does_not_affect_the_others(height: int, width: int) -> None:
     images = [flat(0, height, width), flat(1), flat(2)]
     picture = image_grid.draw(images, None, *found([0, 1], [[1], [2]]))
     assert in_order(picture) == [1, 1, 2]
 
 
-def test_an_image_with_a_pattern_stays_upright() -> None:
+def test_image_is_not_flipped_or_rotated() -> None:
     pattern = np.zeros((2, 2, 3), np.uint8)
     pattern[0, 0], pattern[0, 1], pattern[1, 0], pattern[1, 1] = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
     image = np.kron(pattern, np.ones((24, 24, 1), np.uint8))
@@ -160,7 +160,7 @@ def test_the_picture_is_written_as_png(tmp_path: Path) -> None:
         assert in_order(picture.convert("RGB")) == [7, 5, 3, 2]
 
 
-def test_without_an_anchor_or_a_neighbour_there_is_no_file(tmp_path: Path) -> None:
+def test_no_file_is_written_without_anchors_or_neighbours(tmp_path: Path) -> None:
     images = [flat(0)]
     image_grid.save_anchors(tmp_path / "picture.png", images, None, *found([], []))
     image_grid.save_anchors(tmp_path / "picture.png", images, None, *found([0], [[]]))

@@ -17,7 +17,7 @@ import torch
 from lib.session import provenance
 
 
-def test_the_versions_are_those_the_packages_give_themselves() -> None:
+def test_versions_equal_those_of_the_packages() -> None:
     versions = provenance.versions()
     assert versions["python"] == platform.python_version()
     assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -77,7 +77,7 @@ def test_commit_and_digest_identify_the_code(repository: Path) -> None:
     assert len({*found, provenance.commit()}) == 6
 
 
-def test_asking_for_the_commit_locks_nothing(repository: Path) -> None:
+def test_reading_the_commit_takes_no_git_lock(repository: Path) -> None:
     """A run that is killed meanwhile would leave the lock, and git would refuse the next commit."""
     git(repository, "init", "-q")
     git(repository, "add", ".")
@@ -89,17 +89,17 @@ def test_asking_for_the_commit_locks_nothing(repository: Path) -> None:
     assert index.read_bytes() == before
 
 
-def test_outside_a_repository_there_is_no_commit(repository: Path) -> None:
+def test_commit_is_empty_outside_a_repository(repository: Path) -> None:
     assert provenance.commit() == ""
 
 
-def test_a_repository_without_a_commit_has_none(repository: Path) -> None:
+def test_commit_is_empty_in_a_repository_without_commits(repository: Path) -> None:
     git(repository, "init", "-q")
     assert provenance.commit() == ""
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("git"), subprocess.TimeoutExpired("git", 10)])
-def test_without_a_git_that_answers_there_is_no_commit(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_is_empty_if_git_fails(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **more: object) -> None:
         raise error
 
@@ -107,13 +107,13 @@ def test_without_a_git_that_answers_there_is_no_commit(error: Exception, monkeyp
     assert provenance.commit() == ""
 
 
-def test_the_cpu_is_told_with_its_cores_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_is_described_with_cores_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     text = provenance.hardware(torch.device("cpu"))
     assert platform.machine() in text and "12 cores" in text and "5 threads" in text
 
 
-def test_a_gpu_is_told_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_is_described_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
     assert provenance.hardware(torch.device("cuda", 1)) == "Card 1"

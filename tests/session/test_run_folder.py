@@ -71,7 +71,7 @@ def test_sessions_of_one_second_get_separate_folders(tmp_path: Path, monkeypatch
     assert all("".join(filter(str.isdigit, path.name)).startswith("20260102030405") for path in created)
 
 
-def test_sessions_that_start_at_once_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_sessions_get_separate_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "datetime", Frozen)
     with ThreadPoolExecutor(8) as pool:
         created = list(pool.map(lambda _: create_folder(tmp_path / "new", None), range(80)))
@@ -79,7 +79,7 @@ def test_sessions_that_start_at_once_get_folders_of_their_own(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("kind", ["empty folder", "full folder", "file"])
-def test_a_name_that_exists_is_refused_and_left_alone(kind: str, tmp_path: Path) -> None:
+def test_existing_session_name_is_refused_and_unchanged(kind: str, tmp_path: Path) -> None:
     there = tmp_path / "mine"
     if kind == "file":
         there.write_text("precious")
@@ -103,7 +103,7 @@ def test_a_name_that_is_a_path_is_refused(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [None, "mine"])
 @pytest.mark.parametrize("below", [".", "sessions"])
-def test_a_place_that_cannot_hold_folders_is_refused(name: str | None, below: str, tmp_path: Path) -> None:
+def test_place_that_is_a_file_is_refused(name: str | None, below: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     text = refusal(tmp_path / "file" / below, name)
     assert str(tmp_path / "file") in text and "--sess-dir" in text
@@ -114,12 +114,12 @@ def test_a_name_too_long_for_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sess_dir", ["a\0b", "\ud800"])
-def test_a_place_whose_name_no_folder_can_have_is_refused(sess_dir: str, tmp_path: Path) -> None:
+def test_invalid_folder_name_of_sess_dir_is_refused(sess_dir: str, tmp_path: Path) -> None:
     """A YAML file can spell both."""
     assert "--sess-dir" in refusal(tmp_path / sess_dir, None)
 
 
-def test_a_session_makes_its_folders_and_says_where_files_go(folder: Path) -> None:
+def test_session_creates_its_folders_and_returns_paths(folder: Path) -> None:
     opened = Session.open(folder, "seed: 1\n")
     opened.close()
     assert opened.name == "mine"
@@ -130,7 +130,7 @@ def test_a_session_makes_its_folders_and_says_where_files_go(folder: Path) -> No
     assert opened.of_round("neighbours", 12, 7, "png") == folder / "neighbours" / "0012-00007.png"
 
 
-def test_without_a_folder_every_call_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_without_a_folder_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     nothing = Session(None)
     nothing.write_metrics({"round": 0})
@@ -172,7 +172,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=strict) for line in text.splitlines()]
 
 
-def test_metrics_are_json_lines_in_which_what_is_not_finite_is_null(folder: Path) -> None:
+def test_metrics_are_json_lines_with_null_for_nonfinite_values(folder: Path) -> None:
     opened = Session(folder)
     opened.write_metrics({"round": 0, "epoch": 0, "loss": 0.1, "top1": None, "note": "é\n"})
     opened.write_metrics({"round": 0, "epoch": 1, "loss": float("nan"), "a": float("inf"), "b": float("-inf")})
@@ -183,7 +183,7 @@ def test_metrics_are_json_lines_in_which_what_is_not_finite_is_null(folder: Path
     opened.close()
 
 
-def test_a_metric_is_on_disk_as_soon_as_it_is_written(folder: Path) -> None:
+def test_metrics_are_on_disk_after_the_call(folder: Path) -> None:
     opened = Session(folder)
     for epoch in range(3):
         opened.write_metrics({"round": 0, "epoch": epoch})
@@ -192,7 +192,7 @@ def test_a_metric_is_on_disk_as_soon_as_it_is_written(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("start", [(0, 0), (0, 2), (1, 0), (1, 2), (2, 1), (9, 0)])
-def test_going_on_drops_the_epochs_from_there_on(start: tuple[int, int], folder: Path) -> None:
+def test_resume_removes_the_records_of_repeated_epochs(start: tuple[int, int], folder: Path) -> None:
     opened = Session(folder)
     for round in range(3):
         for epoch in range(3):
@@ -206,7 +206,7 @@ def test_going_on_drops_the_epochs_from_there_on(start: tuple[int, int], folder:
 @pytest.mark.parametrize(
     "rest", ['{"round": 0, "epo', "{", '{"round": 0}', "[]", "null", "\0\0\0", '{"round": null, "epoch": 0}']
 )
-def test_going_on_drops_a_line_that_a_killed_run_half_wrote(rest: str, folder: Path) -> None:
+def test_resume_removes_an_incomplete_line(rest: str, folder: Path) -> None:
     (folder / "metrics.jsonl").write_text('{"round": 0, "epoch": 0}\n' + rest)
     opened = Session(folder, start=(0, 1))
     opened.write_metrics({"round": 0, "epoch": 1})
@@ -237,14 +237,14 @@ def test_scalars_can_be_read_back_by_tag_step_and_folder(folder: Path) -> None:
     assert shown(tfboard / "0001-00012") == {"Train/Loss": [(0, 0.25)], "Evaluate/Rank-1": [(0, 0.125)]}
 
 
-def test_scalars_are_on_disk_before_the_session_ends(folder: Path) -> None:
+def test_scalars_are_on_disk_after_the_call(folder: Path) -> None:
     opened = Session(folder)
     opened.write_scalars({"Train/Loss": 0.5}, 0, (0, 0))
     assert shown(folder / "tfboard" / "0000-00000") == {"Train/Loss": [(0, 0.5)]}
     opened.close()
 
 
-def test_no_scalars_are_written_where_they_are_not_wanted(folder: Path) -> None:
+def test_no_scalars_are_written_without_tensorboard(folder: Path) -> None:
     opened = Session(folder, log_tfb=False)
     opened.write_scalars({"Train/Loss": 0.5}, 0)
     opened.close()
@@ -258,7 +258,7 @@ def some_rounds(opened: Session, rounds: range, first_epoch: int, value: float) 
             opened.write_scalars({"Train/Loss": value}, epoch, (round, round))
 
 
-def test_a_run_that_goes_on_shows_no_point_twice(folder: Path) -> None:
+def test_resumed_run_shows_no_tensorboard_point_twice(folder: Path) -> None:
     opened = Session(folder)
     some_rounds(opened, range(3), 0, 1.0)
     opened.close()
@@ -283,7 +283,7 @@ def test_resume_within_a_second_keeps_tensorboard_points(folder: Path, monkeypat
     assert shown(folder / "tfboard" / "0000-00000") == {"Train/Loss": [(0, 0.0), (1, 1.0)]}
 
 
-def test_a_config_that_changes_is_kept_under_another_name(folder: Path) -> None:
+def test_changed_config_is_kept_under_another_name(folder: Path) -> None:
     for text in ("one\n", "one\n", "two\n", "three\n", "three\n"):
         Session.open(folder, text).close()
     found = {path.name: path.read_text() for path in folder.glob("config*")}
@@ -298,7 +298,7 @@ def test_the_session_of_a_checkpoint_is_the_folder_two_above(folder: Path, monke
     assert folder_of(Path("latest.ckpt")) == folder.resolve()
 
 
-def test_a_checkpoint_elsewhere_is_of_no_session(tmp_path: Path) -> None:
+def test_checkpoint_outside_a_session_has_no_session(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
     assert folder_of(tmp_path / "checkpoint" / "a.ckpt") is None  # no config.yaml
     (tmp_path / "config.yaml").write_text("")
@@ -354,7 +354,7 @@ def test_no_image_grid_without_session_or_tensorboard(folder: Path) -> None:
     assert not (folder / "tfboard").exists()
 
 
-def test_a_second_process_is_told_and_changes_nothing(tmp_path: Path) -> None:
+def test_second_process_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     """The lock is the operating system's, so a process that was killed holds none."""
     hold = f"""
 import sys
@@ -377,7 +377,7 @@ sys.stdin.readline()
     Session(tmp_path, log_tfb=False).close()  # a closed one holds none either
 
 
-def test_what_a_killed_run_had_half_written_is_cleared(tmp_path: Path) -> None:
+def test_temporary_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "latest.ckpt.77.part").write_bytes(b"half")
     Session(tmp_path, log_tfb=False).close()
@@ -385,7 +385,7 @@ def test_what_a_killed_run_had_half_written_is_cleared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"\x80", b"[" * 100_000, b'{"round": null, "epoch": 0}'])
-def test_a_damaged_line_of_the_metrics_goes_when_the_run_goes_on(damage: bytes, tmp_path: Path) -> None:
+def test_resume_removes_a_damaged_line_of_the_metrics(damage: bytes, tmp_path: Path) -> None:
     whole = b'{"round": 0, "epoch": 0}\n'
     (tmp_path / "metrics.jsonl").write_bytes(whole + damage + b"\n")
     Session(tmp_path, start=(1, 0), log_tfb=False).close()

@@ -48,7 +48,7 @@ EXPERIMENTS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "ba
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
-def test_each_config_trains_a_step_by_its_own_command(
+def test_each_config_trains_a_step_with_its_own_command(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = command_of(config)

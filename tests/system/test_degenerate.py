@@ -49,7 +49,9 @@ KINDS: dict[str, tuple[int, int, Picture]] = {
 
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_gets_through(kind: str, labelled: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_degenerate_data_can_be_trained_on(
+    kind: str, labelled: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     images, classes, draw = KINDS[kind]
     for split in ("train", "test"):
         for number in range(images):
@@ -90,7 +92,7 @@ def test_a_single_image_is_refused_in_a_sentence(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("zeros", [[0], [0, 3], range(6)])
-def test_rows_of_zero_length_are_like_nobody_and_spoil_nothing(zeros: list[int]) -> None:
+def test_zero_rows_give_finite_results(zeros: list[int]) -> None:
     memory = torch.nn.functional.normalize(torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), dim=1)
     memory[list(zeros)] = 0
     found = discover(memory, temperature=0.1, anchors=6, size=2)

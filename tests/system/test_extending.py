@@ -65,7 +65,7 @@ EXAMPLES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("section", EXAMPLES)
-def test_each_example_trains_as_it_is_printed(section: str, tmp_path: Path) -> None:
+def test_each_example_of_the_docs_trains(section: str, tmp_path: Path) -> None:
     option, value, logged = EXAMPLES[section]
     root = copy_of_the_code(tmp_path / "code")
     for code in blocks(section, "python"):

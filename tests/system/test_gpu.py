@@ -199,7 +199,7 @@ def test_a_step_agrees_and_never_waits_for_the_gpu() -> None:
 
 
 @real
-def test_memory_that_runs_out_is_told_with_a_batch_that_fits() -> None:
+def test_out_of_memory_error_names_a_batch_that_fits() -> None:
     """The program may take one GiB beyond what is taken now; the rehearsal halves the batch until it fits."""
     state = state_on(GPU, 8_192, "resnet10-w16")
     torch.cuda.empty_cache()
@@ -227,7 +227,7 @@ sys.exit(main.main(sys.argv[1:]))
 
 
 @real
-def test_a_run_that_needs_too_much_memory_ends_with_one_sentence(tmp_path: Path) -> None:
+def test_run_that_needs_too_much_memory_ends_in_a_sentence(tmp_path: Path) -> None:
     words = "--cfgs configs/base.yaml configs/digits.yaml --resize 64 64 --size 64 64 --batch-size 1024 --gpus 0"
     process = start(*words.split(), "--sess-dir", str(tmp_path), program=("-c", LITTLE_MEMORY))
     shown = output_of(process)
@@ -262,7 +262,7 @@ def losses_of(session: Path) -> list[float]:
     return [row["loss"] for row in metrics.read(session)]
 
 
-def test_a_run_on_a_gpu_learns_what_one_on_the_cpu_does(whole: Path, photos: Path, tmp_path: Path) -> None:
+def test_gpu_run_reaches_the_accuracy_of_a_cpu_run(whole: Path, photos: Path, tmp_path: Path) -> None:
     finished(*words_of(photos, tmp_path, "cpu"))
     ours, theirs = metrics.read(whole), metrics.read(tmp_path / "cpu")
     assert [row["anchors"] for row in ours] == [row["anchors"] for row in theirs]
@@ -274,7 +274,7 @@ def test_a_run_on_a_gpu_learns_what_one_on_the_cpu_does(whole: Path, photos: Pat
     assert not IS_GPU or torch.cuda.get_device_name(GPU) in metrics.starts(whole)[0]["device"]
 
 
-def test_a_deterministic_run_that_is_stopped_ends_with_the_same_bits(whole: Path, photos: Path, tmp_path: Path) -> None:
+def test_resumed_deterministic_run_ends_with_the_same_bits(whole: Path, photos: Path, tmp_path: Path) -> None:
     words = [*words_of(photos, tmp_path, "stopped"), *GPUS, "--deterministic"]
     process = start("lib.training.trainer", "Trainer.backward", "18", *words, program=altered("await_signals(1)"))
     read_until(process, "waiting for a signal")
@@ -286,7 +286,7 @@ def test_a_deterministic_run_that_is_stopped_ends_with_the_same_bits(whole: Path
 
 
 @pytest.mark.parametrize("more", [["--tf32"], ["--amp", "bf16"], ["--amp", "fp16"]], ids=" ".join)
-def test_a_run_of_less_precision_stays_near(more: list[str], whole: Path, new: Callable[..., Path]) -> None:
+def test_run_of_reduced_precision_has_similar_results(more: list[str], whole: Path, new: Callable[..., Path]) -> None:
     losses = losses_of(new("-".join(more).strip("-"), *more))
     assert len(losses) == len(losses_of(whole)) and np.isfinite(losses).all()
     # fp16 skips the first steps, until its scale is small enough
@@ -295,7 +295,7 @@ def test_a_run_of_less_precision_stays_near(more: list[str], whole: Path, new: C
 
 @pytest.mark.skipif(not IS_GPU, reason="tests/distributed/test_device.py compiles for a CPU")
 @pytest.mark.skipif(not any(map(shutil.which, ("gcc", "cc", "clang"))), reason="Triton needs a C compiler")
-def test_a_compiled_run_stays_near_and_resumes(whole: Path, new: Callable[..., Path]) -> None:
+def test_compiled_run_has_similar_results_and_resumes(whole: Path, new: Callable[..., Path]) -> None:
     session = new("compiled", "--compile", "--max-round", "1")
     assert losses_of(session)[0] == pytest.approx(losses_of(whole)[0], rel=0.05)
     assert losses_of(session) == pytest.approx(losses_of(whole)[:4], rel=0.3)
@@ -303,7 +303,7 @@ def test_a_compiled_run_stays_near_and_resumes(whole: Path, new: Callable[..., P
     assert len(losses_of(session)) == 5
 
 
-def test_its_checkpoint_is_evaluated_reported_and_exported(whole: Path, tmp_path: Path) -> None:
+def test_gpu_checkpoint_is_evaluated_reported_and_exported(whole: Path, tmp_path: Path) -> None:
     shown = finished("--resume", str(whole), "--test-only", "--protocol", "knn", "nn", "linear", "cluster", *GPUS)
     assert "top-1" in shown
     features, network = tmp_path / "features.npz", tmp_path / "model.safetensors"
@@ -322,7 +322,7 @@ def test_its_checkpoint_is_evaluated_reported_and_exported(whole: Path, tmp_path
     assert list(whole.rglob("*.html"))
 
 
-def test_it_resumes_on_the_cpu(whole: Path, tmp_path: Path) -> None:
+def test_gpu_checkpoint_resumes_on_the_cpu(whole: Path, tmp_path: Path) -> None:
     """A checkpoint of a GPU needs none."""
     finished(
         "--resume", str(whole), "--restart", "--gpus", "", "--max-epoch", "5", "--sess-dir", str(tmp_path), "--brief"
@@ -331,7 +331,7 @@ def test_it_resumes_on_the_cpu(whole: Path, tmp_path: Path) -> None:
     assert metrics.read(session)[-1]["epoch"] == 4
 
 
-def test_the_loader_s_batches_are_those_of_a_cpu() -> None:
+def test_loader_gives_the_batches_of_a_cpu() -> None:
     """Also those that worker processes crop, and that are prepared ahead on another stream."""
     images = pictures(70, 40)
     many_sizes: Any = [image[: 30 + i % 9, : 30 + i % 7] for i, image in enumerate(images)]

@@ -55,7 +55,7 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_ends_as_the_one_that_was_not(whole: Path, tmp_path: Path, new: New) -> None:
+def test_repeatedly_killed_run_ends_as_an_uninterrupted_one(whole: Path, tmp_path: Path, new: New) -> None:
     """SIGKILL from outside as soon as the first checkpoint is there, then in a step drawn at random, twice."""
     session, draw = tmp_path / "killed", np.random.default_rng(0)
     process = start(*new("killed"))
@@ -101,7 +101,7 @@ def test_resume_after_kill_repeats_epochs_since_the_last_save(
 @pytest.mark.parametrize(
     ("place", "calls"), [("save_discovery", 1), ("remove_best_checkpoints", 8), ("remove_best_checkpoints", 9)]
 )
-def test_run_that_keeps_few_checkpoints_resumes_after_any_kill(
+def test_killed_run_with_few_checkpoints_resumes(
     place: str, calls: int, keep: str, whole: Path, tmp_path: Path, new: New
 ) -> None:
     session = tmp_path / "killed"
@@ -139,7 +139,7 @@ UNFINISHED = [place for place in PLACES if place.startswith("with a checkpoint")
 
 
 @pytest.mark.slow
-def test_a_run_that_dies_in_every_part_ends_as_the_one_that_did_not(whole: Path, tmp_path: Path, new: New) -> None:
+def test_run_killed_in_every_part_ends_as_an_uninterrupted_one(whole: Path, tmp_path: Path, new: New) -> None:
     session = tmp_path / "dying"
     words = new("dying")
     for place, (module, name, calls) in PLACES.items():
@@ -154,7 +154,9 @@ def test_a_run_that_dies_in_every_part_ends_as_the_one_that_did_not(whole: Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("which", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 0)])
-def test_a_signal_saves_and_says_how_to_go_on(which: str, status: int, whole: Path, tmp_path: Path, new: New) -> None:
+def test_signal_saves_a_checkpoint_and_shows_how_to_resume(
+    which: str, status: int, whole: Path, tmp_path: Path, new: New
+) -> None:
     session = tmp_path / "stopped"
     program = altered("await_signals(1)")
     process = start(*STEP, "8", *new("stopped"), program=program)
@@ -181,7 +183,7 @@ def test_a_killed_run_leaves_no_workers(new: New, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_stops_the_program_at_once(new: New, tmp_path: Path) -> None:
+def test_second_ctrl_c_stops_the_program_at_once(new: New, tmp_path: Path) -> None:
     """The step that the first one waits for never ends."""
     process = start(*STEP, "8", *new("twice"), program=altered("await_signals(-1)"))
     read_until(process, "waiting for a signal")
@@ -206,7 +208,7 @@ def test_repeated_sigterm_does_not_kill_a_run_that_is_stopping(new: New, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(whole: Path, tmp_path: Path, new: New) -> None:
+def test_damaged_latest_checkpoint_is_replaced_by_the_previous(whole: Path, tmp_path: Path, new: New) -> None:
     session = tmp_path / "damaged"
     finished(*new("damaged"), "--max-round", "1")
     latest = session / "checkpoint" / "latest.ckpt"
@@ -222,7 +224,7 @@ def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(whole: Path, tm
 
 
 @pytest.mark.slow
-def test_a_run_that_can_never_save_says_so_and_ends_with_status_3(new: New, tmp_path: Path) -> None:
+def test_run_that_cannot_save_ends_with_status_3(new: New, tmp_path: Path) -> None:
     process = start(*new("full"), "--max-round", "1", limit=nothing_is_saved)
     shown = output_of(process)
     assert process.returncode == 3, shown
@@ -232,7 +234,7 @@ def test_a_run_that_can_never_save_says_so_and_ends_with_status_3(new: New, tmp_
 
 
 @pytest.mark.slow
-def test_a_run_that_can_write_nothing_at_all_goes_on_to_its_end(new: New, tmp_path: Path) -> None:
+def test_run_that_cannot_write_anything_continues_to_its_end(new: New, tmp_path: Path) -> None:
     """Log, metrics, events, pictures and report do not fit, either."""
     import resource
 
@@ -249,7 +251,7 @@ def test_a_run_that_can_write_nothing_at_all_goes_on_to_its_end(new: New, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("back", [True, False])
-def test_a_folder_that_goes_away_under_the_run_is_said(back: bool, whole: Path, new: New, tmp_path: Path) -> None:
+def test_deleted_session_folder_is_reported(back: bool, whole: Path, new: New, tmp_path: Path) -> None:
     """Where it comes back, as one on a network does, the run saves again; where it does not, the status tells."""
     session, away = tmp_path / "gone", tmp_path / "away"
     process = start(*STEP, "8", *new("gone"), program=altered("await_line()"))
@@ -270,7 +272,7 @@ def test_a_folder_that_goes_away_under_the_run_is_said(back: bool, whole: Path, 
     assert equal({**content(session), "session": ""}, {**content(whole), "session": ""})
 
 
-def test_within_a_shield_things_are_finished_first() -> None:
+def test_deferred_signal_stops_after_the_block() -> None:
     done: list[int] = []
     with pytest.raises(Stopped) as stopped, StopSignals() as signals:
         with signals.defer():
@@ -294,7 +296,7 @@ def test_signal_outside_defer_stops_at_once() -> None:
     signal.signal(signal.SIGTERM, before)
 
 
-def test_a_second_ctrl_c_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_ctrl_c_interrupts_a_deferred_block(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(signals.time, "monotonic", lambda: now)
     with pytest.raises(KeyboardInterrupt), StopSignals() as stop, stop.defer():
@@ -307,7 +309,7 @@ def test_a_second_ctrl_c_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("delay", [0.1, 30.0])
-def test_forwarded_sigint_of_a_launcher_is_no_second_ctrl_c(delay: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigint_forwarded_by_a_launcher_is_ignored(delay: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's launcher sends each Ctrl-C again, on a busy machine late."""
     now = 100.0
     monkeypatch.setattr(signals.time, "monotonic", lambda: now)

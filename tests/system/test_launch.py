@@ -56,7 +56,7 @@ def launched(words: list[str], *flags: str, processes: int = 2) -> tuple[int, st
     return process.returncode, shown
 
 
-def test_a_session_is_written_once_and_whole(two: Path) -> None:
+def test_only_rank_0_writes_the_session(two: Path) -> None:
     assert [(row["round"], row["epoch"]) for row in metrics(two)] == [(r, e) for r in range(2) for e in range(4)]
     assert {path.name for path in two.parent.iterdir()} == {"two"} and not list(two.rglob("*.part"))
     saved = content(two)
@@ -76,7 +76,7 @@ def test_evaluation_is_equal_for_any_number_of_processes(two: Path) -> None:
         assert len(table) >= 4 and [line.split() for line in shown.splitlines() if "%" in line] == table
 
 
-def test_another_number_of_processes_goes_on_with_it(two: Path, photos: Path, tmp_path: Path) -> None:
+def test_session_resumes_with_another_number_of_processes(two: Path, photos: Path, tmp_path: Path) -> None:
     words = ["--resume", str(two), "--restart", "--sess-dir", str(tmp_path), "--max-round", "3", "--max-epoch", "4"]
     finished(*words, "--session", "one", "--brief")
     status, shown = launched([*words, "--session", "three", "--brief"], processes=3)
@@ -88,7 +88,7 @@ def test_another_number_of_processes_goes_on_with_it(two: Path, photos: Path, tm
         assert_near(three["ANs_discovery"][part], one["ANs_discovery"][part], part)
 
 
-def test_one_that_is_killed_goes_on_to_the_same_end(two: Path, photos: Path, tmp_path: Path) -> None:
+def test_killed_job_resumes_to_the_same_result(two: Path, photos: Path, tmp_path: Path) -> None:
     session = tmp_path / "killed"
     process = start("main.py", *words_of(photos, tmp_path, "killed"), program=torchrun(2))
     until(lambda: written(session) > 0, process)
@@ -182,7 +182,7 @@ def test_failed_rank_ends_the_others_and_may_be_restarted(
     ],
     ids=["fails", "killed", "not finite"],
 )
-def test_the_status_is_that_of_the_process_that_failed(
+def test_exit_status_is_that_of_the_failed_process(
     setup: str, status: int, message: str, photos: Path, tmp_path: Path
 ) -> None:
     program = main_with(tmp_path, setup + IN_STEP_20)
@@ -194,7 +194,7 @@ def test_the_status_is_that_of_the_process_that_failed(
 
 @pytest.mark.parametrize(("which", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 0)])
 @pytest.mark.parametrize("group", [True, False])
-def test_a_signal_stops_all_at_one_step_and_they_go_on_from_there(
+def test_signal_stops_all_ranks_at_one_step_and_they_resume(
     which: str, status: int, group: bool, two: Path, photos: Path, tmp_path: Path
 ) -> None:
     """From a terminal everyone gets it, and from a scheduler the launcher alone."""
@@ -213,7 +213,7 @@ def test_a_signal_stops_all_at_one_step_and_they_go_on_from_there(
     assert_alike(session, two)
 
 
-def test_bad_input_is_told_once_and_by_its_status(photos: Path, tmp_path: Path) -> None:
+def test_bad_input_is_reported_once_with_exit_status_2(photos: Path, tmp_path: Path) -> None:
     words = words_of(photos, tmp_path, "bad")
     for wrong, message in {
         ("--data-root", "nowhere"): "error: nowhere: no such folder",
@@ -229,7 +229,7 @@ def test_bad_input_is_told_once_and_by_its_status(photos: Path, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_for_one_process_is_refused_once_by_several(two: Path, tmp_path: Path) -> None:
+def test_single_process_commands_are_refused_under_a_launcher(two: Path, tmp_path: Path) -> None:
     for words in (["--compare", str(two)], ["--report", str(two)], ["--query", str(two / "a.png")]):
         before = sorted(tmp_path.rglob("*")), sorted(two.rglob("*"))
         status, shown = launched([*words, "--sess-dir", str(tmp_path)])
@@ -238,7 +238,7 @@ def test_what_is_for_one_process_is_refused_once_by_several(two: Path, tmp_path:
         assert (sorted(tmp_path.rglob("*")), sorted(two.rglob("*"))) == before
 
 
-def test_a_process_with_other_options_is_refused_at_the_start(photos: Path, tmp_path: Path) -> None:
+def test_rank_with_other_options_is_refused_at_the_start(photos: Path, tmp_path: Path) -> None:
     more = "['--npc-momentum', '0.7'] if os.environ['RANK'] == '1' else []"
     program = main_with(tmp_path, f"sys.exit(main.main([*sys.argv[1:], *({more})]))")
     process = start(program, *words_of(photos, tmp_path / "sessions", "odd"), program=torchrun(2))
@@ -249,9 +249,7 @@ def test_a_process_with_other_options_is_refused_at_the_start(photos: Path, tmp_
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_one_process_alone_that_goes_on_is_refused_at_the_start(
-    rank: str, two: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_resume_on_only_one_rank_is_refused_at_the_start(rank: str, two: Path, photos: Path, tmp_path: Path) -> None:
     """Otherwise it would wait for the others to read a checkpoint, and they for it."""
     more = f"['--resume', {str(two)!r}, '--restart'] if os.environ['RANK'] == {rank!r} else []"
     program = main_with(tmp_path, f"sys.exit(main.main([*sys.argv[1:], *({more})]))")

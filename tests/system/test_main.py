@@ -171,7 +171,7 @@ def test_another_seed_gives_another_run(start: list[str], tmp_path: Path) -> Non
     assert not torch.equal(one["npc"]["memory"], two["npc"]["memory"])
 
 
-def test_the_first_weights_and_the_bank_s_noise_are_drawn_apart(start: list[str]) -> None:
+def test_initial_weights_and_bank_noise_are_independent(start: list[str]) -> None:
     built = setup.prepare(main.resolve(start))
     bank = build.build_state(built).bank.memory.flatten()
     weights = next(built.network.parameters()).detach().flatten()
@@ -180,7 +180,7 @@ def test_the_first_weights_and_the_bank_s_noise_are_drawn_apart(start: list[str]
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
-def test_an_interrupted_run_goes_on_in_its_session_to_the_same_end(
+def test_interrupted_run_resumes_in_its_session_to_the_same_end(
     stop: int, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = [*start, "--ckpt-interval", "0"]  # a checkpoint after every epoch
@@ -225,7 +225,7 @@ def test_resume_command_is_quoted_for_the_shell(
     assert main.main(shlex.split(command)) == 0
 
 
-def test_going_on_from_an_older_checkpoint_leaves_no_epoch_twice(start: list[str], tmp_path: Path) -> None:
+def test_resume_from_an_older_checkpoint_repeats_no_record(start: list[str], tmp_path: Path) -> None:
     main.main(start)
     session = session_in(tmp_path)
     before = metrics(session)
@@ -268,7 +268,7 @@ def test_kept_checkpoints_follow_the_option(keep: str, kept: set[str], start: li
     assert equal({**content(session), "session": "all"}, content(whole))
 
 
-def test_bests_of_earlier_rounds_go_when_less_is_kept_from_now_on(start: list[str], tmp_path: Path) -> None:
+def test_resume_with_fewer_kept_removes_earlier_best_checkpoints(start: list[str], tmp_path: Path) -> None:
     main.main(start)
     session = session_in(tmp_path)
     before = {path.name: checkpoint.load(path) for path in (session / "checkpoint").glob("0*.ckpt")}
@@ -286,10 +286,10 @@ def test_a_best_checkpoint_holds_the_rows_of_the_bank_once(start: list[str], tmp
     folder = session_in(tmp_path) / "checkpoint"
     assert checkpoint.load(folder / "latest.ckpt")["health"]["rows"].shape == (24, 8)
     assert checkpoint.load(folder / "0001-00012.ckpt")["health"]["rows"] is None
-    # the figures after resuming: test_going_on_from_an_older_checkpoint_leaves_no_epoch_twice
+    # the figures after resuming: test_resume_from_an_older_checkpoint_repeats_no_record
 
 
-def test_restart_goes_on_in_a_new_session(start: list[str], tmp_path: Path) -> None:
+def test_restart_continues_in_a_new_session(start: list[str], tmp_path: Path) -> None:
     main.main([*start, "--session", "old"])
     old = tmp_path / "sessions" / "old"
     before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
@@ -299,7 +299,7 @@ def test_restart_goes_on_in_a_new_session(start: list[str], tmp_path: Path) -> N
     assert equal(content(old)["npc"], content(tmp_path / "sessions" / "new")["npc"])
 
 
-def test_options_changed_on_resuming_are_kept_beside_the_former_ones(start: list[str], tmp_path: Path) -> None:
+def test_options_changed_on_resume_keep_the_former_config(start: list[str], tmp_path: Path) -> None:
     main.main(start)
     session = session_in(tmp_path)
     assert main.main(["--resume", str(session), "--max-round", "4"]) == 0
@@ -326,7 +326,7 @@ def test_test_only_shows_bank_and_recomputed_accuracy(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_a_test_run_without_a_checkpoint_says_the_weights_are_random(
+def test_test_run_without_a_checkpoint_warns_of_random_weights(
     start: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main([*start, "--test-only", "--protocol", "nn"]) == 0
@@ -343,7 +343,7 @@ def test_several_protocols_make_one_table(start: list[str], tmp_path: Path, caps
     assert "conv1, fc" in refused([*start, *words.split(), "--linear-layers", "conv9", "--test-only"], capsys)
 
 
-def test_a_linear_probe_that_the_disk_has_no_room_for_is_refused(
+def test_linear_probe_without_disk_space_is_refused(
     start: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear_probe, "IN_MEMORY", 0)
@@ -375,7 +375,7 @@ def test_sessions_are_compared(start: list[str], tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_a_report_is_made_at_the_end_and_of_any_session(
+def test_report_is_written_at_the_end_and_for_any_session(
     labelled: bool, photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if not labelled:
@@ -446,7 +446,7 @@ def test_a_run_on_a_gpu_ends_with_its_report_and_exports(
     assert (session_in(tmp_path) / "report.html").is_file() and all(path.is_file() for path in out)
 
 
-def test_a_test_run_without_labels_shows_what_can_be_told(
+def test_test_run_without_labels_shows_label_free_figures(
     photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (photos / "train").rename(tmp_path / "flat")
@@ -459,7 +459,7 @@ def test_a_test_run_without_labels_shows_what_can_be_told(
     assert "silhouette" in found[1] and 0 <= found[0]["reciprocal"] <= 1
 
 
-def test_identical_images_are_found_by_queries_and_in_the_table(
+def test_identical_images_are_found_by_query_and_in_the_table(
     photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The memory bank cannot tell: the rows of identical images are means over different augmented views."""
@@ -484,7 +484,7 @@ def test_identical_images_are_found_by_queries_and_in_the_table(
         assert {str(path.relative_to(photos)) for path in pair} <= set(found), table
 
 
-def test_a_report_that_fails_costs_no_export(
+def test_failed_report_does_not_prevent_the_exports(
     start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*arguments: Any) -> None:
@@ -496,7 +496,7 @@ def test_a_report_that_fails_costs_no_export(
     assert out.is_file()
 
 
-def test_an_export_that_fails_does_not_prevent_the_report(
+def test_failed_export_does_not_prevent_the_report(
     start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*arguments: Any) -> None:
@@ -507,7 +507,7 @@ def test_an_export_that_fails_does_not_prevent_the_report(
     assert (session_in(tmp_path) / "report.html").is_file()
 
 
-def test_an_export_that_fails_does_not_prevent_the_others(
+def test_failed_export_does_not_prevent_the_others(
     start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
@@ -520,7 +520,7 @@ def test_an_export_that_fails_does_not_prevent_the_others(
     assert weights.is_file() and table.is_file() and not features.exists()
 
 
-def test_neighbourhoods_leave_as_a_table_and_pictures_are_looked_up(
+def test_neighbourhoods_are_exported_and_pictures_are_queried(
     photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "neighbours.csv"
@@ -591,7 +591,7 @@ def test_images_without_class_folders_train_without_labels(
     assert len(list((session / "checkpoint").iterdir())) == 5
 
 
-def test_many_skipped_files_are_named_by_example(
+def test_some_of_many_skipped_files_are_named(
     photos: Path, start: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(12):
@@ -603,7 +603,7 @@ def test_many_skipped_files_are_named_by_example(
     )
 
 
-def test_unreadable_images_are_named_counted_and_left_out_or_refused(
+def test_unreadable_images_are_skipped_or_refused_and_named(
     photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (photos / "train" / "dark" / "broken.jpg").write_bytes(b"no image")
@@ -658,7 +658,7 @@ def test_exporting_needs_no_labels(photos: Path, start: list[str], tmp_path: Pat
 
 
 @pytest.mark.parametrize("flag", ["--export-features", "--export-model"])
-def test_a_place_that_is_taken_is_refused_before_anything_is_trained(
+def test_existing_export_file_is_refused_before_training(
     flag: str, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     taken = tmp_path / ("taken.npz" if flag == "--export-features" else "taken.safetensors")
@@ -667,7 +667,7 @@ def test_a_place_that_is_taken_is_refused_before_anything_is_trained(
     assert taken.read_text() == "mine" and not (tmp_path / "sessions").exists()
 
 
-def test_training_starts_from_pretrained_weights_unless_it_goes_on(
+def test_pretrained_weights_are_ignored_on_resume(
     start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = Tiny(low_dim=8).state_dict()
@@ -691,7 +691,7 @@ def test_training_starts_from_pretrained_weights_unless_it_goes_on(
     assert str(tmp_path / "weights.pth") in refused([*start, "--pretrained", str(tmp_path / "weights.pth")], capsys)
 
 
-def test_a_checkpoint_of_weights_alone_is_gone_on_with(
+def test_checkpoint_with_weights_only_is_resumed(
     start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The bank is filled with the embeddings of the network, so it tells what the network tells."""
@@ -760,7 +760,7 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "two\u2028lines", "two\x85lines"])
-def test_a_name_of_several_lines_is_told_whole_on_one(
+def test_name_with_line_breaks_is_shown_on_one_line(
     name: str, start: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     spelled = name.encode("unicode_escape").decode("ascii")
@@ -787,7 +787,7 @@ def test_deleted_image_is_named_without_worker_traceback(
 @pytest.mark.parametrize(
     "error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_memory_that_ran_out_is_told(
+def test_out_of_memory_is_reported(
     error: Exception, start: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(context: object) -> None:
@@ -872,7 +872,7 @@ def test_device_failure_names_the_checkpoint_to_resume(
     assert equal(content(whole), content(broken))
 
 
-def test_an_error_in_the_first_epoch_says_that_nothing_was_saved(
+def test_error_in_the_first_epoch_reports_no_checkpoint(
     start: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failing_after(1, monkeypatch)
@@ -895,7 +895,7 @@ def test_error_after_training_logs_its_traceback(
 
 
 @pytest.mark.parametrize("words", ["--log-file false", "--debug", "full"])
-def test_a_traceback_that_no_log_takes_is_shown(
+def test_traceback_is_shown_if_the_log_cannot_be_written(
     words: str, start: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failing_after(4, monkeypatch)
@@ -966,7 +966,7 @@ def test_a_place_where_no_session_can_be_written_is_refused(
     assert "--sess-dir" in refused([*start, "--sess-dir", str(tmp_path / "file" / "sessions")], capsys)
 
 
-def test_a_session_that_exists_is_never_written_over(
+def test_existing_session_is_never_overwritten(
     start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main.main([*start, "--session", "mine"])
@@ -975,7 +975,7 @@ def test_a_session_that_exists_is_never_written_over(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_checkpoints_that_do_not_fit_say_how(
+def test_incompatible_checkpoint_is_refused_with_the_reason(
     start: list[str], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main.main(start)
@@ -1042,7 +1042,7 @@ def test_gpu_session_is_evaluated_but_not_trained_without_gpu(
     assert main.main([*resume, "--max-round", "2", "--gpus", ""]) == 0
 
 
-def test_a_gpu_that_is_not_used_is_told_of(
+def test_unused_gpu_is_reported(
     start: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -1096,12 +1096,12 @@ def test_options_are_read_without_pytorch(words: str, status: int) -> None:
     assert last_line(UNTIL_THE_OPTIONS_ARE_READ, *words.split()) == f"[] {status}"
 
 
-def test_the_first_step_on_the_digits_takes_pytorch_alone(tmp_path: Path) -> None:
+def test_first_step_on_the_digits_imports_only_pytorch(tmp_path: Path) -> None:
     words = ["--cfgs", "configs/base.yaml", "configs/digits.yaml", "--sess-dir", str(tmp_path), "--brief"]
     assert last_line(UNTIL_THE_FIRST_STEP, *words) == "['torch']"
 
 
-def test_a_run_whose_output_is_closed_goes_on_to_its_end(tmp_path: Path) -> None:
+def test_run_with_closed_output_continues_to_its_end(tmp_path: Path) -> None:
     """As behind ``| head -1``."""
     words = "--cfgs configs/base.yaml configs/digits.yaml --max-round 1 --max-epoch 2 --seed 0 --session run"
     process = runs.start(*words.split(), "--sess-dir", str(tmp_path))
@@ -1114,7 +1114,7 @@ def test_a_run_whose_output_is_closed_goes_on_to_its_end(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--print-args"], ["--cfgs", "configs/base.yaml", "--print-args"]])
-def test_a_closed_pipe_ends_what_only_prints_quietly(words: list[str]) -> None:
+def test_closed_pipe_ends_printing_without_an_error(words: list[str]) -> None:
     shell = f"{shlex.quote(sys.executable)} main.py {shlex.join(words)} | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("0\n", "")

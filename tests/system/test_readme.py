@@ -33,7 +33,7 @@ def test_the_options_table_is_the_program_s_own() -> None:
     assert written and written[1] == options_table(), "run the command beside the table and paste what it prints"
 
 
-def test_it_tells_how_to_read_each_health_figure() -> None:
+def test_every_health_figure_is_explained() -> None:
     page = text_of("docs/evaluation.md")
     assert all(f"| `{name}` | {sentence} |" in page for name, sentence in READING.items())
     assert {name.split("_")[0] if name in QUANTILES else name for name in FIGURES} == set(READING)
@@ -64,7 +64,7 @@ def counted(name: str, pixels: int) -> tuple[str, str]:
     return f"{parameters / 1e6:.2f}", f"{counter.get_total_flops() / 2e9:.3f}"
 
 
-def test_the_table_of_networks_counts_right() -> None:
+def test_parameter_counts_in_the_table_are_right() -> None:
     rows = re.findall(
         r"^\| `([a-z0-9-]+)` \| (\d+) x \2 \| ([\d.]+) \| ([\d.]+) \|$", text_of("docs/options.md"), re.MULTILINE
     )
@@ -73,7 +73,7 @@ def test_the_table_of_networks_counts_right() -> None:
         assert counted(name, int(pixels)) == (parameters, adds), name
 
 
-def test_the_two_set_up_commands_stand_in_it_once() -> None:
+def test_each_set_up_command_occurs_once() -> None:
     for command in (
         "pip install -r requirements.txt && python main.py --cfgs configs/base.yaml configs/digits.yaml",
         "pip install -r requirements.txt -r requirements-dev.txt && python -m pytest",
@@ -92,7 +92,7 @@ NEW_NAMES = {"convnet", "arrays", "mean-log"}
 
 
 @EACH_PAGE
-def test_every_command_is_one_the_program_accepts(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_is_accepted_by_the_program(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for words in commands(page.read_text(encoding="utf-8")):
         try:  # a session's options are a file like any other
@@ -125,7 +125,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @EACH_PAGE
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_every_link_has_a_target(page: Path) -> None:
     for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
         name, _, anchor = target.partition("#")
         path = (page.parent / name) if name else page
@@ -163,12 +163,12 @@ def test_every_config_is_valid_and_opens_with_its_command(path: Path) -> None:
     assert set(yaml.safe_load(text)) <= set(Options.model_fields)
 
 
-def test_conda_takes_its_list_from_pip_s() -> None:
+def test_conda_uses_the_requirements_of_pip() -> None:
     content = yaml.safe_load((ROOT / "requirements.yaml").read_text(encoding="utf-8"))
     assert content["dependencies"][-1] == {"pip": ["-r requirements.txt"]}
 
 
-def test_every_requirement_says_what_it_is_for() -> None:
+def test_every_requirement_has_a_comment() -> None:
     for name in ("requirements.txt", "requirements-dev.txt"):
         for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
             assert line.startswith("#") or re.match(r"\S+\s+# \w+", line), line

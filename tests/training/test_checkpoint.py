@@ -136,7 +136,7 @@ def test_checkpoint_has_types_and_shapes_of_the_reference() -> None:
     assert (content["acc"], content["epoch"], content["round"], content["session"]) == (0.25, 3, 2, "mine")
 
 
-def test_a_checkpoint_file_holds_what_the_reference_s_does(tmp_path: Path) -> None:
+def test_checkpoint_file_has_the_content_of_the_reference_s(tmp_path: Path) -> None:
     network = models.build("resnet18", low_dim=128)
     bank = MemoryBank(SAMPLES, 128, temperature=0.1, momentum=0.5, seed=0, device="cpu")
     state = TrainingState(
@@ -194,7 +194,7 @@ def test_no_anchors_before_the_first_discovery() -> None:
 
 @pytest.mark.parametrize("k", [0, 1, 3])
 @pytest.mark.parametrize("kind", ["sgd", "adam", "rmsprop"])
-def test_everything_comes_back_to_the_last_bit(k: int, kind: str, tmp_path: Path) -> None:
+def test_state_is_restored_to_the_last_bit(k: int, kind: str, tmp_path: Path) -> None:
     state = state_of(1, kind=kind, steps=3)
     if k:
         state.neighbourhoods = neighbourhoods_of(k, 1 / 3)
@@ -261,7 +261,7 @@ def published(prefix: str = "module.") -> dict[str, Any]:
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "the reference's format"])
-def test_a_checkpoint_of_the_reference_goes_on_here(prefix: str, zipped: bool, tmp_path: Path) -> None:
+def test_checkpoint_of_the_reference_resumes(prefix: str, zipped: bool, tmp_path: Path) -> None:
     content = published(prefix)
     path = written(tmp_path, content, _use_new_zipfile_serialization=zipped)
     state = state_of(2)
@@ -328,7 +328,7 @@ def restore_refusal(content: dict[str, Any], state: TrainingState | None = None)
     return text
 
 
-def test_a_checkpoint_of_another_network_says_so() -> None:
+def test_checkpoint_of_another_network_is_refused() -> None:
     content = state_of().checkpoint("small", "")
     content["net"] = models.build("resnet10", low_dim=LOW_DIM).state_dict()
     content["network"] = "resnet10"
@@ -343,12 +343,12 @@ def test_wider_network_is_refused_with_the_first_difference() -> None:
     assert "another network" in text and "conv1.weight" in text and "[7, 3, 3, 3]" in text and "[6, 3, 3, 3]" in text
 
 
-def test_a_checkpoint_of_another_embedding_size_says_both() -> None:
+def test_other_embedding_size_is_refused_with_both_sizes() -> None:
     text = restore_refusal(state_of(low_dim=9).checkpoint("small", ""))
     assert "embedding size 9, not 4" in text and "--low-dim" in text
 
 
-def test_a_memory_bank_of_another_embedding_size_says_both() -> None:
+def test_bank_of_other_embedding_size_is_refused_with_both_sizes() -> None:
     content = state_of().checkpoint("small", "")
     content["npc"] = state_of(low_dim=9).checkpoint("small", "")["npc"]
     text = restore_refusal(content)
@@ -356,7 +356,7 @@ def test_a_memory_bank_of_another_embedding_size_says_both() -> None:
 
 
 @pytest.mark.parametrize("there", [11, 13, 1])
-def test_a_checkpoint_of_another_number_of_samples_says_both(there: int) -> None:
+def test_other_number_of_samples_is_refused_with_both_numbers(there: int) -> None:
     assert f"{there} samples, not 12" in restore_refusal(state_of(samples=there).checkpoint("small", ""))
 
 
@@ -381,7 +381,7 @@ def test_neighbourhoods_that_name_no_samples_are_refused(name: str, damage: Call
 
 
 @pytest.mark.parametrize(("there", "here"), [("adam", "sgd"), ("sgd", "adam"), ("rmsprop", "sgd"), ("adam", "rmsprop")])
-def test_a_checkpoint_of_another_optimiser_says_so(there: str, here: str) -> None:
+def test_checkpoint_of_another_optimiser_is_refused(there: str, here: str) -> None:
     text = restore_refusal(state_of(kind=there, steps=1).checkpoint("small", ""), state_of(kind=here))
     assert "--optimizer" in text
 
@@ -398,19 +398,19 @@ def lacking(*parts: str) -> tuple[TrainingState, dict[str, Any]]:
 EMBEDDINGS = torch.nn.functional.normalize(torch.linspace(-1, 2, SAMPLES * LOW_DIM).reshape(SAMPLES, LOW_DIM), dim=1)
 
 
-def test_without_a_memory_bank_the_embeddings_become_it() -> None:
+def test_missing_memory_bank_is_filled_with_embeddings() -> None:
     state, _ = lacking("npc")
     assert torch.equal(state.bank.memory, EMBEDDINGS)
     assert (state.round, state.epoch) == (2, 4) and torch.equal(state.neighbourhoods.anchors, torch.tensor([5, 2, 9]))
 
 
-def test_without_an_optimiser_its_momentum_starts_at_zero() -> None:
+def test_momentum_starts_at_zero_without_optimiser_state() -> None:
     state, content = lacking("optimizer")
     assert not state.optimizer.state and torch.equal(state.bank.memory, content["npc"]["memory"])
 
 
 @pytest.mark.parametrize("empty", [True, False])
-def test_without_neighbourhoods_the_round_starts_again(empty: bool) -> None:
+def test_round_starts_again_without_neighbourhoods(empty: bool) -> None:
     state, content = lacking("ANs_discovery")
     if empty:
         no_neighbours = {name: torch.zeros(0) for name in published("")["ANs_discovery"]}
@@ -430,7 +430,7 @@ def test_empty_reference_buffers_are_accepted() -> None:
     assert len(state.neighbourhoods.position) == SAMPLES
 
 
-def test_a_round_of_no_anchors_goes_on_where_it_was() -> None:
+def test_round_without_anchors_resumes_at_its_epoch() -> None:
     """A low share chooses none; that is a discovery all the same, and is not made again."""
     before = state_of()
     before.neighbourhoods, before.round, before.epoch = Neighbourhoods.none(SAMPLES), 1, 3
@@ -459,7 +459,7 @@ def test_failed_embedding_does_not_blame_the_checkpoint() -> None:
         state_of(2).restore({"net": published("")["net"]}, Path("a.ckpt"), embed=embed)
 
 
-def test_somebody_s_weights_start_a_run_as_far_as_they_fit(tmp_path: Path) -> None:
+def test_matching_weights_of_another_file_are_loaded(tmp_path: Path) -> None:
     theirs = {f"backbone.{name}": value for name, value in published("")["net"].items() if name != "linear.bias"}
     path = written(tmp_path, {"state_dict": theirs, "epoch": 90, "round": 7})
     state = state_of(2)
@@ -471,33 +471,33 @@ def test_somebody_s_weights_start_a_run_as_far_as_they_fit(tmp_path: Path) -> No
     assert (state.round, state.epoch) == (0, 0) and torch.equal(state.bank.memory, EMBEDDINGS)
 
 
-def test_somebody_s_weights_that_hardly_fit_are_refused(tmp_path: Path) -> None:
+def test_weights_that_mostly_do_not_match_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path, {"state_dict": models.build("resnet10", low_dim=LOW_DIM).state_dict()})
     with pytest.raises(UsageError, match="only 1 of the network's 8 tensors"):
         checkpoint.load_network(Small(), checkpoint.load(path), path)
 
 
-def test_a_run_s_checkpoint_must_fit_wholly() -> None:
+def test_checkpoint_of_a_run_must_match_completely() -> None:
     content = published("")
     del content["net"]["linear.bias"]
     assert "linear.bias" in restore_refusal(content)
 
 
 @pytest.mark.parametrize("part", ["round", "epoch", "acc", "session"])
-def test_without_a_count_it_starts_at_zero(part: str) -> None:
+def test_missing_counters_start_at_zero(part: str) -> None:
     state, content = lacking(part)
     assert (state.round, state.epoch) == (content.get("round", 0), content.get("epoch", 0))
     assert state.acc == content.get("acc")
 
 
-def test_a_network_alone_starts_a_run_at_its_beginning() -> None:
+def test_checkpoint_with_a_network_only_starts_at_round_0() -> None:
     state, _ = lacking("npc", "optimizer", "ANs_discovery", "acc", "epoch", "round", "session")
     assert (state.round, state.epoch, state.acc, state.best_acc, state.history) == (0, 0, None, None, [])
     assert torch.equal(state.bank.memory, EMBEDDINGS)
 
 
 @pytest.mark.parametrize("part", ["npc", "optimizer", "ANs_discovery"])
-def test_what_is_missing_is_said(part: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_parts_are_logged(part: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logger(), "propagate", True)
     with caplog.at_level("INFO", logger=logger().name):
         lacking(part)
@@ -505,7 +505,7 @@ def test_what_is_missing_is_said(part: str, caplog: pytest.LogCaptureFixture, mo
     assert words[part] in caplog.text and "a.ckpt" in caplog.text
 
 
-def test_counters_that_old_files_lack_are_not_missed() -> None:
+def test_missing_batch_counters_of_old_files_are_accepted() -> None:
     content = published("")
     content["net"] = {name: value for name, value in content["net"].items() if "num_batches_tracked" not in name}
     state = state_of(2)
@@ -516,13 +516,13 @@ def test_counters_that_old_files_lack_are_not_missed() -> None:
 @pytest.mark.parametrize("value", [None, 5, "x", [], {}, torch.zeros(2)], ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("part", ["optimizer", "ANs_discovery", "npc"])
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
-def test_a_part_that_is_something_else_is_refused(part: str, value: Any) -> None:
+def test_part_of_the_wrong_type_is_refused(part: str, value: Any) -> None:
     restore_refusal({**state_of().checkpoint("small", ""), part: value})
 
 
 @pytest.mark.parametrize("value", [None, "x", [], float("nan"), float("inf"), torch.zeros(2)], ids=repr)
 @pytest.mark.parametrize("part", ["epoch", "round"])
-def test_a_count_that_is_no_number_is_refused(part: str, value: Any) -> None:
+def test_count_that_is_not_a_number_is_refused(part: str, value: Any) -> None:
     restore_refusal({**state_of().checkpoint("small", ""), part: value})
 
 
@@ -534,13 +534,13 @@ def test_a_memory_bank_of_another_shape_is_refused(shape: tuple[int, ...]) -> No
     assert "4, not 4" not in text and "12 samples, not 12" not in text
 
 
-def test_a_history_that_is_none_is_refused() -> None:
+def test_invalid_history_is_refused() -> None:
     restore_refusal({**state_of().checkpoint("small", ""), "history": None})
 
 
 @pytest.mark.parametrize("name", ["bn1.num_batches_tracked", "linear.bias", "conv1.weight"])
 @pytest.mark.parametrize("value", [None, 5, "x"])
-def test_a_parameter_that_is_no_tensor_is_refused(name: str, value: Any) -> None:
+def test_parameter_that_is_not_a_tensor_is_refused(name: str, value: Any) -> None:
     content = state_of().checkpoint("small", "")
     content["net"] = {**content["net"], name: value}
     restore_refusal(content)
@@ -556,7 +556,7 @@ def test_a_parameter_that_is_no_tensor_is_refused(name: str, value: Any) -> None
     ],
     ids=str,
 )
-def test_a_parameter_of_another_kind_is_refused(value: torch.Tensor) -> None:
+def test_parameter_of_another_dtype_or_layout_is_refused(value: torch.Tensor) -> None:
     content = state_of().checkpoint("small", "")
     content["net"] = {**content["net"], "linear.bias": value}
     assert "linear.bias" in restore_refusal(content)
@@ -589,7 +589,7 @@ def bytes_of(content: Any, zipped: bool) -> bytes:
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_file_cut_short_anywhere_is_refused(zipped: bool, tmp_path: Path) -> None:
+def test_truncated_file_is_refused(zipped: bool, tmp_path: Path) -> None:
     whole = bytes_of(CONTENT, zipped)
     path = tmp_path / "a.ckpt"
     for length in [*range(30), *range(30, len(whole), 13 if zipped else 1)]:
@@ -600,7 +600,7 @@ def test_a_file_cut_short_anywhere_is_refused(zipped: bool, tmp_path: Path) -> N
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_file_cut_short_is_refused_in_a_plain_sentence(zipped: bool, share: float, tmp_path: Path) -> None:
+def test_truncated_file_is_refused_in_one_sentence(zipped: bool, share: float, tmp_path: Path) -> None:
     whole = bytes_of(published(), zipped)
     path = tmp_path / "a.ckpt"
     path.write_bytes(whole[: int(share * len(whole))])
@@ -675,7 +675,7 @@ ALIENS = {
 
 @pytest.mark.parametrize("kind", ALIENS)
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_file_that_is_no_checkpoint_is_refused(kind: str, tmp_path: Path) -> None:
+def test_file_that_is_not_a_checkpoint_is_refused(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     path.write_bytes(ALIENS[kind])
     refusal(path)
@@ -683,7 +683,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(kind: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", ALIENS)
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_file_that_is_no_checkpoint_is_told_in_a_plain_sentence(kind: str, tmp_path: Path) -> None:
+def test_file_that_is_not_a_checkpoint_gives_one_sentence(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     path.write_bytes(ALIENS[kind])
     text = refusal(path)
@@ -696,7 +696,7 @@ def test_a_file_that_is_no_checkpoint_is_told_in_a_plain_sentence(kind: str, tmp
     [torch.zeros(3), [1, 2], None, 5, {}, {"weights": {}}, {"net": [1]}, {"net": None}],
     ids=lambda content: str(content).replace(" ", ""),
 )
-def test_a_file_of_tensors_that_is_no_checkpoint_is_refused(content: Any, tmp_path: Path) -> None:
+def test_tensor_file_that_is_not_a_checkpoint_is_refused(content: Any, tmp_path: Path) -> None:
     text = refusal(written(tmp_path, content))
     sensible(text)
     assert "no weights" in text
@@ -715,7 +715,7 @@ class Evil:
 @pytest.mark.parametrize("place", ["net", "history", "whole"])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "sealed", "pickle"])
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_file_that_would_run_something_is_refused_and_runs_nothing(kind: str, place: str, tmp_path: Path) -> None:
+def test_file_with_code_is_refused_and_not_run(kind: str, place: str, tmp_path: Path) -> None:
     proof = tmp_path / "executed"
     content: Any = Evil(proof) if place == "whole" else {**CONTENT, place: Evil(proof)}
     path = tmp_path / "a.ckpt"
@@ -734,7 +734,7 @@ def test_a_file_that_would_run_something_is_refused_and_runs_nothing(kind: str, 
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_file_that_would_run_something_is_told_in_a_plain_sentence(zipped: bool, tmp_path: Path) -> None:
+def test_file_with_code_gives_one_sentence(zipped: bool, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     path.write_bytes(bytes_of({**CONTENT, "history": Evil(tmp_path / "executed")}, zipped))
     text = refusal(path)
@@ -750,7 +750,7 @@ def test_a_checkpoint_is_never_opened_with_a_warning(tmp_path: Path) -> None:
             assert checkpoint.load(path)["session"] == "2019-05-04"
 
 
-def test_saving_leaves_one_file_which_replaces_the_one_there_was(tmp_path: Path) -> None:
+def test_save_replaces_the_earlier_file(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     for epoch in (1, 2):
         checkpoint.save({**CONTENT, "epoch": epoch}, path)
@@ -759,7 +759,7 @@ def test_saving_leaves_one_file_which_replaces_the_one_there_was(tmp_path: Path)
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("broken"), KeyboardInterrupt()])
-def test_saving_that_fails_half_way_leaves_the_old_file_whole(
+def test_failed_save_keeps_the_earlier_file(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.ckpt"
@@ -782,7 +782,7 @@ def test_saving_that_fails_half_way_leaves_the_old_file_whole(
     assert checkpoint.load(path)["epoch"] == 9
 
 
-def test_resume_means_a_file_or_the_latest_of_a_session(tmp_path: Path) -> None:
+def test_resume_accepts_a_file_or_a_session_folder(tmp_path: Path) -> None:
     session = tmp_path / "mine"
     (session / "checkpoint").mkdir(parents=True)
     latest, older = session / "checkpoint" / "latest.ckpt", session / "checkpoint" / "0000-00000.ckpt"
@@ -793,7 +793,7 @@ def test_resume_means_a_file_or_the_latest_of_a_session(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["none.ckpt", "empty", "none/none.ckpt"])
-def test_resume_of_what_is_not_there_is_refused_by_name(name: str, tmp_path: Path) -> None:
+def test_resume_of_a_missing_file_is_refused_by_name(name: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="--resume") as refused:
         locate.locate(tmp_path / name)
@@ -810,7 +810,7 @@ class TwoParts(torch.nn.Module):
 
 
 @pytest.mark.parametrize("prefix", ["features.module.", "module.features.", "module.features.module."])
-def test_the_prefixes_of_an_alexnet_trained_on_gpus_are_bridged(prefix: str) -> None:
+def test_prefixes_of_an_alexnet_trained_on_gpus_are_removed(prefix: str) -> None:
     saved, network = TwoParts(3), TwoParts(3)
     names = {name: name.replace("features.", prefix) for name in saved.state_dict()}
     loaded = {"net": {names[name]: value for name, value in saved.state_dict().items()}}
@@ -839,7 +839,7 @@ def test_checkpoint_has_the_legacy_format_of_pytorch(tmp_path: Path) -> None:
             assert not any(code.name == "STACK_GLOBAL" for code, *_ in codes)
 
 
-def test_the_scale_of_the_loss_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_loss_scale_is_restored(tmp_path: Path) -> None:
     saved, restored = state_of(), state_of()
     saved.scaler, restored.scaler = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (256.0, 2.0))
     checkpoint.save(saved.checkpoint("small", ""), tmp_path / "a.ckpt")
@@ -847,7 +847,7 @@ def test_the_scale_of_the_loss_goes_on_where_it_was(tmp_path: Path) -> None:
     assert restored.scaler.get_scale() == 256
 
 
-def test_without_mixed_precision_a_saved_scale_is_of_no_use(tmp_path: Path) -> None:
+def test_saved_loss_scale_is_ignored_without_mixed_precision(tmp_path: Path) -> None:
     saved, restored = state_of(), state_of()
     saved.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     checkpoint.save(saved.checkpoint("small", ""), tmp_path / "a.ckpt")

@@ -35,7 +35,7 @@ def rehearsed(state: TrainingState, **changes: Any) -> str:
     return rehearse(state, neighbourhood_loss, Ranks(), **named)
 
 
-def test_it_changes_nothing() -> None:
+def test_rehearsal_changes_nothing() -> None:
     ours, other = state_of(), state_of()
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -47,7 +47,7 @@ def test_it_changes_nothing() -> None:
     assert ours.network.training == other.network.training
 
 
-def test_it_sees_the_whole_batch_and_passes_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rehearsal_runs_a_full_batch_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[torch.Size, bool]] = []
     state = state_of()
     state.network.register_forward_hook(lambda module, images, out: seen.append((images[0].shape, out.requires_grad)))
@@ -58,7 +58,7 @@ def test_it_sees_the_whole_batch_and_passes_backwards(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_memory_that_runs_out_is_told_before_anything_is_written(
+def test_out_of_memory_is_reported_before_anything_is_written(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any) -> None:
@@ -69,7 +69,7 @@ def test_memory_that_runs_out_is_told_before_anything_is_written(
         rehearsed(state_of())
 
 
-def test_a_batch_that_fits_is_found_by_halving() -> None:
+def test_largest_fitting_batch_is_found_by_halving() -> None:
     tried: list[int] = []
 
     def step(batch_size: int) -> None:
@@ -81,7 +81,7 @@ def test_a_batch_that_fits_is_found_by_halving() -> None:
     assert tried == [20, 10, 5]
 
 
-def test_other_errors_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_propagate(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> None:
         raise RuntimeError("shapes differ")
 
@@ -90,7 +90,7 @@ def test_other_errors_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         rehearsed(state_of())
 
 
-def test_tensors_of_a_step_that_failed_are_freed_before_the_next() -> None:
+def test_tensors_of_a_failed_step_are_freed_before_the_next() -> None:
     held: list[weakref.ref[torch.Tensor]] = []
 
     def step(batch_size: int) -> None:

@@ -163,9 +163,7 @@ def write_report(context: RunContext, folder: Path, loaded: Checkpoint) -> None:
         folder,
         options,
         loaded,
-        images=train.images,
-        labels=train.labels,
-        classes=train.classes,
+        train=train,
         protocol=f"{evaluator.name} against the memory bank" if evaluator else "",
         features=context.train_embeddings().cpu().numpy(),
         tested=tested,
@@ -181,23 +179,17 @@ def write_report(context: RunContext, folder: Path, loaded: Checkpoint) -> None:
 def show_similar(context: RunContext) -> None:
     """Prints and draws the training images that are most similar to each image of ``--query``."""
     options = context.options
-    queries = [retrieval.Query(str(path), datasets.read_picture(path)) for path in options.query]
-    pictures = context.loader(datasets.ImageSet([query.image for query in queries]), train=False)
+    queries = [(str(path), datasets.read_picture(path)) for path in options.query]
+    pictures = context.loader(datasets.ImageSet([picture for _, picture in queries]), train=False)
     embeddings = features.extract(context.network, pictures, "pictures")
     logger().info("similarity: cosine of the embeddings, computed with the test transform")
     indices, similarities = retrieval.query(embeddings, context.train_embeddings(), SIMILAR)
-    gallery = gallery_of(context)
-    for row, query in enumerate(queries):
-        logger().info("%s\n", retrieval.describe(query.name, indices[row], similarities[row], gallery), extra=SUMMARY)
+    train = context.splits.train
+    for row, (name, _) in enumerate(queries):
+        logger().info("%s\n", retrieval.describe(name, indices[row], similarities[row], train), extra=SUMMARY)
     session = folder_of(context.source) if context.source else None
     folder = create_folder((session or options.sess_dir) / "queries", None)
-    retrieval.save_picture(folder / "query.png", retrieval.draw(queries, indices, similarities, gallery))
-
-
-def gallery_of(context: RunContext) -> retrieval.Gallery:
-    """The training images with their names and classes."""
-    train = context.splits.train
-    return retrieval.Gallery(train.images, train.names, train.labels, train.classes, train.indices)
+    retrieval.save_picture(folder / "query.png", retrieval.draw(queries, indices, similarities, train))
 
 
 def export_results(context: RunContext, loaded: Checkpoint, folder: Path | None) -> None:
@@ -242,5 +234,5 @@ def _export_neighbourhoods(context: RunContext, loaded: Checkpoint, folder: Path
         temperature=context.options.npc_temperature,
         size=context.options.ANs_size,
         rounds=retrieval.became_anchor(found, len(context.splits.train)),
-        gallery=gallery_of(context),
+        train=context.splits.train,
     )

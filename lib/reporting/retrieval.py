@@ -10,7 +10,6 @@ import io
 import unicodedata
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from datasets import ImageSet
 from lib.errors import UsageError
 from lib.method.chunking import block_rows
 from lib.method.discovery import discover
@@ -34,39 +34,14 @@ COLUMNS = 10
 """Found images side by side; more go on below."""
 
 
-@dataclass(frozen=True)
-class Gallery:
-    """The training images by what is known of them.
-
-    Attributes:
-        images: N arrays (H, W, 3) of uint8; only those that are shown are read.
-        names: N file names relative to the data root, or None where images have none.
-        labels: (N,) classes, or None where nobody said.
-        classes: their names, may be empty without labels.
-        indices: (N,) where each stands in the data set; None: in order.
-    """
-
-    images: Sequence[np.ndarray]
-    names: Sequence[str] | None = None
-    labels: np.ndarray | None = None
-    classes: Sequence[str] = ()
-    indices: np.ndarray | None = None
-
-    def index_of(self, sample: int) -> int:
-        """Where a sample stands in the data set."""
-        return sample if self.indices is None else int(self.indices[sample])
-
-    def class_of(self, sample: int) -> str:
-        """The name of a sample's class, '' where nobody said."""
-        return "" if self.labels is None else self.classes[int(self.labels[sample])]
+def _index_of(train: ImageSet, sample: int) -> int:
+    """Where a sample stands in the data set."""
+    return sample if train.taken is None else int(train.taken[sample])
 
 
-@dataclass(frozen=True)
-class Query:
-    """A picture that is looked up: how it is called, and its pixels (H, W, 3) of uint8."""
-
-    name: str
-    image: np.ndarray
+def _class_of(train: ImageSet, sample: int) -> str:
+    """The name of a sample's class; '' without labels."""
+    return "" if train.labels is None else train.classes[int(train.labels[sample])]
 
 
 def check(path: Path) -> None:
@@ -100,7 +75,7 @@ def became_anchor(discoveries: Iterable[tuple[int, Neighbourhoods]], samples: in
 
 
 def save_neighbourhoods(
-    path: Path, *, embeddings: torch.Tensor, temperature: float, size: int, rounds: torch.Tensor, gallery: Gallery
+    path: Path, *, embeddings: torch.Tensor, temperature: float, size: int, rounds: torch.Tensor, train: ImageSet
 ) -> None:
     """Writes a line for each training image: who it is, its entropy, and its nearest others, most similar first.
 
@@ -116,14 +91,14 @@ def save_neighbourhoods(
         temperature: tau.
         size: K, cut to N - 1.
         rounds: (N,), as ``became_anchor`` gives them.
-        gallery: the training images.
+        train: the training images.
 
     Raises:
         UsageError: the file exists or cannot be written.
     """
     found = discover(embeddings, temperature=temperature, anchors=len(embeddings), size=size)  # everyone an anchor
     nearest = found.neighbours[found.position]  # (N, K), in order of samples
-    header = ["index", *(["file"] if gallery.names else []), *(["class"] if gallery.labels is not None else [])]
+    header = ["index", *(["file"] if train.names else []), *(["class"] if train.labels is not None else [])]
     header += ["entropy", "round"]
     for number in range(1, nearest.shape[1] + 1):
         header += [f"neighbour_{number}", f"similarity_{number}"]
@@ -131,7 +106,7 @@ def save_neighbourhoods(
         text = io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="")  # file names may be any bytes
         writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC)
         writer.writerow(header)
-        writer.writerows(_lines(embeddings, found.entropy, nearest, rounds, gallery))
+        writer.writerows(_lines(embeddings, found.entropy, nearest, rounds, train))
         text.detach()  # which flushes, and leaves the file open
     logger().info(
         "neighbourhoods: %s (%s, %s each; %s bytes)",
@@ -144,7 +119,7 @@ def save_neighbourhoods(
 
 
 def _lines(
-    embeddings: torch.Tensor, entropy: torch.Tensor, nearest: torch.Tensor, rounds: torch.Tensor, gallery: Gallery
+    embeddings: torch.Tensor, entropy: torch.Tensor, nearest: torch.Tensor, rounds: torch.Tensor, train: ImageSet
 ) -> Iterator[list[object]]:
     """The table's lines but the first, computed in blocks."""
     for block in _blocks(
@@ -154,14 +129,14 @@ def _lines(
         similarity = (embeddings[near] @ embeddings[block, :, None]).squeeze(2)  # (R, K)
         figures = (part.tolist() for part in (entropy[block], rounds[block], near, similarity))
         for sample, (own, round, indices, values) in enumerate(zip(*figures, strict=True), start=block.start):
-            line: list[object] = [gallery.index_of(sample)]
-            if gallery.names:
-                line.append(csv_text(gallery.names[sample]))
-            if gallery.labels is not None:
-                line.append(csv_text(gallery.class_of(sample)))
+            line: list[object] = [_index_of(train, sample)]
+            if train.names:
+                line.append(csv_text(train.names[sample]))
+            if train.labels is not None:
+                line.append(csv_text(_class_of(train, sample)))
             line += [_short(own), "" if round == NEVER else round]
             for index, value in zip(indices, values, strict=True):
-                line += [gallery.index_of(index), _short(value)]
+                line += [_index_of(train, index), _short(value)]
             yield line
 
 
@@ -197,23 +172,25 @@ def query(embeddings: torch.Tensor, memory: torch.Tensor, k: int) -> tuple[torch
     return torch.cat(indices), torch.cat(similarities)
 
 
-def describe(name: str, indices: torch.Tensor, similarities: torch.Tensor, gallery: Gallery) -> str:
+def describe(name: str, indices: torch.Tensor, similarities: torch.Tensor, train: ImageSet) -> str:
     """The table of one query: its name, then rank, file or index, class and similarity of the K found (K,)."""
-    labelled = gallery.labels is not None
+    labelled = train.labels is not None
     rows = []
     for rank, (sample, value) in enumerate(zip(indices.tolist(), similarities.tolist(), strict=True), start=1):
-        kind = [printable(gallery.class_of(sample))] if labelled else []
-        rows.append([rank, _called(sample, gallery), *kind, f"{_short(value):.4f}"])
-    header = ["rank", "file" if gallery.names else "index", *(["class"] if labelled else []), "similarity"]
+        kind = [printable(_class_of(train, sample))] if labelled else []
+        rows.append([rank, _called(sample, train), *kind, f"{_short(value):.4f}"])
+    header = ["rank", "file" if train.names else "index", *(["class"] if labelled else []), "similarity"]
     return f"{printable(name)}\n{table(header, rows)}"
 
 
-def _called(sample: int, gallery: Gallery) -> str:
-    return printable(gallery.names[sample]) if gallery.names else str(gallery.index_of(sample))
+def _called(sample: int, train: ImageSet) -> str:
+    return printable(train.names[sample]) if train.names else str(_index_of(train, sample))
 
 
-def draw(queries: Sequence[Query], indices: torch.Tensor, similarities: torch.Tensor, gallery: Gallery) -> Image.Image:
-    """A row for each query: its name, its picture, and the K found (Q, K), most similar first, with what is known.
+def draw(
+    queries: Sequence[tuple[str, np.ndarray]], indices: torch.Tensor, similarities: torch.Tensor, train: ImageSet
+) -> Image.Image:
+    """A row for each query (name, picture): both, and the K found (Q, K), most similar first, with what is known.
 
     Under each found image are its similarity, and its class or else its file or index.
     """
@@ -226,16 +203,16 @@ def draw(queries: Sequence[Query], indices: torch.Tensor, similarities: torch.Te
     def write(text: str, left: int, top: int, most: int) -> None:
         pen.text((left, top), shorten(drawable(text), most), fill="black", font=_font())
 
-    for row, shown in enumerate(queries):
+    for row, (name, image) in enumerate(queries):
         top = gap + row * depth
-        write(shown.name, gap, top, picture.width - 2 * gap)
-        picture.paste(image_grid.tile(shown.image, TILE), (gap, top + LINE))
+        write(name, gap, top, picture.width - 2 * gap)
+        picture.paste(image_grid.tile(image, TILE), (gap, top + LINE))
         for place, (sample, value) in enumerate(zip(indices[row].tolist(), similarities[row].tolist(), strict=True)):
             below, column = divmod(place, COLUMNS)
             x, y = 4 * gap + width * (1 + column), top + LINE + height * below
-            picture.paste(image_grid.tile(gallery.images[sample], TILE), (x, y))
+            picture.paste(image_grid.tile(train.images[sample], TILE), (x, y))
             write(f"{_short(value):.3f}", x, y + TILE, TILE)
-            write(gallery.class_of(sample) or Path(_called(sample, gallery)).name, x, y + TILE + LINE, TILE)
+            write(_class_of(train, sample) or Path(_called(sample, train)).name, x, y + TILE + LINE, TILE)
     return picture
 
 

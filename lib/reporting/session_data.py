@@ -5,13 +5,13 @@ Letters: N training samples, D embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from datasets import ImageSet
 from lib.config.options import Options
 from lib.config.parser import extra
 from lib.errors import UsageError
@@ -27,9 +27,7 @@ def material(
     options: Options,
     loaded: Checkpoint,
     *,
-    images: Sequence[np.ndarray],
-    labels: np.ndarray | None,
-    classes: tuple[str, ...],
+    train: ImageSet,
     protocol: str,
     features: np.ndarray,
     tested: Tested | None,
@@ -40,9 +38,7 @@ def material(
         folder: the session's.
         options: its options.
         loaded: its latest checkpoint.
-        images: N training images.
-        labels: (N,), or None.
-        classes: their names.
+        train: the N training images.
         protocol: how the accuracies of the training came about.
         features: (N, D) embeddings of the training images, computed with the test transform.
         tested: the test images, or None without labels.
@@ -55,8 +51,8 @@ def material(
     shown: dict[str, Any] = options.model_dump(mode="json")
     try:
         memory: torch.Tensor = loaded["npc"]["memory"]
-        if len(memory) != len(images):
-            raise UsageError(f"{folder}: was trained on {len(memory)} samples, not {len(images)}; choose its data")
+        if len(memory) != len(train):
+            raise UsageError(f"{folder}: was trained on {len(memory)} samples, not {len(train)}; choose its data")
     except (KeyError, TypeError):
         raise UsageError(f"{folder}: its latest checkpoint holds no memory bank; a report needs one") from None
     return ReportData(
@@ -66,7 +62,7 @@ def material(
         metrics=rows,
         warning=find_collapse(
             rows,
-            samples=len(images),
+            samples=len(train),
             size=options.ANs_size,
             low_dim=options.low_dim,
             temperature=options.npc_temperature,
@@ -75,11 +71,11 @@ def material(
         published=options.published or "",
         rounds=[
             Discovered(round, *(part.cpu().numpy() for part in (found.entropy, found.anchors, found.neighbours)))
-            for round, found in checkpoint.discoveries(folder, loaded, len(images))
+            for round, found in checkpoint.discoveries(folder, loaded, len(train))
         ],
-        images=images,
-        labels=labels,
-        classes=classes,
+        images=train.images,
+        labels=train.labels,
+        classes=train.classes,
         features=features,
         tested=tested,
         chooser="held-out training images" if options.val_fraction else "the test labels",

@@ -6,6 +6,7 @@ import csv
 import io
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import oracles
+from datasets import ImageSet
 from lib.errors import UsageError
 from lib.method.discovery import discover
 from lib.method.neighbourhoods import Neighbourhoods
@@ -25,8 +27,6 @@ from lib.reporting.retrieval import (
     LINE,
     NEVER,
     TILE,
-    Gallery,
-    Query,
     became_anchor,
     describe,
     draw,
@@ -50,18 +50,25 @@ ODD = [
 ]
 
 
-def dummies(samples: int, **known: Any) -> Gallery:
-    return Gallery([np.zeros((2, 2, 3), np.uint8)] * samples, **known)
+def images_of(
+    images: Sequence[np.ndarray],
+    names: Sequence[str] | None = None,
+    labels: np.ndarray | None = None,
+    classes: tuple[str, ...] = (),
+) -> ImageSet:
+    return ImageSet(images, labels, classes, names)
+
+
+def dummies(samples: int, **known: Any) -> ImageSet:
+    return ImageSet([np.zeros((2, 2, 3), np.uint8)] * samples, **known)
 
 
 def written(
-    path: Path, memory: np.ndarray, size: int, rounds: list[int], gallery: Gallery, block: int = 2**20
+    path: Path, memory: np.ndarray, size: int, rounds: list[int], train: ImageSet, block: int = 2**20
 ) -> list[list[str]]:
     bank = torch.from_numpy(memory)
     with blocks_of(block):
-        save_neighbourhoods(
-            path, embeddings=bank, temperature=0.2, size=size, rounds=torch.tensor(rounds), gallery=gallery
-        )
+        save_neighbourhoods(path, embeddings=bank, temperature=0.2, size=size, rounds=torch.tensor(rounds), train=train)
     return list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8"), newline=""), strict=True))
 
 
@@ -111,9 +118,9 @@ def test_the_log_counts_images_and_neighbours(
 def test_file_and_class_names_of_any_script_are_shown(tmp_path: Path) -> None:
     labels = np.array([2, 0, 1, 1, 0, 2, 2, 0, 1])
     classes = ("=cmd", "b,é", 'c"\n')
-    gallery = dummies(9, names=ODD, labels=labels, classes=classes)
+    train = dummies(9, names=ODD, labels=labels, classes=classes)
     memory = oracles.rows("random", 9, 4, seed=1)
-    header, *lines = written(tmp_path / "out.csv", memory, 2, [NEVER] * 9, gallery)
+    header, *lines = written(tmp_path / "out.csv", memory, 2, [NEVER] * 9, train)
     assert header[:5] == ["index", "file", "class", "entropy", "round"]
     escaped = {"=1+1.png": "'=1+1.png", "=cmd": "'=cmd"}  # no formulas to a spreadsheet
     assert [line[1] for line in lines] == [escaped.get(name, name.replace("\udcff", "\\udcff")) for name in ODD]
@@ -262,8 +269,8 @@ def test_results_need_no_gradient() -> None:
 def test_table_shows_rank_file_class_and_similarity() -> None:
     indices, similarities = torch.tensor([2, 0, 1]), torch.tensor([0.98765, 0.5, -1e-9])
     names = ["a.png", "new\nline.png", "\udcff.png"]
-    gallery = dummies(3, names=names, labels=np.array([1, 0, 0]), classes=("cat", "dog"))
-    name, header, rule, *lines = describe("my\npicture.jpg", indices, similarities, gallery).split("\n")
+    train = dummies(3, names=names, labels=np.array([1, 0, 0]), classes=("cat", "dog"))
+    name, header, rule, *lines = describe("my\npicture.jpg", indices, similarities, train).split("\n")
     assert name == "my\\npicture.jpg"
     assert header.split() == ["rank", "file", "class", "similarity"]
     assert [line.split() for line in lines] == [
@@ -298,15 +305,15 @@ def boxes(picture: Image.Image) -> list[tuple[int, int, int, int, int]]:
     return result
 
 
-def drawn(asked: list[np.ndarray], indices: list[list[int]], gallery: Gallery, names: str = "qrstuv") -> Image.Image:
-    queries = [Query(name, image) for name, image in zip(names, asked, strict=False)]
+def drawn(asked: list[np.ndarray], indices: list[list[int]], train: ImageSet, names: str = "qrstuv") -> Image.Image:
+    queries = list(zip(names, asked, strict=False))
     chosen = torch.tensor(indices)
-    return draw(queries, chosen, torch.linspace(1, -1, chosen.numel()).reshape(chosen.shape), gallery)
+    return draw(queries, chosen, torch.linspace(1, -1, chosen.numel()).reshape(chosen.shape), train)
 
 
 def test_each_query_has_a_row_of_tiles_by_similarity() -> None:
-    gallery = Gallery([flat(number) for number in range(20)])
-    picture = drawn([flat(90), flat(91)], [[7, 3, 5], [4, 3, 19]], gallery)
+    train = images_of([flat(number) for number in range(20)])
+    picture = drawn([flat(90), flat(91)], [[7, 3, 5], [4, 3, 19]], train)
     found = boxes(picture)
     assert [number for number, *_ in found] == [90, 7, 3, 5, 91, 4, 3, 19]
     assert {(wide, high) for *_, wide, high in found} == {(TILE, TILE)}
@@ -319,8 +326,8 @@ def test_each_query_has_a_row_of_tiles_by_similarity() -> None:
 
 @pytest.mark.parametrize(("k", "lines"), [(1, [1]), (10, [10]), (11, [10, 1]), (25, [10, 10, 5])])
 def test_more_than_ten_results_continue_below(k: int, lines: list[int]) -> None:
-    gallery = Gallery([flat(number) for number in range(30)])
-    found = boxes(drawn([flat(90), flat(91)], [list(range(k))] * 2, gallery))
+    train = images_of([flat(number) for number in range(30)])
+    found = boxes(drawn([flat(90), flat(91)], [list(range(k))] * 2, train))
     assert [number for number, *_ in found] == [90, *range(k), 91, *range(k)]
     tops = [top for _, _, top, *_ in found]
     assert [tops.count(top) for top in sorted(set(tops))] == [lines[0] + 1, *lines[1:]] * 2
@@ -330,7 +337,7 @@ def test_more_than_ten_results_continue_below(k: int, lines: list[int]) -> None:
     ("height", "width"), [(8, 8), (16, 8), (32, 32), (375, 500), (500, 375), (96, 96), (1, 1), (50, 500)]
 )
 def test_image_fills_its_tile_and_keeps_its_proportions(height: int, width: int) -> None:
-    picture = drawn([flat(0)], [[1]], Gallery([flat(0), flat(1, height, width)]))
+    picture = drawn([flat(0)], [[1]], images_of([flat(0), flat(1, height, width)]))
     (_, _, top, *_), (number, _, top_of_it, wide, high) = boxes(picture)
     assert number == 1 and max(wide, high) == TILE
     assert abs(wide / high - width / height) <= 0.06 * width / height
@@ -339,14 +346,14 @@ def test_image_fills_its_tile_and_keeps_its_proportions(height: int, width: int)
 
 def test_pixels_of_small_images_stay_visible() -> None:
     image = np.random.default_rng(0).integers(0, 255, (8, 8, 3)).astype(np.uint8)
-    pixels = np.asarray(drawn([flat(0)], [[0]], Gallery([image])))
-    _, left, top, *_ = boxes(drawn([flat(0)], [[0]], Gallery([flat(1)])))[1]
+    pixels = np.asarray(drawn([flat(0)], [[0]], images_of([image])))
+    _, left, top, *_ = boxes(drawn([flat(0)], [[0]], images_of([flat(1)])))[1]
     assert (pixels[top : top + TILE, left : left + TILE] == np.kron(image, np.ones((16, 16, 1), np.uint8))).all()
 
 
 def test_extremely_thin_image_does_not_affect_the_others() -> None:
-    gallery = Gallery([flat(0), flat(1, 1, 5000), flat(2, 3000, 1), flat(3)])
-    numbers = [number for number, *_, high in boxes(drawn([flat(90)], [[0, 1, 2, 3]], gallery)) if high == TILE]
+    train = images_of([flat(0), flat(1, 1, 5000), flat(2, 3000, 1), flat(3)])
+    numbers = [number for number, *_, high in boxes(drawn([flat(90)], [[0, 1, 2, 3]], train)) if high == TILE]
     assert numbers[:2] == [90, 0] and numbers[-1] == 3
 
 
@@ -360,12 +367,12 @@ def strip(picture: Image.Image, place: int, line: int) -> bytes:
 def test_captions_show_similarity_and_class_or_file() -> None:
     images = [flat(0), flat(0)]
     text = {
-        "class": Gallery(images, ["f.png", "f.png"], np.array([0, 1]), ("cat", "dog")),
-        "file": Gallery(images, ["a/f.png", "b/g.png"]),
-        "same": Gallery(images, ["a/f.png", "b/f.png"]),
-        "index": Gallery(images),
+        "class": images_of(images, ["f.png", "f.png"], np.array([0, 1]), ("cat", "dog")),
+        "file": images_of(images, ["a/f.png", "b/g.png"]),
+        "same": images_of(images, ["a/f.png", "b/f.png"]),
+        "index": images_of(images),
     }
-    pictures = {name: drawn([flat(90)], [[0, 1]], gallery) for name, gallery in text.items()}
+    pictures = {name: drawn([flat(90)], [[0, 1]], train) for name, train in text.items()}
     for name, picture in pictures.items():
         assert strip(picture, 1, 0) != strip(picture, 2, 0)  # 1.000 and -1.000
         assert (strip(picture, 1, 1) == strip(picture, 2, 1)) == (name == "same")
@@ -376,10 +383,10 @@ def test_captions_show_similarity_and_class_or_file() -> None:
 
 @pytest.mark.parametrize("name", ["x" * 300, "W" * 300, "\udcff\n狗" * 50, "", "é"])
 def test_names_of_any_length_stay_within_their_tile(name: str) -> None:
-    gallery = Gallery([flat(0), flat(0)], [name, "b"])
-    picture = draw([Query(name, flat(90))], torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.25]]), gallery)
+    train = images_of([flat(0), flat(0)], [name, "b"])
+    picture = draw([(name, flat(90))], torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.25]]), train)
     other = draw(
-        [Query("q", flat(90))], torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.25]]), Gallery(gallery.images, ["a", "b"])
+        [("q", flat(90))], torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.25]]), images_of(train.images, ["a", "b"])
     )
     assert picture.size == other.size and boxes(picture) == boxes(other)
     assert strip(picture, 2, 0) == strip(other, 2, 0) and strip(picture, 2, 1) == strip(other, 2, 1)
@@ -388,15 +395,15 @@ def test_names_of_any_length_stay_within_their_tile(name: str) -> None:
 
 @pytest.mark.parametrize("names", [("собака", "кошка"), ("été", "ete"), ("Ωμέγα", "?????"), ("łódź", "????")])
 def test_letters_beyond_latin_1_are_drawn(names: tuple[str, str]) -> None:
-    picture = drawn([flat(90)], [[0, 1]], Gallery([flat(0)] * 2, names))
+    picture = drawn([flat(90)], [[0, 1]], images_of([flat(0)] * 2, names))
     assert strip(picture, 1, 1) != strip(picture, 2, 1)
-    missing = drawn([flat(90)], [[0, 1]], Gallery([flat(0)] * 2, ["狗" * len(name) for name in names]))
+    missing = drawn([flat(90)], [[0, 1]], images_of([flat(0)] * 2, ["狗" * len(name) for name in names]))
     assert strip(picture, 1, 1) != strip(missing, 1, 1)  # neither boxes nor question marks
 
 
 def test_combining_accent_is_drawn_with_its_letter() -> None:
     composed, apart = (
-        drawn([flat(90)], [[0]], Gallery([flat(0)], [name])) for name in ("\u00e9t\u00e9", "e\u0301te\u0301")
+        drawn([flat(90)], [[0]], images_of([flat(0)], [name])) for name in ("\u00e9t\u00e9", "e\u0301te\u0301")
     )
     assert composed.tobytes() == apart.tobytes()
 
@@ -419,12 +426,14 @@ def test_long_name_is_shortened_in_the_middle(name: str) -> None:
 
 
 def test_letters_that_the_font_lacks_are_question_marks() -> None:
-    lacking, marked = (drawn([flat(90)], [[0]], Gallery([flat(0)], [name]), names=name[0]) for name in ("狗 é", "? é"))
+    lacking, marked = (
+        drawn([flat(90)], [[0]], images_of([flat(0)], [name]), names=name[0]) for name in ("狗 é", "? é")
+    )
     assert lacking.tobytes() == marked.tobytes()
 
 
 def test_the_picture_is_written_as_png(tmp_path: Path) -> None:
-    picture = drawn([flat(90)], [[0]], Gallery([flat(0)]))
+    picture = drawn([flat(90)], [[0]], images_of([flat(0)]))
     retrieval.save_picture(tmp_path / "found.png", picture)
     with Image.open(tmp_path / "found.png") as read:
         assert read.format == "PNG" and read.mode == "RGB"
@@ -437,10 +446,10 @@ def test_names_in_the_table_are_no_spreadsheet_formulas(tmp_path: Path) -> None:
     names = [*formulas, "a=b.png", "-5", "1e5", "+.5E-3", "inf", "ü日本", 'a,"b"', "line\nbreak"]
     bank = measure_rows(len(names))
     images = np.zeros((len(names), 2, 2, 3), np.uint8)
-    gallery = retrieval.Gallery(images, names, np.arange(len(names)) % 2, ("=SUM(A1)", "plain"))
+    train = images_of(images, names, np.arange(len(names)) % 2, ("=SUM(A1)", "plain"))
     path = tmp_path / "table.csv"
     rounds = torch.full((len(names),), retrieval.NEVER)
-    retrieval.save_neighbourhoods(path, embeddings=bank, temperature=0.1, size=1, rounds=rounds, gallery=gallery)
+    retrieval.save_neighbourhoods(path, embeddings=bank, temperature=0.1, size=1, rounds=rounds, train=train)
     assert not path.read_bytes().startswith(b"\xef\xbb\xbf")
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

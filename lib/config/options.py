@@ -122,6 +122,7 @@ Deviations = Annotated[tuple[Positive, Positive, Positive] | None, BeforeValidat
 Seed = Annotated[Annotated[int, Field(ge=0, lt=2**63)] | None, BeforeValidator(_number)]
 Gpus = Annotated[tuple[int, ...], BeforeValidator(_gpus)]
 Name = Annotated[str, BeforeValidator(_lower)]
+Protocols = Annotated[tuple[Literal["knn", "nn", "linear", "cluster", "graph"], ...], BeforeValidator(_protocols)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_unset)]
 
 
@@ -293,11 +294,12 @@ class Options(BaseModel):
         None, "schedule", "multistep: YAML file with a line 'epoch: learning rate' for each change; needs epoch 0"
     )
 
-    protocol: Annotated[tuple[Literal["knn", "nn", "linear", "cluster"], ...], BeforeValidator(_protocols)] = _option(
+    protocol: Protocols = _option(
         ("knn",),
         "evaluation",
-        "one or more of knn (weighted kNN), nn (nearest neighbour), linear (linear probe), cluster (k-means); "
-        "training evaluates each epoch with the first of knn and nn; --test-only uses all",
+        "one or more of knn (weighted kNN), nn (nearest neighbour), linear (linear probe), cluster (k-means), graph "
+        "(communities of the nearest-neighbour graph); training evaluates each epoch with the first of knn and nn; "
+        "--test-only uses all",
     )
     knn_k: Integer = _option(
         200, "evaluation", "number K of neighbours that vote in the weighted kNN, at most all training samples", ge=1
@@ -310,6 +312,15 @@ class Options(BaseModel):
     )
     clusters: Integer = _option(
         10, "evaluation", "number of k-means clusters without labels; with labels it is the number of classes", ge=2
+    )
+    graph_neighbours: Integer = _option(
+        15,
+        "evaluation",
+        "protocol graph: number of nearest neighbours that each image is joined with, at most all other images",
+        ge=1,
+    )
+    graph_resolution: Number = _option(
+        1.0, "evaluation", "protocol graph: resolution of the modularity; more gives more and smaller groups", gt=0
     )
     published: Annotated[str | None, BeforeValidator(_unset)] = _option(
         None, "evaluation", "published result and its source, shown next to the result of the run"

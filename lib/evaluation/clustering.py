@@ -77,7 +77,7 @@ def cluster(embeddings: np.ndarray, labels: np.ndarray | None, *, clusters: int,
         )
     algorithm = "k-means" if full_batch else "mini-batch k-means"
     name = f"{algorithm} ({clusters} clusters, best of {STARTS} starts)"
-    return Clustering(name, found, _silhouette(embeddings, found, seed) if labels is None else scores(labels, found))
+    return Clustering(name, found, silhouette(embeddings, found, seed) if labels is None else scores(labels, found))
 
 
 def scores(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
@@ -95,7 +95,8 @@ def scores(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
     }
 
 
-def _silhouette(embeddings: np.ndarray, clusters: np.ndarray, seed: int) -> dict[str, float]:
+def silhouette(embeddings: np.ndarray, clusters: np.ndarray, seed: int) -> dict[str, float]:
+    """The silhouette of at most ``SILHOUETTE_SAMPLES`` random samples; empty where it is undefined."""
     from sklearn.metrics import silhouette_score
 
     subset = np.random.default_rng(seed).permutation(len(embeddings))[:SILHOUETTE_SAMPLES]

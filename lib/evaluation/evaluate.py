@@ -19,7 +19,7 @@ from lib.data.loader import Loader
 from lib.distributed.processes import Ranks
 from lib.distributed.sharded import ShardedRows
 from lib.errors import UsageError
-from lib.evaluation import clustering, features, linear_probe
+from lib.evaluation import clustering, features, graph_clustering, linear_probe
 from lib.evaluation.classifier import Evaluator
 from lib.method import diagnostics
 from lib.session.atomic_files import atomic_write
@@ -30,6 +30,8 @@ TITLES = {
     "top1": "top-1",
     "top5": "top-5",
     "best_top1": "top-1 best",
+    "groups": "groups",
+    "modularity": "modularity",
     "nmi": "NMI",
     "ari": "ARI",
     "accuracy": "accuracy",
@@ -43,6 +45,8 @@ TITLES = {
 """Name of a figure -> column title."""
 SHARES = {"top1", "top5", "best_top1", "accuracy", "reciprocal", "orphans", "largest_hub"}
 """Figures that are printed as percentages."""
+COUNTS = {"groups"}
+"""Figures that are printed as whole numbers."""
 LABELLED = {"knn", "nn", "linear"}
 """Protocols that require labelled training and test images."""
 
@@ -96,7 +100,8 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> list[Row]:
         One row per protocol and source of features; clustering appears on rank 0 only.
 
     Raises:
-        UsageError: the linear probe is requested without labels, or for a stage that the network does not have.
+        UsageError: the linear probe is requested without labels, or for a stage that the network does not have; or
+            protocol graph without its package.
     """
     labelled = inputs.train_labels is not None and inputs.test_labels is not None
     needing = [name for name in options.protocol if name in LABELLED and not labelled]
@@ -111,6 +116,8 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> list[Row]:
             "reported instead",
             " ".join(needing),
         )
+    if "graph" in options.protocol or needing:
+        graph_clustering.leiden()  # a missing package is noticed before the features are computed
     probed = options.linear_layers if "linear" in options.protocol else ()
     # test images first: there are fewer of them, so a full disk is noticed sooner
     test = _features(inputs, inputs.test, probed, "test features") if labelled and inputs.test else {}
@@ -119,21 +126,44 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> list[Row]:
     for evaluator in inputs.evaluators:
         rows += _knn_rows(inputs, evaluator, train["embedding"], test["embedding"])
     rows += [_linear_probe_row(inputs, layer, train[layer], test[layer]) for layer in probed]
-    where = f"training images, {RECOMPUTED}"
+    rows += _label_free_rows(
+        inputs, options, ShardedRows(train["embedding"], inputs.train.samples, inputs.ranks), needing
+    )
+    return rows
+
+
+def _label_free_rows(
+    inputs: EvaluationInputs, options: Options, embeddings: ShardedRows, needing: Sequence[str]
+) -> list[Row]:
+    """What needs no labels, of the embeddings (N, D) of the training images; ``needing``: protocols to replace."""
+    where, rows = f"training images, {RECOMPUTED}", []
     clusters = inputs.classes or options.clusters
     if needing:
-        clusters = min(clusters, inputs.train.samples)
-        bank = ShardedRows(train["embedding"], inputs.train.samples, inputs.ranks)
+        clusters = min(clusters, embeddings.samples)
         temperature, size = options.npc_temperature, options.ANs_size
-        figures, _ = diagnostics.measure(bank, None, round=0, temperature=temperature, size=size)
+        figures, _ = diagnostics.measure(embeddings, None, round=0, temperature=temperature, size=size)
         shown = {name: value for name, value in figures.items() if name in TITLES and value is not None}
         rows.append(Row(f"neighbourhoods (k={size}, tau={temperature:g})", where, shown))
+    nearest = None
+    if "graph" in options.protocol or needing:
+        found = graph_clustering.nearest_neighbours(embeddings, options.graph_neighbours)
+        nearest = ShardedRows(found, embeddings.samples, inputs.ranks).gather_to_rank0().cpu().numpy()
+    if nearest is None and "cluster" not in options.protocol:
+        return rows
+    gathered = embeddings.gather_to_rank0().cpu().numpy()
+    if not inputs.ranks.is_rank0:  # the rest takes little time, and its packages run in one process
+        return rows
+    clusterings = []
     if "cluster" in options.protocol or needing:
-        embeddings = ShardedRows(train["embedding"], inputs.train.samples, inputs.ranks).gather_to_rank0().cpu().numpy()
-        if inputs.ranks.is_rank0:  # k-means takes little time, and scikit-learn runs in one process
-            found = clustering.cluster(embeddings, inputs.train_labels, clusters=clusters, seed=inputs.seed)
-            rows.append(Row(found.name, where, found.figures))
-    return rows
+        clusterings.append(clustering.cluster(gathered, inputs.train_labels, clusters=clusters, seed=inputs.seed))
+    if nearest is not None:
+        resolution = options.graph_resolution
+        clusterings.append(
+            graph_clustering.cluster_graph(
+                gathered, nearest, inputs.train_labels, resolution=resolution, seed=inputs.seed
+            )
+        )
+    return rows + [Row(found.name, where, found.figures) for found in clusterings]
 
 
 def _features(inputs: EvaluationInputs, batches: Loader, layers: Sequence[str], what: str) -> dict[str, torch.Tensor]:
@@ -195,7 +225,7 @@ def text(rows: Sequence[Row]) -> str:
 def _cell(name: str, value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.2%}" if name in SHARES else f"{value:.3f}"
+    return f"{value:.2%}" if name in SHARES else f"{value:.0f}" if name in COUNTS else f"{value:.3f}"
 
 
 def save(rows: Sequence[Row], path: Path, facts: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ PACKAGES = (
     "scipy",
     "matplotlib",
     "scikit-learn",
+    "graspologic-native",
     "Jinja2",
     "pydantic",
     "PyYAML",

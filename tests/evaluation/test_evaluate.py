@@ -132,14 +132,15 @@ def test_without_test_labels_neighbourhoods_and_clusters_are_judged(
 ) -> None:
     classes = 0 if train_labels is None else CLASSES
     inputs = subject_of(train_labels=train_labels, test_labels=None, test=None, classes=classes, evaluators=[])
-    health, clusters = evaluate.evaluate(inputs, Options(protocol=protocol, clusters=3, npc_temperature=0.2))
+    health, clusters, groups = evaluate.evaluate(inputs, Options(protocol=protocol, clusters=3, npc_temperature=0.2))
     rows = table_of(inputs)[:150]
     entropies = [oracles.entropy(row, rows, 0.2) for row in rows]
     assert health.figures["entropy_50"] == pytest.approx(np.median(entropies), abs=1e-5)
     nearest = [oracles.neighbours(rows, sample, 1)[0] for sample in range(150)]
     assert health.figures["reciprocal"] == pytest.approx(np.mean([nearest[nearest[i]] == i for i in range(150)]))
     assert health.figures["orphans"] == pytest.approx(1 - len(set(nearest)) / 150)
-    assert set(clusters.figures) == ({"silhouette"} if train_labels is None else {"nmi", "ari", "accuracy"})
+    judged = {"silhouette"} if train_labels is None else {"nmi", "ari", "accuracy"}
+    assert set(clusters.figures) == judged and set(groups.figures) == judged | {"groups", "modularity"}
     assert "median entropy" in evaluate.text([health, clusters])
     (record,) = caplog.records
     assert "needs labelled training and test images" in record.getMessage()

@@ -1,0 +1,152 @@
+"""What the embeddings say about a set of images: groups, identical images, outliers and suspicious labels.
+
+All of it comes from one exact K-nearest-neighbour search. Labels are needed for suspicious labels only.
+
+Letters: N samples, D embedding size, K neighbours, U distinct images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from sklearn.metrics import adjusted_rand_score
+
+from lib.errors import UsageError
+from lib.evaluation.graph_clustering import communities
+from lib.method.chunking import similarities
+from lib.method.topk import TopK
+
+IDENTICAL = 1 - 1e-5
+"""Cosine from which two images count as the same image. Sums of float32 in another order differ by about 1e-6."""
+SEEDS = 4
+"""Further seeds of the grouping, for ``Findings.seed_agreement`` and ``seed_range``."""
+RESOLUTION_FACTORS = (0.5, 2.0)
+"""Of the resolution, for ``Findings.resolution_range``."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the neighbour graph of N images shows.
+
+    Attributes:
+        neighbours: (N, K) int64, the other samples, most similar first.
+        similarities: (N, K) float32, their cosines.
+        groups: (N,) int64, communities of the neighbour graph; 0 is the largest.
+        modularity: of the groups.
+        seed_range: smallest and largest number of groups over this and ``SEEDS`` other seeds.
+        seed_agreement: mean adjusted Rand index of the groups with those of the other seeds; 1: the same groups.
+        resolution_range: number of groups at half and at twice the resolution.
+        copies: (N,) int64, lowest index among the images with the same embedding; its own index if there is no other.
+        outlier_scores: (N,) float32, see ``outlier_scores``; higher: belongs less.
+        label_disagreement: (N,) float32, share of the neighbours that have another label; None without labels.
+    """
+
+    neighbours: np.ndarray
+    similarities: np.ndarray
+    groups: np.ndarray
+    modularity: float
+    seed_range: tuple[int, int]
+    seed_agreement: float
+    resolution_range: tuple[int, int]
+    copies: np.ndarray
+    outlier_scores: np.ndarray
+    label_disagreement: np.ndarray | None
+
+
+def find(
+    embeddings: np.ndarray, labels: np.ndarray | None, *, neighbours: int, resolution: float, seed: int
+) -> Findings:
+    """Searches the neighbours, and derives everything else from them. O(N^2 D) time, O(N (D + K)) memory.
+
+    Args:
+        embeddings: (N, D), unit length, computed with the test transform.
+        labels: (N,) class indices, or None.
+        neighbours: K, reduced to N - 1 if it is larger.
+        resolution: of the communities; higher: more and smaller groups.
+        seed: of the communities.
+
+    Raises:
+        UsageError: an embedding is NaN or infinite, or the package for the communities is missing.
+    """
+    if not np.isfinite(embeddings).all():
+        raise UsageError("some embeddings are NaN or infinite, so they have no neighbours; choose another checkpoint")
+    nearest, cosines = nearest_neighbours(embeddings, neighbours)
+    copies = identical_images(nearest, cosines)
+    groups, modularity = communities(nearest, resolution=resolution, seed=seed)
+    others = [communities(nearest, resolution=resolution, seed=seed + number)[0] for number in range(1, SEEDS + 1)]
+    coarse, fine = (communities(nearest, resolution=resolution * factor, seed=seed)[0] for factor in RESOLUTION_FACTORS)
+    counts = [int(found.max()) + 1 for found in (groups, *others)]
+    return Findings(
+        neighbours=nearest,
+        similarities=cosines,
+        groups=groups,
+        modularity=modularity,
+        seed_range=(min(counts), max(counts)),
+        seed_agreement=float(np.mean([adjusted_rand_score(groups, found) for found in others])),
+        resolution_range=(int(coarse.max()) + 1, int(fine.max()) + 1),
+        copies=copies,
+        outlier_scores=outlier_scores(embeddings, copies, neighbours),
+        label_disagreement=None if labels is None else label_disagreement(nearest, labels),
+    )
+
+
+@torch.no_grad()
+def nearest_neighbours(embeddings: np.ndarray, neighbours: int) -> tuple[np.ndarray, np.ndarray]:
+    """The K most similar other samples of each, by exact search in blocks.
+
+    Args:
+        embeddings: (N, D), unit length.
+        neighbours: K, reduced to N - 1 if it is larger.
+
+    Returns:
+        (N, K) int64 indices, most similar first, and (N, K) float32 cosines, at most 1.
+    """
+    rows = torch.from_numpy(np.require(embeddings, np.float32, ["C", "W"]))
+    best = TopK.empty(len(rows), min(neighbours, len(rows) - 1), rows)
+    samples = torch.arange(len(rows))
+    for block, similarity in similarities(rows, rows, "neighbours"):
+        similarity.scatter_(1, samples[block, None], -torch.inf)
+        best.update(similarity, block.start, 0)
+    return best.samples.numpy(), best.similarities.clamp(-1, 1).numpy()
+
+
+def identical_images(nearest: np.ndarray, cosines: np.ndarray) -> np.ndarray:
+    """(N,) int64: the lowest index among all images with the same embedding, from neighbours and cosines (N, K)."""
+    samples = len(nearest)
+    row, column = np.nonzero(cosines >= IDENTICAL)
+    pairs = coo_array((np.ones(len(row), bool), (row, nearest[row, column])), (samples, samples))
+    _, component = connected_components(pairs, directed=False)
+    _, first = np.unique(component, return_index=True)
+    lowest: np.ndarray = first[component].astype(np.int64)
+    return lowest
+
+
+def label_disagreement(nearest: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(N,) float32: share of each sample's neighbours (N, K) that have another label; 0 without a neighbour."""
+    if not nearest.size:
+        return np.zeros(len(nearest), np.float32)
+    share: np.ndarray = (labels[nearest] != labels[:, None]).mean(axis=1, dtype=np.float32)
+    return share
+
+
+def outlier_scores(embeddings: np.ndarray, copies: np.ndarray, neighbours: int) -> np.ndarray:
+    """Distance to the ``neighbours``-th nearest distinct image; copies count once, so they cannot vouch for each other.
+
+    Args:
+        embeddings: (N, D), unit length.
+        copies: (N,), as ``identical_images`` gives them.
+        neighbours: k, reduced to U - 1 if it is larger.
+
+    Returns:
+        (N,) float32, 1 - cosine; equal for copies; 0 with a single distinct image.
+    """
+    distinct, place = np.unique(copies, return_inverse=True)  # (U,), (N,)
+    _, cosines = nearest_neighbours(embeddings[distinct], neighbours)
+    if not cosines.size:
+        return np.zeros(len(copies), np.float32)
+    scores: np.ndarray = (1 - cosines[:, -1])[place]
+    return scores

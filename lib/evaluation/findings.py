@@ -134,19 +134,53 @@ def label_disagreement(nearest: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def outlier_scores(embeddings: np.ndarray, copies: np.ndarray, neighbours: int) -> np.ndarray:
-    """Distance to the ``neighbours``-th nearest distinct image; copies count once, so they cannot vouch for each other.
+    """How isolated each image is: the simplified local outlier factor among distinct images.
+
+    The distance of an image to its K-th nearest neighbour, divided by the mean of the same distance of its K
+    neighbours (Schubert et al. 2014, "Local outlier detection reconsidered"). About 1 is usual: the image lies as close
+    to others as its neighbours do. Copies count once, as blank images would otherwise be each other's neighbours at
+    distance 0. benchmarks/results/findings.md compares this score with others.
 
     Args:
         embeddings: (N, D), unit length.
         copies: (N,), as ``identical_images`` gives them.
-        neighbours: k, reduced to U - 1 if it is larger.
+        neighbours: K, reduced to U - 1 if it is larger.
 
     Returns:
-        (N,) float32, 1 - cosine; equal for copies; 0 with a single distinct image.
+        (N,) float32, above 0, the same for all copies; zeros with a single distinct image.
     """
     distinct, place = np.unique(copies, return_inverse=True)  # (U,), (N,)
-    _, cosines = nearest_neighbours(embeddings[distinct], neighbours)
-    if not cosines.size:
+    nearest, cosines = nearest_neighbours(embeddings[distinct], neighbours)
+    if not nearest.size:
         return np.zeros(len(copies), np.float32)
-    scores: np.ndarray = (1 - cosines[:, -1])[place]
+    reach = np.maximum(1 - cosines[:, -1], 1 - IDENTICAL)  # (U,); rounding may make it 0
+    scores: np.ndarray = (reach / reach[nearest].mean(axis=1))[place]
     return scores
+
+
+def nearest_sets(found: Findings, count: int) -> list[tuple[list[int], float]]:
+    """The ``count`` sets of most similar images, by single linkage over the pairs of neighbours.
+
+    Pairs are joined from the most similar one on, until there are so many sets, so that ten copies of an image are one
+    set and not 45 pairs.
+
+    Returns:
+        The samples of each set, ascending, and the least cosine that joins it. Sets of identical images come first, the
+        largest first, and then those of the greatest cosine.
+    """
+    size, cosines = found.neighbours.shape[1], found.similarities.ravel()
+    set_of: dict[int, list[int]] = {}
+    least: dict[int, float] = {}  # id of a set -> its cosine
+    for pair in np.argsort(-cosines, kind="stable").tolist():
+        two = (set_of.get(sample, [sample]) for sample in (pair // size, int(found.neighbours.flat[pair])))
+        more, fewer = sorted(two, key=len, reverse=True)
+        if more is fewer:
+            continue
+        least.pop(id(fewer), None)
+        more += fewer
+        least[id(more)] = float(cosines[pair])
+        set_of.update(dict.fromkeys(more, more))
+        if len(least) == count:
+            break
+    sets = [(sorted(members), least[id(members)]) for first, members in set_of.items() if first == min(members)]
+    return sorted(sets, key=lambda each: (-min(each[1], IDENTICAL), -len(each[0]), each[0]))

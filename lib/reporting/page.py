@@ -7,23 +7,31 @@ The page holds everything it shows and loads nothing. Where a part cannot be mad
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
-from lib.reporting import plots, test_figures, training_figures
+from lib.reporting import image_findings, plots, test_figures, training_figures
+from lib.reporting.image_findings import Answer
 from lib.reporting.plots import Part
 from lib.reporting.report_data import ReportData
 from lib.session.atomic_files import atomic_write
 
-SECTIONS = ("training", "discovery", "health", "embeddings", "setting")
+SECTIONS = ("findings", "training", "discovery", "health", "tests", "setting")
 HEALTH = ("quantiles", *training_figures.HEALTH, "follows")
 """Parts of the section ``health``."""
+TESTS = ("confusion", "voters")
+"""Parts of the section ``tests``."""
 LIMIT = 5_000_000
 """Bytes that the page stays below."""
 RESOLUTIONS = (150, 110, 80, 55)
 """Dots per inch of the pictures: the first with which the page stays below its limit."""
+SCRIPT = Path(__file__).with_name("map.js")
+"""Makes the map explorable. The page's policy lets the browser run this script, and no other."""
 TEXT = 300
 """Letters of a name or value on the page at most."""
 
@@ -40,23 +48,25 @@ def write(material: ReportData, folder: Path) -> Path:
         OSError: it cannot be written.
     """
     with plots.style():
-        judged = test_figures.classify(material)
+        judged, projected = test_figures.classify(material), training_figures.project(material)
         parts = {
             **training_figures.training(material),
             **training_figures.discovery(material),
             **training_figures.health(material),
         }
         parts |= {
-            "map": training_figures.embedding_map(material),
+            "map": training_figures.embedding_map(material, projected),
             "confusion": test_figures.confusion(material, judged),
             "voters": test_figures.voters(material, judged),
         }
         pairs = [(_cut(a), _cut(b), count, share) for a, b, count, share in test_figures.confused(material, judged)]
+        answers = image_findings.answers(material)
+        explorer = image_findings.explorer(material, projected) if answers and not isinstance(projected, str) else None
         for resolution in RESOLUTIONS:
             pictures = {
                 name: plots.render(part.figure, resolution) for name, part in parts.items() if part.figure is not None
             }
-            page = _page(material, parts, pictures, pairs)
+            page = _page(material, parts, pictures, pairs, answers, explorer)
             if len(page) < LIMIT:
                 break
     place, path = folder / "report", folder / "report.html"
@@ -77,8 +87,12 @@ def _page(
     parts: Mapping[str, Part],
     pictures: Mapping[str, bytes],
     pairs: Sequence[tuple[str, str, int, str]],
+    answers: Sequence[Answer],
+    explorer: Mapping[str, Any] | None,
 ) -> bytes:
     """The page, with the pictures in it."""
+    script = SCRIPT.read_text(encoding="utf-8")
+    parts_of = {"health": HEALTH, "tests": TESTS}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     text = template.render(
@@ -86,7 +100,11 @@ def _page(
         material=material,
         labelled=material.labels is not None,
         left_out=_left_out(material),
-        sections=[name for name in SECTIONS if name != "health" or any(parts[part].how for part in HEALTH)],
+        sections=[name for name in SECTIONS if any(parts[part].how for part in parts_of.get(name, ["map"]))],
+        answers=answers,
+        explorer=explorer,
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),
         how={name: part.how for name, part in parts.items()},
         pictures={name: base64.b64encode(data).decode("ascii") for name, data in pictures.items()},
         summary=_summary(material),

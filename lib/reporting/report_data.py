@@ -11,8 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from lib.evaluation.findings import Findings
+from lib.session.atomic_files import printable
+
 SEED = 0
 """Of every choice of samples: the same run has the same report."""
+SEARCHED = 100_000
+"""Images among which a report searches groups, duplicates and outliers, at most: the time grows with the square."""
+
+
+def drawn(samples: int, most: int) -> np.ndarray:
+    """At most so many samples, drawn at random and sorted; more of them contain those of fewer."""
+    return np.sort(np.random.default_rng(SEED).permutation(samples)[:most])
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,10 @@ class ReportData:
         tested: None without labelled test images.
         finished: the last epoch of the last round is done.
         chooser: what chooses the best epoch.
+        findings: what the embeddings of the searched images say of these, or a sentence why that is not known.
+        searched: (F,) sample indices, ascending: the images that the findings are about.
+        names: N file names, or None where images have none.
+        indices: (N,) where each image stands in the data set.
         warning: the first sign that training has collapsed, '' where there is none.
     """
 
@@ -90,8 +104,20 @@ class ReportData:
     features: np.ndarray
     tested: Tested | None
     finished: bool
+    findings: Findings | str
+    searched: np.ndarray
+    indices: np.ndarray
+    names: Sequence[str] | None = None
     chooser: str = "the test labels"
     warning: str = ""
+
+    def name_of(self, sample: int) -> str:
+        """File of a training image, or its place in the data set."""
+        return printable(self.names[sample]) if self.names else f"image {self.indices[sample]}"
+
+    def class_of(self, label: int) -> str:
+        """Name of a class."""
+        return printable(self.classes[label])
 
     @property
     def when(self) -> str:

@@ -15,8 +15,9 @@ from datasets import ImageSet
 from lib.config.options import Options
 from lib.config.parser import extra
 from lib.errors import UsageError
+from lib.evaluation.findings import Findings, find
 from lib.method.collapse import find_collapse
-from lib.reporting.report_data import Discovered, ReportData, Tested
+from lib.reporting.report_data import SEARCHED, SEED, Discovered, ReportData, Tested, drawn
 from lib.session import metrics
 from lib.training import checkpoint
 from lib.training.checkpoint import Checkpoint
@@ -55,6 +56,7 @@ def material(
             raise UsageError(f"{folder}: was trained on {len(memory)} samples, not {len(train)}; choose its data")
     except (KeyError, TypeError):
         raise UsageError(f"{folder}: its latest checkpoint holds no memory bank; a report needs one") from None
+    searched = drawn(len(features), SEARCHED)
     return ReportData(
         name=folder.resolve().name,
         facts={str(name): str(value) for name, value in (starts[-1] if starts else {}).items()},
@@ -76,8 +78,26 @@ def material(
         images=train.images,
         labels=train.labels,
         classes=train.classes,
+        names=train.names,
+        indices=train.indices,
         features=features,
+        findings=_findings(features[searched], None if train.labels is None else train.labels[searched], options),
+        searched=searched,
         tested=tested,
         chooser="held-out training images" if options.val_fraction else "the test labels",
         finished=(last["round"], last["epoch"]) >= (options.max_round - 1, options.max_epoch - 1),
     )
+
+
+def _findings(features: np.ndarray, labels: np.ndarray | None, options: Options) -> Findings | str:
+    """The findings of the searched images (F, D), or a sentence why there are none."""
+    try:
+        return find(
+            features,
+            labels,
+            neighbours=options.graph_neighbours,
+            resolution=options.graph_resolution,
+            seed=SEED,
+        )
+    except UsageError as error:
+        return f"Not known: {error}."

@@ -8,6 +8,7 @@ Letters: N training samples, A anchors, K neighbours, E epochs, P points.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -18,7 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from lib.reporting import plots
 from lib.reporting.plots import Part, Tile
-from lib.reporting.report_data import SEED, Discovered, ReportData
+from lib.reporting.report_data import SEED, Discovered, ReportData, drawn
 from lib.session.console import plural
 
 MAPPED, ROUNDS = 2_000, 6
@@ -229,26 +230,49 @@ def _rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
 
 
-def embedding_map(material: ReportData) -> Part:
-    """Some of the embeddings in the plane."""
+@dataclass(frozen=True)
+class Projection:
+    """Embeddings in the plane.
+
+    Attributes:
+        chosen: (P,) sample indices, ascending.
+        points: (P, 2).
+        how: how they came about.
+    """
+
+    chosen: np.ndarray
+    points: np.ndarray
+    how: str
+
+
+def project(material: ReportData) -> Projection | str:
+    """Some of the embeddings in the plane by t-SNE, or why they are not drawn."""
     samples = len(material.features)
-    chosen = np.sort(np.random.default_rng(SEED).permutation(samples)[:MAPPED])
+    chosen = drawn(samples, MAPPED)
     features = np.asarray(material.features[chosen], np.float64)  # (P, D)
     if not np.isfinite(features).all():
-        return Part(None, "Not drawn: some embeddings are not finite numbers.")
+        return "Not drawn: some embeddings are not finite numbers."
     if len(features) < 5 or np.ptp(features, axis=0).max() < 1e-6:
-        return Part(None, "Not drawn: there are fewer than five embeddings, or all are the same.")
+        return "Not drawn: there are fewer than five embeddings, or all are the same."
     before = ""
     if features.shape[1] > 50 and len(features) > 50:
         features, before = PCA(50, random_state=SEED).fit_transform(features), ", after PCA to 50 dimensions"
     perplexity = min(30.0, (len(features) - 1) / 3)
     with threadpool_limits(1):  # sums in one order; and threads that wait for a busy core cost more than they bring
         points = TSNE(perplexity=perplexity, init="pca", random_state=SEED).fit_transform(features)  # (P, 2)
-    labels = None if material.labels is None else material.labels[chosen]
-    classes = len(material.classes)
-    left = f" The legend names {plots.LEGEND} of {classes} classes." if classes > plots.LEGEND else ""
     how = (
         f"{len(features):,} of {plural(samples, 'embedding')} of the training images (test transform), "
-        f"by t-SNE (perplexity {perplexity:.3g}, started from PCA, seed {SEED}){before}; {material.when}.{left}"
+        f"by t-SNE (perplexity {perplexity:.3g}, started from PCA, seed {SEED}){before}; {material.when}."
     )
-    return Part(plots.embedding_map(points, labels, plots.all_writable(material.classes)), how)
+    return Projection(chosen, points, how)
+
+
+def embedding_map(material: ReportData, projected: Projection | str) -> Part:
+    """The embeddings in the plane, coloured by their classes."""
+    if isinstance(projected, str):
+        return Part(None, projected)
+    labels = None if material.labels is None else material.labels[projected.chosen]
+    classes = len(material.classes)
+    left = f" The legend names {plots.LEGEND} of {classes} classes." if classes > plots.LEGEND else ""
+    figure = plots.embedding_map(projected.points, labels, plots.all_writable(material.classes))
+    return Part(figure, f"{projected.how}{left}")

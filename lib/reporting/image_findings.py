@@ -1,0 +1,215 @@
+"""The top of a report: groups, duplicates, outliers and suspicious labels with their images, and the explorable map.
+
+Letters: N training samples, F of them searched, K neighbours, P points of the map.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lib.evaluation import findings
+from lib.evaluation.findings import RESOLUTION_FACTORS, SEEDS, Findings
+from lib.reporting.report_data import ReportData
+from lib.reporting.training_figures import Projection
+from lib.session import image_grid
+from lib.session.console import plural
+
+GROUPS, TYPICAL, LISTED, MEMBERS = 12, 6, 20, 8
+"""Groups, images of a group, entries of every other list, and images of a set of duplicates, at most."""
+SIDE, QUALITY = 72, 80
+"""Pixels and JPEG quality of a thumbnail."""
+TILE, NEAR = image_grid.TILE, 8
+"""Pixels of an image of the map, and neighbours that the map shows of it."""
+CLEAR = 1.5
+"""Outlier score above which the page counts images."""
+STABLE, FAIR = 0.9, 0.7
+"""Adjusted Rand index between seeds from which the page calls the groups stable, and fairly stable."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image on the page: its JPEG in base64, its file or place in the data set, and a note."""
+
+    picture: str
+    name: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Images that belong together, under a title; '' for none."""
+
+    title: str
+    images: list[Shown]
+    left: int = 0
+    """Images that are not shown, where positive."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One of the questions: a title, what was found, how to read it, and the images."""
+
+    title: str
+    found: str
+    reading: str
+    rows: list[Row]
+
+
+def answers(material: ReportData) -> list[Answer]:
+    """Groups, duplicates and outliers, and with labels the suspicious ones; nothing where there are no findings."""
+    found = material.findings
+    if not isinstance(found, Findings):
+        return []
+    parts = [_groups(material, found), _duplicates(material, found), _outliers(material, found)]
+    return parts if found.label_disagreement is None else [*parts, _labels(material, found)]
+
+
+def _shown(material: ReportData, place: int, note: str = "") -> Shown:
+    """A searched image by its place among them."""
+    sample = int(material.searched[place])
+    return Shown(_jpeg(image_grid.tile(material.images[sample], SIDE)), material.name_of(sample), note)
+
+
+def _jpeg(picture: Image.Image) -> str:
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=QUALITY)
+    return base64.b64encode(data.getvalue()).decode("ascii")
+
+
+def _groups(material: ReportData, found: Findings) -> Answer:
+    sizes, features = np.bincount(found.groups), material.features[material.searched]
+    rows = []
+    for group, size in enumerate(sizes[:GROUPS].tolist()):
+        (members,) = (found.groups == group).nonzero()
+        _, first = np.unique(found.copies[members], return_index=True)  # each of several copies once
+        similarity = features[members[first]] @ features[members].mean(axis=0)  # the mean over the group
+        typical = members[first][np.argsort(-similarity, kind="stable")[:TYPICAL]]
+        title = f"Group {group}: {plural(size, 'image')} ({size / len(features):.0%}){_majority(material, members)}"
+        rows.append(Row(title, [_shown(material, place) for place in typical.tolist()]))
+    left = len(sizes) - GROUPS
+    rest = f" Not shown: {plural(left, 'group')} of {plural(int(sizes[GROUPS:].sum()), 'image')}." if left > 0 else ""
+    reading = (
+        f"Communities (Leiden, modularity {found.modularity:.2f}) of the graph that joins each image with its "
+        f"{plural(found.neighbours.shape[1], 'nearest neighbour')}. Of each group its most typical images are shown, "
+        f"those most similar to the others of the group.{rest}"
+    )
+    return Answer(
+        "Groups", f"{plural(len(sizes), 'group')} of {plural(len(features), 'image')}. {_sure(found)}", reading, rows
+    )
+
+
+def _sure(found: Findings) -> str:
+    """How sure the number of groups is, in a sentence."""
+    (low, high), (coarse, fine) = found.seed_range, found.resolution_range
+    agreement, (half, twice) = found.seed_agreement, RESOLUTION_FACTORS
+    stable = "stable" if agreement >= STABLE else "fairly stable" if agreement >= FAIR else "uncertain"
+    return (
+        f"The groups are {stable}: with {SEEDS} other random seeds there are "
+        f"{low if low == high else f'{low} to {high}'}, with an adjusted Rand index of {agreement:.2f} (1: the same "
+        f"groups, 0: chance); {half:g} times the resolution makes {coarse}, and {twice:g} times {fine}."
+    )
+
+
+def _majority(material: ReportData, members: np.ndarray) -> str:
+    """The most frequent class of some searched images, with its share; '' without labels."""
+    if material.labels is None:
+        return ""
+    counts = np.bincount(material.labels[material.searched[members]])
+    return f"; {counts.max() / len(members):.0%} are {material.class_of(int(counts.argmax()))}"
+
+
+def _duplicates(material: ReportData, found: Findings) -> Answer:
+    copies = np.bincount(found.copies)  # of each image, itself included
+    repeated, sets = int((copies[copies > 1] - 1).sum()), int((copies > 1).sum())
+    same = f"{plural(repeated, 'image')} could go without loss: identical to another one ({plural(sets, 'set')})."
+    rows = []
+    for members, cosine in findings.nearest_sets(found, LISTED):
+        alike = "identical" if cosine >= findings.IDENTICAL else f"similarity {cosine:.4f}"
+        title = f"{plural(len(members), 'image')}, {alike}"
+        rows.append(Row(title, [_shown(material, place) for place in members[:MEMBERS]], len(members) - MEMBERS))
+    reading = (
+        "The most similar images, identical ones first. Identical means that the network sees no difference: the files "
+        "are the same, or differ in details that resizing removes. Recompressed and cropped copies follow, and then "
+        "images that merely look alike."
+    )
+    return Answer("Duplicates", same if repeated else "No two images are identical to the network.", reading, rows)
+
+
+def _outliers(material: ReportData, found: Findings) -> Answer:
+    distinct, counts = np.unique(found.copies, return_counts=True)
+    order = np.argsort(-found.outlier_scores[distinct], kind="stable")[:LISTED]
+    shown = []
+    for place, count in zip(distinct[order].tolist(), counts[order].tolist(), strict=True):
+        copies = f", {count:,} copies" if count > 1 else ""
+        shown.append(_shown(material, place, f"{found.outlier_scores[place]:.2f}{copies}"))
+    reading = (
+        f"The score is the distance to the {found.neighbours.shape[1]}th neighbour, relative to the same distance of "
+        "these neighbours; copies count once. About 1 is usual. Images that are the only one of their kind and blank "
+        "images stand out. Noise often does not: a network may find it similar to texture."
+    )
+    above = int((found.outlier_scores[distinct] > CLEAR).sum())
+    said = f"Score above {CLEAR:g}: {plural(above, 'image')} of {len(distinct):,} different ones."
+    return Answer("Outliers", said, reading, [Row("", shown)])
+
+
+def _labels(material: ReportData, found: Findings) -> Answer:
+    assert material.labels is not None and found.label_disagreement is not None
+    own, size = material.labels[material.searched], found.neighbours.shape[1]
+    near = own[found.neighbours]  # (F, K)
+    votes = np.array([np.bincount(row, minlength=1).max() for row in near]) if size else np.zeros(len(own), int)
+    suspicious = np.flatnonzero(found.label_disagreement > 0.5)
+    order = suspicious[np.lexsort((-votes[suspicious], -found.label_disagreement[suspicious]))][:LISTED]
+    shown = []
+    for place in order.tolist():
+        others = np.bincount(near[place][near[place] != own[place]])
+        note = (
+            f"labelled {material.class_of(int(own[place]))}; {others.max()} of {size} neighbours: "
+            f"{material.class_of(int(others.argmax()))}"
+        )
+        shown.append(_shown(material, place, note))
+    usual = f"{found.label_disagreement.mean():.0%} of all neighbours have another label than their image"
+    reading = (
+        f"Images whose neighbours have other labels, those with the most such neighbours first. {usual}; the higher "
+        "this share is, the more of the images listed here are labelled correctly."
+    )
+    said = f"{plural(len(suspicious), 'image')} of {len(own):,} differ in label from most of their neighbours."
+    return Answer("Labels", said, reading, [Row("", shown)] if shown else [])
+
+
+def explorer(material: ReportData, projected: Projection) -> dict[str, Any]:
+    """What the script of the page needs to draw the map and to show an image with its neighbours.
+
+    Returns:
+        ``sprite``: all images in one JPEG, base64; ``columns`` and ``side`` of its tiles; and of each point ``x`` and
+        ``y`` from 0 to 1, ``group``, ``label`` (absent without labels), ``name``, ``near`` and ``alike``, the points
+        most similar to it with their cosines; ``classes``.
+    """
+    found, points, chosen = material.findings, projected.points, projected.chosen
+    assert isinstance(found, Findings)
+    near, alike = findings.nearest_neighbours(material.features[chosen], NEAR)
+    columns = math.isqrt(len(chosen) - 1) + 1
+    sprite = Image.new("RGB", (columns * TILE, -(-len(chosen) // columns) * TILE), "white")
+    for place, sample in enumerate(chosen.tolist()):
+        sprite.paste(image_grid.tile(material.images[sample], TILE), (place % columns * TILE, place // columns * TILE))
+    x, y = np.round((points - points.min(axis=0)) / np.ptp(points, axis=0), 4).T  # fills the square
+    labels = None if material.labels is None else material.labels[chosen].tolist()
+    return {
+        "sprite": _jpeg(sprite),
+        "columns": columns,
+        "side": TILE,
+        "x": x.tolist(),
+        "y": y.tolist(),
+        "group": found.groups[np.searchsorted(material.searched, chosen)].tolist(),
+        "label": labels,
+        "classes": [material.class_of(number) for number in range(len(material.classes))],
+        "name": [material.name_of(sample) for sample in chosen.tolist()],
+        "near": near.tolist(),
+        "alike": np.round(alike, 3).astype(float).tolist(),
+    }

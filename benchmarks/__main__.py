@@ -13,7 +13,7 @@ import torch
 import benchmarks
 from benchmarks import gpu, measure
 
-AIDS = ("__main__", "gpu", "gpu_parts", "measure", "reference", "simclr", "study", "study_results")
+AIDS = ("__main__", "clusterings", "gpu", "gpu_parts", "measure", "reference", "simclr", "study", "study_results")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -108,7 +108,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> list[Row]:
     if "linear" in needing:
         raise UsageError(
             "--protocol linear needs labelled training and test images, but there are none; use --protocol cluster "
-            "without labels"
+            "or graph without labels"
         )
     if needing:
         logger().warning(

@@ -102,7 +102,7 @@ def run_evaluation(context: RunContext) -> None:
     options, source = context.options, context.source
     inputs = _evaluation_inputs(context)
     unlabelled = inputs.train_labels is None or inputs.test_labels is None
-    if unlabelled and "cluster" not in options.protocol and _exports(options):
+    if unlabelled and not {"cluster", "graph"} & set(options.protocol) and _exports(options):
         return
     rows = evaluate.evaluate(inputs, options)
     logger().info("%s", evaluate.text(rows), extra=SUMMARY)

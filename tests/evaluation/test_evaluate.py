@@ -16,7 +16,7 @@ import synthetic
 from lib.config.options import Options
 from lib.data.loader import Loader
 from lib.errors import UsageError
-from lib.evaluation import evaluate
+from lib.evaluation import evaluate, graph_clustering
 from lib.evaluation.classifier import Evaluator
 from lib.evaluation.evaluate import BANK, RECOMPUTED, EvaluationInputs, Row
 
@@ -89,13 +89,13 @@ def knn(inputs: EvaluationInputs, bank: np.ndarray, k: int) -> float:
 
 def test_every_protocol_gives_its_rows_from_one_pass_over_each_split() -> None:
     inputs = subject_of()
-    options = Options(protocol="knn nn linear cluster", linear_layers="conv1 fc")
+    options = Options(protocol="knn nn linear cluster graph", linear_layers="conv1 fc", graph_neighbours=6)
     rows = evaluate.evaluate(inputs, options)
     names = ["weighted kNN (K=20, sigma=0.1)"] * 2 + ["NN"] * 2
     assert [row.protocol for row in rows][:4] == names
     assert [row.features for row in rows] == [
         RECOMPUTED, BANK, RECOMPUTED, BANK,
-        f"conv1, {RECOMPUTED}", f"fc, {RECOMPUTED}", f"training images, {RECOMPUTED}",
+        f"conv1, {RECOMPUTED}", f"fc, {RECOMPUTED}", *[f"training images, {RECOMPUTED}"] * 2,
     ]  # fmt: skip
     assert inputs.network.passes == len(inputs.train) + len(inputs.test or [])
     assert inputs.memory is not None
@@ -109,6 +109,10 @@ def test_every_protocol_gives_its_rows_from_one_pass_over_each_split() -> None:
         assert row.figures["top1"] <= row.figures["best_top1"] <= 1 and row.protocol.startswith("linear probe")
     assert rows[5].figures["top1"] > 0.6
     assert set(rows[6].figures) == {"nmi", "ari", "accuracy"} and "4 clusters" in rows[6].protocol
+    expected_groups = graph_clustering.cluster(
+        rows_of_training.astype(np.float32), inputs.train_labels, neighbours=6, resolution=1.0, seed=3
+    )
+    assert rows[7].figures == expected_groups.figures and "K=6" in rows[7].protocol
 
 
 @pytest.mark.parametrize("memory", [None, torch.ones(149, 5), torch.ones(150, 6)])
@@ -121,6 +125,8 @@ def test_without_labels_there_is_clustering_alone() -> None:
     inputs = subject_of(train_labels=None, test_labels=None, test=None, classes=0, evaluators=[])
     (row,) = evaluate.evaluate(inputs, Options(protocol="cluster", clusters=3))
     assert set(row.figures) == {"silhouette"} and "3 clusters" in row.protocol
+    (row,) = evaluate.evaluate(inputs, Options(protocol="graph", graph_neighbours=200, graph_resolution=0.5))
+    assert set(row.figures) == {"groups", "modularity"} and "K=149, resolution 0.5" in row.protocol  # one group
     with pytest.raises(UsageError, match="linear needs labelled"):
         evaluate.evaluate(inputs, Options(protocol="cluster linear"))
 
@@ -155,16 +161,18 @@ ROWS = [
     Row("weighted kNN (K=20, sigma=0.1)", RECOMPUTED, {"top1": 0.5, "top5": 1.0}),
     Row("linear probe (SGD)", f"conv5, {RECOMPUTED}", {"top1": 0.25, "top5": 0.75, "best_top1": 0.5}),
     Row("k-means (4 clusters)", "training images", {"nmi": 0.1234, "ari": -0.05, "accuracy": 0.5}),
+    Row("Leiden (K=15)", "training images", {"groups": 13.0, "modularity": 0.6}),
 ]
 
 
 def test_the_table_shows_what_somebody_has_and_how_it_came_about() -> None:
     lines = evaluate.text(ROWS).splitlines()
-    assert lines[0].split()[2:] == "top-1 top-5 top-1 best NMI ARI accuracy".split()
+    assert lines[0].split()[2:] == "top-1 top-5 top-1 best groups modularity NMI ARI accuracy".split()
     assert lines[2].startswith(f"{RECOMPUTED}: weighted kNN (K=20, sigma=0.1) ")
-    assert lines[2].split()[-6:] == ["50.00%", "100.00%", "-", "-", "-", "-"]
+    assert lines[2].split()[-8:] == ["50.00%", "100.00%", *["-"] * 6]
     assert lines[4].split()[-3:] == ["0.123", "-0.050", "50.00%"]
-    assert "chosen by the test labels" in lines[5]
+    assert lines[5].split()[-5:] == ["13", "0.600", "-", "-", "-"]
+    assert "chosen by the test labels" in lines[6]
     short = evaluate.text(ROWS[:1])
     assert "best" not in short and "NMI" not in short and len(short.splitlines()) == 3
 
@@ -173,7 +181,7 @@ def test_the_figures_are_kept_whole_as_json(tmp_path: Path) -> None:
     path = tmp_path / "evaluation.json"
     evaluate.save(ROWS, path, {"seed": 3, "checkpoint": None})
     content = json.loads(path.read_text(encoding="utf-8"))
-    assert content["seed"] == 3 and len(content["results"]) == 3
+    assert content["seed"] == 3 and len(content["results"]) == 4
     assert content["results"][1] == {
         "protocol": "linear probe (SGD)", "features": f"conv5, {RECOMPUTED}",
         "top1": 0.25, "top5": 0.75, "best_top1": 0.5,

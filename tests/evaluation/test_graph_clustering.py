@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 import networkx as nx
 import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import kneighbors_graph
 
+from lib.errors import UsageError
+from lib.evaluation import graph_clustering
 from lib.evaluation.graph_clustering import cluster, communities, nearest_neighbours
 
 
@@ -65,3 +69,85 @@ def test_planted_groups_are_found_and_numbered_by_size() -> None:
     )
     assert found.name == "Leiden on the nearest-neighbour graph (K=10, resolution 1)"
     assert found.clusters.dtype == np.int64
+
+
+def test_the_same_seed_gives_the_same_groups() -> None:
+    rows, _ = planted([150, 150], noise=1.0)  # hardly any structure: another seed gives other groups
+    neighbours = nearest_neighbours(torch.from_numpy(rows), 4).numpy()
+    runs = [communities(neighbours, resolution=1.0, seed=seed)[0].tolist() for seed in (5, 5, 6, 2**63 - 1)]
+    assert runs[0] == runs[1] and runs[0] != runs[2] and runs[0] != runs[3]
+
+
+def test_another_order_of_the_samples_gives_the_same_groups() -> None:
+    rows, _ = planted([40, 100, 60, 90, 70, 80], noise=0.15)
+    order = np.random.default_rng(1).permutation(len(rows))
+    found, shuffled = (cluster(each, None, neighbours=10, resolution=1.0, seed=0) for each in (rows, rows[order]))
+    assert shuffled.clusters.tolist() == found.clusters[order].tolist()  # true where groups are distinct, as here
+
+
+def test_more_resolution_gives_more_groups() -> None:
+    rows, _ = planted([60] * 6, noise=0.4)
+    counts = [cluster(rows, None, neighbours=10, resolution=r, seed=0).figures["groups"] for r in (0.1, 1.0, 8.0)]
+    assert counts == sorted(counts) and counts[0] < counts[1] < counts[2]
+
+
+def test_equal_sizes_are_numbered_by_their_first_sample() -> None:
+    pairs = np.array([[3], [2], [1], [0], [5], [4]])  # 0 with 3, 1 with 2, 4 with 5
+    assert communities(pairs, resolution=1.0, seed=0)[0].tolist() == [0, 1, 1, 0, 2, 2]
+
+
+def test_similarities_weigh_the_edges() -> None:
+    ring = np.array([[(i - 1) % 8, (i + 1) % 8] for i in range(8)])
+    weights = np.ones((8, 2))
+    weights[[0, 4], 0] = weights[[7, 3], 1] = -0.2  # cut between 7 and 0, and between 3 and 4
+    groups, modularity = communities(ring, weights, resolution=0.5, seed=0)
+    assert groups.tolist() == [0] * 4 + [1] * 4 and modularity == pytest.approx(0.5)
+    strong = np.where(weights > 0, 1.0, 0.5)
+    graph = nx.Graph()
+    graph.add_weighted_edges_from((i, int(ring[i, j]), strong[i, j]) for i in range(8) for j in range(2))
+    groups, modularity = communities(ring, strong, resolution=0.5, seed=0)
+    members = [set(np.flatnonzero(groups == group).tolist()) for group in range(groups.max() + 1)]
+    assert modularity == pytest.approx(nx.community.modularity(graph, members))
+
+
+@pytest.mark.parametrize(("samples", "groups"), [(1, [0]), (2, [0, 0]), (5, [0] * 5)])
+def test_fewer_images_than_neighbours_are_one_group(samples: int, groups: list[int]) -> None:
+    rows, labels = planted([5])
+    found = cluster(rows[:samples], labels[:samples], neighbours=15, resolution=1.0, seed=0)
+    assert found.clusters.tolist() == groups and f"(K={samples - 1}, " in found.name
+    assert found.figures["groups"] == 1 and found.figures["modularity"] == pytest.approx(0, abs=1e-12)
+    without = cluster(rows[:samples], None, neighbours=15, resolution=1.0, seed=0).figures
+    assert set(without) == {"groups", "modularity"}
+
+
+def test_equal_embeddings_do_no_harm() -> None:
+    rows = np.tile(np.float32([0.6, 0.8]), (3000, 1))
+    found = cluster(rows, None, neighbours=5, resolution=1.0, seed=0)
+    assert len(found.clusters) == 3000 and found.figures["modularity"] < 0.1
+    mixed, labels = planted([40, 60, 50, 45, 55], noise=0.1)
+    mixed[labels == 1] = mixed[labels == 1][0]  # a class of equal images beside ordinary ones
+    assert cluster(mixed, labels, neighbours=10, resolution=1.0, seed=0).figures["nmi"] > 0.9
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_embedding_that_is_no_number_is_refused(value: float) -> None:
+    rows, labels = planted([20, 20])
+    rows[7, 3] = value
+    with pytest.raises(UsageError, match="protocol graph: some embeddings are NaN or infinite"):
+        cluster(rows, labels, neighbours=5, resolution=1.0, seed=0)
+
+
+def test_a_missing_package_is_told_before_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "graspologic_native", None)
+    with pytest.raises(UsageError, match=r"pip install 'graspologic-native>=1\.3\.1'"):
+        graph_clustering.leiden()
+
+
+@pytest.mark.slow
+def test_a_graph_that_kept_scikit_network_busy_ends() -> None:
+    draw = np.random.default_rng(0)
+    groups = draw.integers(0, 10, 20_000)
+    rows = draw.normal(size=(10, 16))[groups] + 1.5 * draw.normal(size=(20_000, 16))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    found, modularity = communities(nearest_neighbours(torch.from_numpy(rows), 2).numpy(), resolution=1.0, seed=0)
+    assert 0.77 < modularity < 0.85 and found.max() < 200

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 RUN = """
 --dataset folder --network resnet10-w16 --resize 8 --size 8 --scale 0.3 1 --colorjitter 0.4 0.4 0.4 0.1 --low-dim 4
 --random-grayscale 0.2 --random-horizontal-flip --batch-size 2 --workers-num 0 --max-round 3 --max-epoch 1
---ANs-select-rate 0.5 --base-lr 0.01 --seed 3 --brief --protocol knn nn linear cluster --clusters 2 --report
+--ANs-select-rate 0.5 --base-lr 0.01 --seed 3 --brief --protocol knn nn linear cluster graph --clusters 2 --report
 --momentum 0.9 --weight-decay 5e-4"""
 Picture = Callable[[int], np.ndarray]
 
@@ -62,7 +62,7 @@ def test_degenerate_data_can_be_trained_on(
     words = [*RUN.split(), "--data-root", str(tmp_path / "photos"), "--sess-dir", str(tmp_path)]
     assert main.main([*words, "--session", "run", "--export-neighbourhoods", str(out)]) == 0, capsys.readouterr().err
     test = ["--resume", str(session), "--test-only", "--export-features", str(tmp_path / "all.npz")]
-    assert main.main([*test, *([] if labelled else ["--protocol", "cluster"])]) == 0, capsys.readouterr().err
+    assert main.main([*test, *([] if labelled else ["--protocol", "cluster", "graph"])]) == 0, capsys.readouterr().err
     shown = capsys.readouterr()
     is_equal = kind in ("the same image again and again", "black images", "white images")
     assert ("1 of the 2 clusters are empty" in shown.out) == (is_equal and (classes == 2 or not labelled))

@@ -261,7 +261,12 @@ MODES: list[dict[str, Any]] = [
     *[{}] * 3,
     {"resume": "session", "max_round": 3},
     {"resume": "session", "test_only": True},
-    {"resume": "session", "test_only": True, "protocol": ["nn", "knn", "linear", "cluster"], "linear_layers": "fc"},
+    {
+        "resume": "session",
+        "test_only": True,
+        "protocol": ["nn", "knn", "linear", "cluster", "graph"],
+        "linear_layers": "fc",
+    },
     {"resume": "zip.ckpt"},
     {"resume": "session", "query": ["picture.png"]},
     {"test_only": True, "pretrained": "model.safetensors"},

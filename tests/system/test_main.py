@@ -334,10 +334,12 @@ def test_test_run_without_a_checkpoint_warns_of_random_weights(
 
 
 def test_several_protocols_make_one_table(start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = "--protocol nn knn linear cluster --linear-layers conv1 fc --knn-k 7 --knn-sigma 0.2"
+    words = "--protocol nn knn linear cluster graph --linear-layers conv1 fc --knn-k 7 --knn-sigma 0.2"
+    words += " --graph-neighbours 4 --graph-resolution 0.5"
     assert main.main([*start, *words.split(), "--test-only"]) == 0
     screen = capsys.readouterr().out
-    for word in ("weighted kNN (K=7, sigma=0.2)", ": NN", "conv1, recomputed", "fc, recomputed", "k-means (2 clusters"):
+    rows = "weighted kNN (K=7, sigma=0.2)", ": NN", "conv1, recomputed", "fc, recomputed", "k-means (2 clusters"
+    for word in (*rows, "nearest-neighbour graph (K=4, resolution 0.5)"):
         assert word in screen
     assert not (tmp_path / "sessions").exists()
     assert "conv1, fc" in refused([*start, *words.split(), "--linear-layers", "conv9", "--test-only"], capsys)
@@ -456,7 +458,7 @@ def test_test_run_without_labels_shows_label_free_figures(
     screen = capsys.readouterr().out
     assert "median entropy" in screen and "k-means (10 clusters" in screen
     found = json.loads((session_in(tmp_path) / "evaluation.json").read_text(encoding="utf-8"))["results"]
-    assert "silhouette" in found[1] and 0 <= found[0]["reciprocal"] <= 1
+    assert "silhouette" in found[1] and 0 <= found[0]["reciprocal"] <= 1 and found[2]["groups"] >= 1
 
 
 def test_identical_images_are_found_by_query_and_in_the_table(

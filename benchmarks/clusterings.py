@@ -3,7 +3,7 @@
     python -m benchmarks.clusterings --features digits d0.npz d1.npz d2.npz --features photographs p.npz
 
 Each ``--features NAME FILE ...`` names files of main.py's ``--export-features`` with labels; their training embeddings
-are clustered, file i with seed i, and a single file with seeds 0, 1 and 2. Pixels of the digits come first. Spectral
+are clustered, file i with seed i, and a single file with seeds 0 to ``--seeds`` - 1. Pixels of the digits come first. Spectral
 clustering and HDBSCAN compare pairs, so beyond ``--most`` samples a random sample of that size is clustered, by all
 methods, and all samples by those that can. k-means and spectral clustering are told the number of classes, the others
 are not. The table is printed as Markdown.
@@ -31,7 +31,6 @@ from lib.errors import UsageError
 from lib.evaluation import clustering, graph_clustering
 from lib.session import provenance
 
-SEEDS = 3
 NOISE = -1
 """HDBSCAN's cluster of samples that are in none."""
 Method = Callable[[np.ndarray, int, int], np.ndarray]
@@ -153,6 +152,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--features", nargs="+", action="append", default=[], metavar="NAME FILE", help="see above")
     parser.add_argument("--most", type=int, default=10_000, help="samples of slow methods (default: 10000)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of the pixels and of single files (default: 3)")
     given = parser.parse_args(argv)
     try:
         groups = {"digits, pixels": [pixels()]}
@@ -165,7 +165,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     lines = []
     for name, sets in groups.items():
-        lines += [[name, *line] for line in compare(sets * (SEEDS if len(sets) == 1 else 1), given.most)]
+        lines += [[name, *line] for line in compare(sets * (given.seeds if len(sets) == 1 else 1), given.most)]
     header = ["embeddings", "samples", "method", "groups", "NMI", "ARI", "accuracy", "left out", "seconds"]
     print(measure.table(header, lines))
     versions = provenance.versions()

@@ -20,9 +20,9 @@ from lib.errors import UsageError
 from lib.evaluation.clustering import Clustering, scores, silhouette
 from lib.method.discovery import entropy_and_topk
 
-ITERATIONS = 10
-"""Times that Leiden goes over the graph, each time from the partition of the time before. Modularity rises with them,
-most of all in the first five."""
+ITERATIONS = 5
+"""Times that Leiden goes over the graph, each time from the partition of the time before. On 50,000 embeddings the
+modularity rose from 0.657 after one to 0.667 after two and 0.668 after five, in 1, 2 and 3 seconds."""
 SWEEPS = 100
 """Bound on the sweeps of a local search, so that it ends also where rounding makes equal partitions look better."""
 

@@ -120,13 +120,12 @@ class Group:
     values: tuple[str, ...]
     runs: tuple[Run, ...]
 
-    def of_round(self, round: int) -> list[Figures]:
-        """Metrics of a round, of the runs that are furthest in it; empty if no run has reached it."""
-        return _furthest(figures for run in self.runs for figures in run.rounds if figures.round == round)
-
-    def whole(self) -> list[Figures]:
-        """Metrics of the whole run, of the runs that are furthest."""
-        return _furthest(run.whole for run in self.runs)
+    def figures(self, round: int | None) -> list[Figures]:
+        """Metrics of a round, or of the whole run (None), of the runs that are furthest in it; empty without such."""
+        found = [f for run in self.runs for f in (run.rounds if round is not None else [run.whole])]
+        found = [f for f in found if round in (None, f.round)]
+        last = max(((f.round, f.epoch) for f in found), default=None)
+        return [f for f in found if (f.round, f.epoch) == last]
 
 
 @dataclass(frozen=True)
@@ -209,12 +208,6 @@ def _figures(records: Sequence[dict[str, Any]]) -> Figures:
     )
 
 
-def _furthest(found: Iterable[Figures]) -> list[Figures]:
-    figures = list(found)
-    last = max(((f.round, f.epoch) for f in figures), default=None)
-    return [f for f in figures if (f.round, f.epoch) == last]
-
-
 def _word(value: object) -> str:
     if isinstance(value, tuple):
         return " ".join(map(_word, value))
@@ -258,13 +251,13 @@ def text(comparison: Comparison) -> str:
     """The comparison as plain text: a row for each group, its sessions, and a row for each round and group."""
     groups, names = comparison.groups, comparison.differing
     runs = [(run, group) for group in groups for run in group.runs]
-    rounds = [(group, group.of_round(round)) for round in comparison.rounds for group in groups]
+    rounds = [(group, group.figures(round)) for round in comparison.rounds for group in groups]
     columns = names if len(names) <= 4 else ()  # more do not fit; the list of groups shows them
     lines = [
         f"sessions: {len(runs)}; what differs: {', '.join(names) or 'nothing'}; "
         f"equal: {comparison.equal} facts (options, versions, beginning)",
         "",
-        _table([(group, group.whole()) for group in groups], WHOLE, columns),
+        _table([(group, group.figures(None)) for group in groups], WHOLE, columns),
         "",
         *(f"group {_label(comparison, group)}: {_names(group.runs)}" for group in groups),
     ]
@@ -368,11 +361,8 @@ def to_csv(comparison: Comparison) -> bytes:
             who = [csv_text(str(run.session)), group.number, run.options.seed, "yes" if run.finished else "no", 1]
             for scope, figures in [*(("round", figures) for figures in run.rounds), ("run", run.whole)]:
                 writer.writerow([*who, scope, "value", *values, *(getattr(figures, name) for name in FIGURES)])
-        for scope, found in [
-            *(("round", group.of_round(round)) for round in comparison.rounds),
-            ("run", group.whole()),
-        ]:
-            if found:
+        for scope, round in [*(("round", round) for round in comparison.rounds), ("run", None)]:
+            if found := group.figures(round):
                 who, epoch = ["", group.number, "", "", len(found)], [found[0].round, found[0].epoch]
                 means, deviations = zip(*(mean_and_deviation(found, name) for name in FIGURES[2:]), strict=True)
                 writer.writerow([*who, scope, "mean", *values, *epoch, *means])
@@ -428,26 +418,28 @@ def _style(group: Group) -> dict[str, Any]:
 
 def _draw_curves(axes: Any, comparison: Comparison) -> list[Any]:
     """Draws mean and deviation of each group over the rounds, shifted so that the error bars do not overlap."""
-    found = {g.number: {r: f for r in comparison.rounds if (f := g.of_round(r))} for g in comparison.groups}
-    every = [figures for rounds in found.values() for figures in rounds.values()]
-    name = "top1" if any(mean_and_deviation(figures, "top1")[0] is not None for figures in every) else "loss"
-    scale = 100 if name == "top1" else 1
-    handles = []
-    for group in comparison.groups:
-        points = [mean_and_deviation(figures, name) for figures in found[group.number].values()]
-        means, deviations = np.array(points, dtype=float).T * scale  # None becomes NaN: not drawn
-        step = min(0.04, 0.5 / len(comparison.groups))
-        x = np.array(list(found[group.number])) + step * (group.number - (len(comparison.groups) + 1) / 2)
-        handles.append(axes.errorbar(x, means, deviations, capsize=2, markersize=4, linewidth=1, **_style(group)))
+    groups, rounds = comparison.groups, comparison.rounds
+
+    def points(name: str) -> np.ndarray:
+        """(groups, rounds, 2) mean and deviation. None becomes NaN, which is not drawn."""
+        found = [[mean_and_deviation(group.figures(round), name) for round in rounds] for group in groups]
+        return np.array(found, dtype=float)
+
+    accuracy = 100 * points("top1")
+    is_known = np.isfinite(accuracy).any()
+    step, handles = min(0.04, 0.5 / len(groups)), []
+    for group, found in zip(groups, accuracy if is_known else points("loss"), strict=True):
+        x = np.array(rounds) + step * (group.number - (len(groups) + 1) / 2)
+        handles.append(axes.errorbar(x, *found.T, capsize=2, markersize=4, linewidth=1, **_style(group)))
     axes.set(xlabel="round", xticks=comparison.rounds)
-    axes.set_ylabel("top-1 at the round's last epoch, %" if name == "top1" else "loss at the round's last epoch")
+    axes.set_ylabel("top-1 at the round's last epoch, %" if is_known else "loss at the round's last epoch")
     axes.grid(axis="y", alpha=0.3)
     return handles
 
 
 def _draw_times(axes: Any, groups: Sequence[Group]) -> None:
     """Draws a bar for each group: the mean time of its runs that are furthest."""
-    seconds = np.array([mean_and_deviation(group.whole(), "seconds") for group in groups], dtype=float)
+    seconds = np.array([mean_and_deviation(group.figures(None), "seconds") for group in groups], dtype=float)
     longest = np.nanmax(seconds[:, 0], initial=0)
     unit, name = (3600, "hours") if longest >= 7200 else (60, "minutes") if longest >= 120 else (1, "seconds")
     means, deviations = seconds.T / unit

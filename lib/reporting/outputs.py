@@ -159,7 +159,7 @@ def write_report(context: RunContext, folder: Path, loaded: Checkpoint) -> None:
             k=options.knn_k,
             sigma=options.knn_sigma or options.npc_temperature,
         )
-    report_data = session_data.material(
+    report_data = session_data.collect(
         folder,
         options,
         loaded,

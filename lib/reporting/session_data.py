@@ -1,4 +1,4 @@
-"""A session as its report and its followers need it, read from its folder.
+"""Reads what the report of a session shows from its folder.
 
 Letters: N training samples, D embedding.
 """
@@ -23,7 +23,7 @@ from lib.training import checkpoint
 from lib.training.checkpoint import Checkpoint
 
 
-def material(
+def collect(
     folder: Path,
     options: Options,
     loaded: Checkpoint,
@@ -33,7 +33,7 @@ def material(
     features: np.ndarray,
     tested: Tested | None,
 ) -> ReportData:
-    """All that the report of a session shows.
+    """All that the report of a session shows, with the network that was loaded.
 
     Args:
         folder: the session's.

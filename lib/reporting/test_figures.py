@@ -24,7 +24,7 @@ TESTS, PAIRS = 10_000, 10
 class Classified:
     """Test images and the share of the votes (M, C) that each class had.
 
-    ``chosen`` (M,) are their places in ``Material.tested``.
+    ``chosen`` (M,) are their places in ``ReportData.tested``.
     """
 
     chosen: np.ndarray

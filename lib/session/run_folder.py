@@ -14,6 +14,7 @@ sessions/NAME/
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -131,7 +132,7 @@ class Session:
         if path.exists():
             if path.read_bytes() == text.encode("utf-8"):
                 return
-            before = next(p for i in range(1, 10**6) if not (p := self.folder / f"config.{i}.yaml").exists())
+            before = next(p for i in itertools.count(1) if not (p := self.folder / f"config.{i}.yaml").exists())
             path.rename(before)
             logger().info("the options have changed: the former config.yaml was renamed to %s", before.name)
         with atomic_write(path) as file:
@@ -277,7 +278,8 @@ def create_folder(sess_dir: Path, name: str | None) -> Path:
     stem = name or datetime.now(timezone.utc).strftime("%Y-%m-%d-%H-%M-%S")
     try:
         sess_dir.mkdir(parents=True, exist_ok=True)
-        for number in range(1, 10**6):
+        number = 1
+        while True:
             folder = sess_dir / (stem if number == 1 else f"{stem}-{number}")
             try:
                 folder.mkdir()
@@ -288,10 +290,10 @@ def create_folder(sess_dir: Path, name: str | None) -> Path:
                     raise UsageError(
                         f"{folder}: already exists; choose another --session, or resume it with {resume}"
                     ) from None
+            number += 1
     except (OSError, ValueError) as error:  # ValueError: an invalid folder name
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{sess_dir}: cannot create a session: {reason}; choose another --sess-dir") from None
-    raise UsageError(f"{sess_dir}: already holds a million sessions named {stem}; choose another --session")
 
 
 def of_job(sess_dir: Path, job: str) -> Path | None:

@@ -1,12 +1,9 @@
 """Saves and restores the training state.
 
-A checkpoint has the reference's keys: ``net``, ``optimizer``, ``ANs_discovery``, ``npc``, ``acc`` (accuracy in
-[0, 1]), ``epoch`` (next to run), ``round``, ``session``. Further keys make resuming exact: ``step`` (next to run in
-the epoch), ``total`` and ``seen`` (sum of the losses of the epoch so far, and their number of images), ``skipped``
-(batches of the epoch that were skipped), ``best_acc`` (of the round so far), ``seed``, ``history`` (metrics of each
-round), ``health`` (state of the health metrics), ``scaler`` (gradient scaler for fp16) and ``network`` (name of the
-backbone). It contains only tensors and plain containers, and is read with ``weights_only=True``. Keys may be
-missing, as in a file with weights alone.
+A checkpoint has the reference's keys ``net``, ``optimizer``, ``ANs_discovery``, ``npc``, ``acc``, ``epoch``, ``round``
+and ``session``. Further keys make resuming exact: fields of ``TrainingState``, and ``network``, the name of the
+backbone. It contains only tensors and plain containers, and is read with ``weights_only=True``. Keys may be missing,
+as in a file with weights alone.
 """
 
 from __future__ import annotations

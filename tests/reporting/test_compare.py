@@ -342,7 +342,7 @@ def test_unrecorded_time_is_unknown(tmp_path: Path) -> None:
         session = make(tmp_path / str(number), [record(0, 0), record(0, 1, **{name: None})])
         assert compare.compare([session]).groups[0].runs[0].whole.seconds is None
     bare = make(tmp_path / "bare", [{"round": 0, "epoch": 0}])
-    assert compare.compare([bare]).groups[0].whole() == [compare.Figures(0, 0, *[None] * 7)]
+    assert compare.compare([bare]).groups[0].figures(None) == [compare.Figures(0, 0, *[None] * 7)]
 
 
 @pytest.mark.parametrize(("last", "finished"), [((1, 2), True), ((1, 1), False), ((0, 2), False), ((2, 0), True)])
@@ -379,29 +379,29 @@ def test_mean_and_deviation_equal_the_statistics_module(tmp_path: Path) -> None:
     expected = {"top1": [v + 0.01 for v in values], "best_top1": [v + 0.02 for v in values]}
     expected |= {"loss": [3 * v for v in values], "images_per_s": [1000 * v for v in values]}
     for name, figures in expected.items():
-        found = compare.mean_and_deviation(group.of_round(1), name)
+        found = compare.mean_and_deviation(group.figures(1), name)
         assert found == pytest.approx((statistics.mean(figures), statistics.stdev(figures)))
     seconds = [6 * (10 * v + 0.5) for v in values]
-    found = compare.mean_and_deviation(group.whole(), "seconds")
+    found = compare.mean_and_deviation(group.figures(None), "seconds")
     assert found == pytest.approx((statistics.mean(seconds), statistics.stdev(seconds)))
 
 
 def test_missing_figures_have_no_mean_or_deviation(tmp_path: Path) -> None:
     sessions = seeds(tmp_path, [0.5, 0.75])
-    assert compare.mean_and_deviation(compare.compare(sessions[:1]).groups[0].whole(), "top1") == (0.51, None)
+    assert compare.mean_and_deviation(compare.compare(sessions[:1]).groups[0].figures(None), "top1") == (0.51, None)
     write_lines(sessions[1], [record(r, e, loss=None, top1=0.76) for r in range(2) for e in range(3)])
     (group,) = compare.compare(sessions).groups
-    assert compare.mean_and_deviation(group.whole(), "loss") == (None, None)
-    assert compare.mean_and_deviation(group.whole(), "top1")[0] == pytest.approx((0.51 + 0.76) / 2)
-    assert compare.mean_and_deviation(group.of_round(7), "top1") == (None, None)
+    assert compare.mean_and_deviation(group.figures(None), "loss") == (None, None)
+    assert compare.mean_and_deviation(group.figures(None), "top1")[0] == pytest.approx((0.51 + 0.76) / 2)
+    assert compare.mean_and_deviation(group.figures(7), "top1") == (None, None)
 
 
 def test_means_are_over_the_runs_that_are_furthest(tmp_path: Path) -> None:
     sessions = seeds(tmp_path, [0.5, 0.6, 0.9])
     write_lines(sessions[2], [record(0, e, top1=0.9) for e in range(3)] + [record(1, 0, top1=0.9)])
     (group,) = compare.compare(sessions).groups
-    assert [f.top1 for f in group.of_round(0)] == [0.5, 0.6, 0.9]
-    assert [f.top1 for f in group.of_round(1)] == pytest.approx([0.51, 0.61]) == [f.top1 for f in group.whole()]
+    assert [f.top1 for f in group.figures(0)] == [0.5, 0.6, 0.9]
+    assert [f.top1 for f in group.figures(1)] == pytest.approx([0.51, 0.61]) == [f.top1 for f in group.figures(None)]
 
 
 # The text.
@@ -499,8 +499,8 @@ def test_csv_has_the_means_and_deviations_of_the_table(tmp_path: Path) -> None:
     sessions = [*seeds(tmp_path / "a", [0.5, 0.6]), *seeds(tmp_path / "b", [0.7], base_lr=0.03)]
     comparison = compare.compare(sessions)
     for scope, found in (
-        ("round", lambda group, round: group.of_round(round)),
-        ("run", lambda group, _: group.whole()),
+        ("round", lambda group, round: group.figures(round)),
+        ("run", lambda group, _: group.figures(None)),
     ):
         rows = zip(csv_rows(comparison, scope, "mean"), csv_rows(comparison, scope, "standard deviation"), strict=True)
         for mean, deviation in rows:

@@ -214,7 +214,7 @@ def rate(mode: str, device: torch.device, sizes: Sizes) -> Result:
     share = measure.ratio(seconds["trainer, a constant batch"], seconds["trainer, images"])
     text = measure.table(["way", "images/s", "seconds an epoch"], rows)
     text += (
-        f"\n\nOf the rate with a constant batch, {share:.0%} are reached with images (goal: {MODE_GOAL:.0%}). A whole "
+        f"\n\nWith images the rate is {share:.0%} of that with a constant batch (goal: {MODE_GOAL:.0%}). A whole "
         f"epoch with evaluation and records took {measure.spread(epoch, '.2f')} s, and a checkpoint "
         f"{measure.spread(save, '.2f')} s; by default they are half a minute apart (goal: 1.8 s an epoch with both). "
         f"{sizes.samples:,} images of {sizes.pixels} x {sizes.pixels} pixels, batch {sizes.batch}; 3 repeats, median "
@@ -259,7 +259,7 @@ def knn(device: torch.device, sizes: Sizes) -> Result:
 
 
 def memory(device: torch.device, sizes: Sizes) -> Result:
-    """Peaks of the allocator (on a CPU: of the process) after the step before the first and after an epoch."""
+    """Peaks of the allocator (on a CPU: of the process) after the trial step and after an epoch."""
     from lib.config.options import height_and_width
     from lib.distributed.device import PRECISIONS
     from lib.distributed.processes import Ranks
@@ -294,7 +294,7 @@ def memory(device: torch.device, sizes: Sizes) -> Result:
                 reached = f"{largest:,}"
             rows.append((mode, *peaks, reached))
         del trainer
-    header = ["mode", "after the step before the first, MiB", "after an epoch, MiB", "largest batch"]
+    header = ["mode", "after the trial step, MiB", "after an epoch, MiB", "largest batch"]
     return {"text": f"{measure.table(header, rows)}\n\nBatch {sizes.batch}; the largest is found by doubling."}
 
 

@@ -43,8 +43,8 @@ def run(repeats: int, device: torch.device) -> tuple[str, Figure]:
             axes.legend(fontsize=8, loc="upper left")
     text = measure.table(["part", "against", "size: seconds", "exponent", f"N = {LARGE:,}, extrapolated"], rows)
     note = (
-        "The exponent is that of the line through the logarithms of the upper three sizes. Where it is not the letter "
-        "they are measured against: N = 20,000, D = 128, k = 1, batch 128, 1,000 queries, ResNet18 at 32x32."
+        "The exponent is the slope of a line through the logarithms of the upper three sizes. What does not vary: "
+        "N = 20,000, D = 128, k = 1, batch 128, 1,000 queries, ResNet18 at 32x32."
     )
     return f"{text}\n\n{note}", figure
 

@@ -1,4 +1,4 @@
-"""Operations of one training step that a GPU would have to be told of: ResNet18 at 32x32, batch 128.
+"""Operations that one training step would launch on a GPU: ResNet18 at 32x32, batch 128.
 
 At 32 pixels a GPU computes faster than the host can launch kernels, so their number counts. Views are left out. The
 operations are counted on a CPU, so the numbers are the same on every machine; ``--compile`` fuses those of the network.

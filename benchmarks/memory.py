@@ -64,7 +64,7 @@ def run(repeats: int, device: torch.device) -> str:
         first, peak = json.loads(shown.stdout.splitlines()[-1])
         name, size, batch = case
         rows.append((f"{name}, {size} pixels, batch {batch}", *_mib(first, peak), f"{first / peak:.2f}"))
-    header = ["training", "after the step before the first, MiB", "after an epoch, MiB", "ratio"]
+    header = ["training", "after the trial step, MiB", "after an epoch, MiB", "ratio"]
     return f"{measure.table(header, rows)}\n\n{_discovery(device)}"
 
 
@@ -98,6 +98,6 @@ def _discovery(device: torch.device) -> str:
     return (
         f"A discovery over {SAMPLES:,} samples, D = {LOW_DIM}, k = 1, is simulated: of its {tiles:,} tiles of "
         f"{side} x {side} every {tiles // TILES:,}th was computed, once, and the time multiplied. The memory is that "
-        "of a whole discovery; the time is rather too long, as first tiles find more neighbours than later ones."
-        f"\n\n{table}"
+        "of a whole discovery. The time is an overestimate, because the first tiles find more neighbours than later "
+        f"ones.\n\n{table}"
     )

@@ -90,7 +90,7 @@ def run(repeats: int, device: torch.device) -> str:
     header = ["part", *(f"G = {processes}" for processes in PROCESSES)]
     return (
         f"N = {SAMPLES:,}, D = {LOW_DIM}, batch {BATCH}, k = 1; the bank is {SAMPLES * LOW_DIM * 4 / 2**20:.0f} MiB."
-        f"\n\nMiB that the process that takes the most adds at its peak:\n\n{measure.table(header, memory)}"
+        f"\n\nPeak memory in MiB that the process with the highest peak adds:\n\n{measure.table(header, memory)}"
         f"\n\nSeconds, one thread a process, {os.cpu_count()} cores:\n\n{measure.table(header, seconds)}"
     )
 

@@ -47,7 +47,7 @@ def run(repeats: int, device: torch.device) -> str:
         (name, measure.spread(taken), measure.spread([each / INTERVAL for each in taken], ".1%"))
         for name, taken in seconds.items()
     ]
-    header = ("way", f"seconds in {epochs} epochs of {EPOCH} s", "of the time of training")
+    header = ("way", f"seconds in {epochs} epochs of {EPOCH} s", "share of training time")
     return (
         f"{measure.table(header, rows)}\n\nAll but the last epoch copy the best checkpoint to host memory; with labels "
         "fewer epochs are the best so far."

@@ -39,7 +39,7 @@ def run(repeats: int, device: torch.device) -> str:
     return "\n\n".join(
         [
             f"N = {MEASURED:,}, D = {LOW_DIM}, batch {BATCH}, k = {NEIGHBOURS}. Measured:\n\n{measured}",
-            "What a process holds, and what comes to it over the network:\n\n" + _holds(),
+            "What a process holds and receives over the network:\n\n" + _holds(),
             "What it computes, in hours of such a core, and the loss's share of all operations:\n\n" + _takes(costs),
         ]
     )

@@ -49,7 +49,7 @@ def run(repeats: int, device: torch.device) -> str:
     text = measure.table(["way", "images/s", "times faster than plain"], rows)
     alone = measure.ratio(seconds["this project, a constant batch"], seconds["this project"])
     return (
-        f"{text}\n\nOf the rate with a constant batch, {alone:.0%} are reached with images. The network takes "
+        f"{text}\n\nWith images the rate is {alone:.0%} of that with a constant batch. The network takes "
         f"{6 * MULTIPLY_ADDS / 1e9:.2f} GFLOP an image, forward and backward: {reached / 1e9:,.0f} GFLOP/s were "
         f"reached, {reached / rate:.0%} of what a product of two 4096 x 4096 matrices reaches here "
         f"({rate / 1e9:,.0f} GFLOP/s)."

@@ -13,7 +13,20 @@ import torch
 import benchmarks
 from benchmarks import gpu, measure
 
-AIDS = ("__main__", "clusterings", "gpu", "gpu_parts", "measure", "reference", "simclr", "study", "study_results")
+AIDS = (
+    "__main__",
+    "clusterings",
+    "findings",
+    "gpu",
+    "gpu_parts",
+    "measure",
+    "reference",
+    "right_pairs",
+    "screening",
+    "simclr",
+    "study",
+    "study_results",
+)
 RESULTS = Path(__file__).parent / "results"
 
 

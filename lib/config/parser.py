@@ -132,9 +132,7 @@ def _metavar(annotation: Any, kinds: set[Any]) -> str:
 def read_yaml(path: Path, lines: str = "option: value") -> dict[Any, Any]:
     """Reads a YAML file that contains a mapping.
 
-    Args:
-        path: the file.
-        lines: the expected form of its lines, for error messages.
+    ``lines`` is the expected form of its lines, for error messages.
 
     Raises:
         UsageError: the file is missing, unreadable, empty, not a mapping, or contains a key twice.

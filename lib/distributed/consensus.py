@@ -17,8 +17,6 @@ def run_on_all_ranks(ranks: Ranks, work: Callable[[], T], usage_errors: tuple[ty
     A collective: call it on every rank.
 
     Args:
-        ranks: the ranks of the run.
-        work: the function.
         usage_errors: exceptions to treat as a ``UsageError``, in addition to ``UsageError`` itself. All others
             propagate on the rank that raised them.
 
@@ -51,10 +49,6 @@ def assert_equal_across_ranks(ranks: Ranks, facts: Mapping[str, str]) -> None:
     """Raises if a value differs between ranks, such as an option or a fingerprint of the data.
 
     A collective: call it on every rank.
-
-    Args:
-        ranks: the ranks of the run.
-        facts: values by name.
 
     Raises:
         UsageError: names the value and the rank that differs from rank 0; on rank 0.

@@ -26,8 +26,6 @@ class GradientSum:
     ``DistributedDataParallel`` requires.
 
     Args:
-        network: whose gradients are summed.
-        ranks: the ranks of the run.
         may_skip: whether a batch may have a forward pass without a backward pass. ``DistributedDataParallel`` would
             then sum the gradients of the next batch twice if a step has several batches.
     """

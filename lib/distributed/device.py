@@ -111,15 +111,12 @@ def place(
     sync_bn: bool = False,
     compile: bool = False,
 ) -> torch.nn.Module:
-    """Moves the network to a device.
+    """Moves the network to the device of this process.
 
     Args:
-        network: the network.
-        device: the device of this process.
-        ranks: the ranks of the run; None: a single process.
         layout: of its convolutions.
         sync_bn: whether batch normalisation uses the statistics of all ranks or of this rank's images only.
-        compile: whether to compile the network with ``torch.compile``.
+        compile: whether to use ``torch.compile``.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the default device of CUDA calls

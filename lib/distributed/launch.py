@@ -56,11 +56,6 @@ def run(program: Path, words: Sequence[str], processes: int) -> int:
 
     If one process fails, the launcher ends the others within seconds.
 
-    Args:
-        program: path of the Python program.
-        words: its command-line arguments.
-        processes: their number.
-
     Returns:
         The exit status: 0, that of the process that failed first, or 128 plus the signal number if a signal killed it.
     """

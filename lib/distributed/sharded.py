@@ -59,8 +59,7 @@ class ShardedRows:
 
         Args:
             full: (N, D). Of the other ranks only shape and dtype are used (a tensor on the device "meta" will do).
-            ranks: the ranks of the run.
-            device: device of the shards.
+            device: of the shards.
         """
         if ranks.size == 1:
             return cls(full.to(device), len(full), ranks)

@@ -53,9 +53,6 @@ class StopSignals:
     Use it as a context manager in the main thread. In other threads it does nothing: Python runs signal handlers in
     the main thread only. After ``Stopped`` the handlers stay, because a copy of the signal that another program
     forwards must not kill a process that is about to exit.
-
-    Args:
-        ranks: the ranks of the run; None: a single process.
     """
 
     def __init__(self, ranks: Ranks | None = None) -> None:

@@ -19,7 +19,6 @@ def convert(network: torch.nn.Module, ranks: Ranks, *, sync: bool) -> torch.nn.M
 
     Args:
         network: changed in place.
-        ranks: the ranks of the run.
         sync: whether mean and variance are those of all ranks or of this rank only.
     """
     if ranks.size == 1:
@@ -30,13 +29,7 @@ def convert(network: torch.nn.Module, ranks: Ranks, *, sync: bool) -> torch.nn.M
 
 
 class _DistributedBatchNorm(_BatchNorm):
-    """Drop-in replacement of a batch normalisation.
-
-    Args:
-        other: the module to replace.
-        ranks: the ranks of the run.
-        sync: whether mean and variance are those of all ranks.
-    """
+    """Drop-in replacement of a batch normalisation; ``sync``: mean and variance are those of all ranks."""
 
     def __init__(self, other: _BatchNorm, ranks: Ranks, sync: bool) -> None:
         super().__init__(other.num_features, other.eps, other.momentum, other.affine, other.track_running_stats)

@@ -24,12 +24,7 @@ if TYPE_CHECKING:
 
 
 class UnexpectedError(Exception):
-    """An error in training whose traceback was written to the session's log.
-
-    Args:
-        message: one sentence for the user.
-        status: exit status.
-    """
+    """An error in training whose traceback was written to the session's log; the message is for the user."""
 
     def __init__(self, message: str, status: int = UNEXPECTED) -> None:
         super().__init__(message)

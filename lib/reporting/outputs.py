@@ -195,11 +195,6 @@ def show_similar(context: RunContext) -> None:
 def export_results(context: RunContext, loaded: Checkpoint, folder: Path | None) -> None:
     """Writes the exports that the options request. One that fails does not keep the others from being written.
 
-    Args:
-        context: options, data and the network to export.
-        loaded: the current checkpoint.
-        folder: the session folder, or None.
-
     Raises:
         UsageError: a file cannot be written, or a checkpoint of the session cannot be read.
     """

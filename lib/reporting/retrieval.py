@@ -86,12 +86,10 @@ def save_neighbourhoods(
     name that are no UTF-8 become ``\\udcff`` and the like.
 
     Args:
-        path: the file.
         embeddings: (N, D), unit length.
         temperature: tau.
         size: K, cut to N - 1.
         rounds: (N,), as ``became_anchor`` gives them.
-        train: the training images.
 
     Raises:
         UsageError: the file exists or cannot be written.

@@ -36,10 +36,7 @@ def collect(
     """All that the report of a session shows, with the network that was loaded.
 
     Args:
-        folder: the session's.
-        options: its options.
         loaded: its latest checkpoint.
-        train: the N training images.
         protocol: how the accuracies of the training came about.
         features: (N, D) embeddings of the training images, computed with the test transform.
         tested: the test images, or None without labels.

@@ -28,8 +28,6 @@ class Recorder:
     """Records the progress of training. It does not change the training state.
 
     Args:
-        session: the session to write to.
-        options: options of the run.
         signals: stop signals, which are deferred while a checkpoint is written.
         protocol: name of the evaluation protocol; '' without labels.
         images, labels: the training images, for the pictures of anchors; labels may be None.

@@ -1,4 +1,4 @@
-"""One step before the first: whether the batch fits into memory, and how much it takes."""
+"""A trial step before training: whether the batch fits into memory, and how much it takes."""
 
 from __future__ import annotations
 
@@ -31,15 +31,12 @@ def rehearse(
     rank.
 
     Args:
-        state: what will be trained; it stays as it is.
-        loss: of a batch.
-        ranks: the ranks.
         batch_size: B, of all ranks together.
         size: (h, w) that the network sees.
         precision: of mixed precision, or None.
 
     Returns:
-        The peak of memory, in words.
+        The peak memory, in words.
 
     Raises:
         UsageError: memory ran out; on a GPU the message names a batch that fits.

@@ -1,4 +1,4 @@
-"""The step before the first leaves everything as it was, and its failure names a batch that fits."""
+"""The trial step leaves everything as it was, and its failure names a batch that fits."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Pictures of a run, drawn by matplotlib from plain arrays.
+"""Pictures of a run, drawn by matplotlib from plain arrays, without pyplot.
 
-Every picture is ``WIDTH`` inches wide, so that its letters can still be read on a phone. Draw and ``render``
-inside ``style()``, which leaves no setting of matplotlib changed; pyplot has no part in it.
+Every picture is ``WIDTH`` inches wide, so that its text can be read on a phone. Draw and ``render`` inside ``style()``,
+which restores the settings of matplotlib afterwards.
 
 Letters: E epochs, C classes, P points of a map.
 """
@@ -70,7 +70,7 @@ class Part:
 
 
 def style() -> AbstractContextManager[None]:
-    """How everything is drawn, whatever the user's own settings of matplotlib are."""
+    """The settings of matplotlib for all pictures, independent of the user's own."""
     return matplotlib.style.context(
         [
             "default",
@@ -142,10 +142,10 @@ def curves(
     percent: bool = False,
     marks: Mapping[str, np.ndarray] | None = None,
 ) -> Figure:
-    """Lines over the epochs of all rounds; what is not finite is left out.
+    """Lines over the epochs of all rounds; values that are not finite are omitted.
 
     Args:
-        series: (E,) by name; a lone one needs no legend.
+        series: (E,) by name; a single one has no legend.
         rounds: (E,) of each epoch, ascending.
         label: of the vertical axis.
         percent: the values are shares.
@@ -330,7 +330,7 @@ def _sheet(height: float) -> tuple[Figure, Axes]:
 
 
 def _paste(axes: Axes, tile: Tile, left: float, top: float, side: float) -> None:
-    """An image in a square of the sheet, its proportions kept; mistakes are dashed for those who see no red."""
+    """An image in a square of the sheet, its proportions kept; frames of mistakes are dashed, not only red."""
     picture = Image.fromarray(tile.image)
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     width, height = (side * edge / max(picture.size) for edge in picture.size)
@@ -345,7 +345,7 @@ def _paste(axes: Axes, tile: Tile, left: float, top: float, side: float) -> None
 
 
 def class_colours(classes: int) -> np.ndarray:
-    """(C, 4) a colour for each class: well apart up to 20, a wheel of hues beyond."""
+    """(C, 4) a colour for each class: distinct ones up to 20 classes, evenly spaced hues beyond."""
     if classes <= 20:
         return np.asarray(matplotlib.colormaps["tab10" if classes <= 10 else "tab20"](np.arange(classes)))
     return np.asarray(matplotlib.colormaps["hsv"](np.arange(classes) / classes))

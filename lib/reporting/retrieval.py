@@ -1,6 +1,6 @@
-"""Who resembles whom: the neighbours of every training image as a table, and those of any picture.
+"""The most similar training images: of every training image as a CSV file, and of any picture.
 
-Nothing is overwritten. Letters: N samples, D embedding, K nearest, Q queries, R rows of a block, H x W pixels.
+No file is overwritten. Letters: N samples, D embedding, K nearest, Q queries, R rows of a block, H x W pixels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NEVER = -1
 TILE, LINE, LETTERS = 128, 18, 12
 """Pixels of an image in the picture (smaller ones are magnified), of a line of text, and of the size of its letters."""
 COLUMNS = 10
-"""Found images side by side; more go on below."""
+"""Found images side by side; further ones are in rows below."""
 
 
 def _index_of(train: ImageSet, sample: int) -> int:
@@ -45,7 +45,7 @@ def _class_of(train: ImageSet, sample: int) -> str:
 
 
 def check(path: Path) -> None:
-    """UsageError unless the table of ``--export-neighbourhoods`` can be written there; ask before training."""
+    """Raises UsageError unless the table of ``--export-neighbourhoods`` can be written; called before training."""
     check_ending("--export-neighbourhoods", path, (".csv",))
     check_place(path)
 
@@ -77,7 +77,7 @@ def became_anchor(discoveries: Iterable[tuple[int, Neighbourhoods]], samples: in
 def save_neighbourhoods(
     path: Path, *, embeddings: torch.Tensor, temperature: float, size: int, rounds: torch.Tensor, train: ImageSet
 ) -> None:
-    """Writes a line for each training image: who it is, its entropy, and its nearest others, most similar first.
+    """Writes a line for each training image: its name, its entropy, and its nearest others, most similar first.
 
     Columns: ``index`` in the data set, ``file`` and ``class`` where there are any, ``entropy`` in nats, ``round`` in
     which it became an anchor (empty: in none), and for each neighbour ``neighbour_1``, an index, and
@@ -94,7 +94,7 @@ def save_neighbourhoods(
     Raises:
         UsageError: the file exists or cannot be written.
     """
-    found = discover(embeddings, temperature=temperature, anchors=len(embeddings), size=size)  # everyone an anchor
+    found = discover(embeddings, temperature=temperature, anchors=len(embeddings), size=size)  # all are anchors
     nearest = found.neighbours[found.position]  # (N, K), in order of samples
     header = ["index", *(["file"] if train.names else []), *(["class"] if train.labels is not None else [])]
     header += ["entropy", "round"]
@@ -139,14 +139,14 @@ def _lines(
 
 
 def _blocks(rows: int, width: int, device: torch.device, what: str) -> Iterator[slice]:
-    """Slices of ``rows`` rows of ``width`` numbers to be worked on at a time; a progress bar says what."""
+    """Slices of ``rows`` rows of ``width`` numbers to process at a time; ``what`` labels the progress bar."""
     step = block_rows(width, device)
     for start in progress(range(0, rows, step), what, "block"):
         yield slice(start, min(start + step, rows))
 
 
 def _short(value: float) -> float:
-    """As many digits as float32 has to offer, without a sign on zero."""
+    """Rounded to the precision of float32, without a sign on zero."""
     return round(value, 6) + 0.0
 
 

@@ -26,10 +26,10 @@ def draw(
     rows: int = 8,
     columns: int = 6,
 ) -> Image.Image:
-    """Anchors in order of entropy, evenly spaced from the surest to the least sure, read row by row.
+    """Anchors in order of entropy, evenly spaced from the lowest to the highest, read row by row.
 
-    Each entry is an anchor and up to five of its neighbours, most similar first; a frame tells whether a
-    neighbour shares the anchor's label, where there are labels.
+    Each entry is an anchor and up to five of its neighbours, most similar first. A frame shows whether a neighbour has
+    the anchor's label, if there are labels.
 
     Args:
         images: N arrays (H, W, 3) of uint8.

@@ -108,7 +108,7 @@ def train(context: RunContext) -> int:
             build.log_start(context, session)
             trainer.fit()
         final = state.checkpoint(context.options.network, session.name)  # of all ranks together
-        if (own := context.alone()) and not outputs.finish(own, recorder, final, state.history):
+        if (own := context.on_rank0()) and not outputs.finish(own, recorder, final, state.history):
             return 3
     except Stopped as stop:
         resume = f"resume with: python main.py --resume {shlex.quote(str(session.folder))}"

@@ -49,7 +49,7 @@ def show(context: RunContext) -> None:
         show_similar(context)
     else:
         run_evaluation(context)
-        if own := context.alone():
+        if own := context.on_rank0():
             export_results(own, own.loaded, folder_of(own.source) if own.source else None)
 
 

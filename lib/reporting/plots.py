@@ -29,13 +29,13 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
+from lib.session.image_grid import EQUAL, OTHER
+
 WIDTH = 5.6
 """Inches of every picture."""
 FONT = "DejaVu Sans"
 """Comes with matplotlib, so that a picture is the same on every machine."""
 BLUE, ORANGE, GREY = "#1f6fb4", "#d9730d", "#8a8f98"
-EQUAL, OTHER = "#2a9d4e", "#d1342f"
-"""Frame of an image: of the same class, or of another one."""
 THUMBNAIL = 128
 """Pixels of the longer edge to which an image is reduced before it is drawn."""
 NAMED = 30

@@ -56,7 +56,7 @@ class RunContext:
     resident: dict[int, torch.Tensor] = field(default_factory=dict)  # images on the device, by the id of their array
     embedded: list[torch.Tensor] = field(default_factory=list)  # cached embeddings of the training images
 
-    def alone(self) -> RunContext | None:
+    def on_rank0(self) -> RunContext | None:
         """This context for a single process on rank 0, for work without collectives; None on the other ranks."""
         return replace(self, ranks=Ranks()) if self.ranks.is_rank0 else None
 

@@ -48,7 +48,7 @@ def _lazy(module: str, name: str) -> Callable[[Request], Splits]:
     """``name`` of ``datasets/<module>.py``, imported on first use, as importing torchvision takes seconds."""
 
     def load_it(request: Request) -> Splits:
-        splits: Splits = getattr(import_module(f"datasets.{module}"), name)(request)
+        splits: Splits = getattr(import_module(f"{__name__}.{module}"), name)(request)
         return splits
 
     return load_it

@@ -2,24 +2,24 @@
 
 To add a network, add an entry to ``NETWORKS``: a callable that takes ``low_dim``, D, and returns a module. Its
 ``forward`` returns the embeddings; its ``stages`` returns a dict of the feature maps (B, channels, h, w) by name, with
-the embeddings as ``fc``.
+the embeddings as ``fc``. Networks of other packages are named ``PACKAGE/NAME``; see ``PACKAGES``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def _lazy(module: str, name: str, **fixed: int) -> Callable[..., nn.Module]:
+def _lazy(module: str, name: str, **fixed: Any) -> Callable[..., nn.Module]:
     """``name`` of ``models/<module>.py``, imported on first use, so that listing the names does not import PyTorch."""
 
-    def build_it(**options: int) -> nn.Module:
-        network: nn.Module = getattr(import_module(f"models.{module}"), name)(**fixed, **options)
+    def build_it(*arguments: Any, **options: Any) -> nn.Module:
+        network: nn.Module = getattr(import_module(f"{__name__}.{module}"), name)(*arguments, **fixed, **options)
         return network
 
     return build_it
@@ -45,24 +45,43 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "alexnet-small": _lazy("alexnet", "alexnet_small"),
 }
 
+PACKAGES: dict[str, Callable[..., nn.Module]] = {
+    "timm": _lazy("from_timm", "create"),
+    "torchvision": _lazy("from_torchvision", "create"),
+}
+"""Packages whose networks can be used: functions of a network's name, ``low_dim``, ``size`` and ``pretrained``."""
+
 
 class NetworkError(Exception):
     """A network cannot be used. The message says why."""
 
 
-def build(name: str, *, low_dim: int, size: tuple[int, int] | None = None) -> nn.Module:
+def package_of(name: str) -> str | None:
+    """The package of a network called ``PACKAGE/NAME``; None for those of ``NETWORKS``."""
+    package, slash, _ = name.lower().partition("/")
+    return package if slash and package in PACKAGES else None
+
+
+def build(name: str, *, low_dim: int, size: tuple[int, int] | None = None, pretrained: bool = False) -> nn.Module:
     """Builds a network with random weights.
 
     Args:
-        name: a key of ``NETWORKS``, in any case.
+        name: a key of ``NETWORKS``, or the name of a network of ``PACKAGES``, in any case.
         low_dim: D, the size of the embedding.
-        size: (H, W) of the input; if given, the network is checked with one image on the CPU.
+        size: (H, W) of the input; if given, the network is checked with one image on the CPU. Some networks of other
+            packages are built for one size.
+        pretrained: download the weights that its package has for the network, all but those of the embedding layer.
 
     Raises:
         KeyError: there is no such network.
-        NetworkError: the network does not have the interface above, or does not accept images of that size.
+        NetworkError: the network does not have the interface above, does not accept images of that size, or cannot be
+            built by its package.
     """
-    network = NETWORKS[name.lower()](low_dim=low_dim)
+    if package := package_of(name):
+        inner = name.lower().partition("/")[2]
+        network = PACKAGES[package](inner, low_dim=low_dim, size=size, pretrained=pretrained)
+    else:
+        network = NETWORKS[name.lower()](low_dim=low_dim)
     if not callable(getattr(network, "stages", None)):
         raise NetworkError(f"--network {name}: has no method stages(images); add it as described in models/__init__.py")
     if size and (fault := _fault(network, low_dim, size)):
@@ -79,7 +98,7 @@ def _fault(network: nn.Module, low_dim: int, size: tuple[int, int]) -> str | Non
     try:
         with torch.no_grad():
             embedding, stages = network.eval()(images), network.stages(images)  # type: ignore[operator]
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, ValueError) as error:  # the last two from networks of other packages
         if "Allocator" in str(error):  # memory ran out
             raise
         why = str(error).partition("\n")[0][:200]

@@ -197,10 +197,15 @@ class Options(BaseModel):
         None, "transforms", "channel standard deviations of RGB in [0, 1]; not set: those of the data set"
     )
 
-    network: Name = _option("resnet18", "network", "name of the backbone")
+    network: Name = _option(
+        "resnet18", "network", "name of the backbone; timm/NAME or torchvision/NAME: a network of that package"
+    )
     low_dim: Integer = _option(128, "network", "embedding size D", ge=1, le=65536)
     pretrained: OptionalPath = _option(
-        None, "network", "initial weights, matched by name and shape; ignored with --resume"
+        None,
+        "network",
+        "initial weights: a file, matched by name and shape, or timm or torchvision to download those of a network of "
+        "that package; ignored with --resume",
     )
 
     npc_temperature: Number = _option(
@@ -308,7 +313,7 @@ class Options(BaseModel):
         None, "evaluation", "temperature sigma of the kNN vote weights; not set: npc_temperature, as in the reference"
     )
     linear_layers: Annotated[tuple[str, ...], BeforeValidator(_words)] = _option(
-        ("conv5",), "evaluation", "stages on which linear probes are trained: conv1 to conv5, fc"
+        ("conv5",), "evaluation", "stages on which linear probes are trained, such as conv1 to conv5 and fc"
     )
     clusters: Integer = _option(
         10, "evaluation", "number of k-means clusters without labels; with labels it is the number of classes", ge=2

@@ -32,5 +32,7 @@ def resolve(argv: Sequence[str]) -> Options:
         options = parser.read_options(argv, base=session / "config.yaml")
     if not options.compare:
         parser.choose(datasets.DATASETS, options.dataset, "--dataset")
-        parser.choose(models.NETWORKS, options.network, "--network")
+        if not models.package_of(options.network):  # which knows its names, and takes seconds to import
+            named = {**models.NETWORKS, **{f"{package}/NAME": None for package in models.PACKAGES}}
+            parser.choose(named, options.network, "--network")
     return options

@@ -29,12 +29,21 @@ def convert(network: torch.nn.Module, ranks: Ranks, *, sync: bool) -> torch.nn.M
 
 
 class _DistributedBatchNorm(_BatchNorm):
-    """Drop-in replacement of a batch normalisation; ``sync``: mean and variance are those of all ranks."""
+    """Drop-in replacement of a batch normalisation.
+
+    timm's ``BatchNormAct2d`` has child modules, dropout and activation, that follow the normalisation.
+
+    Args:
+        other: the module to replace.
+        ranks: the ranks of the run.
+        sync: whether mean and variance are those of all ranks.
+    """
 
     def __init__(self, other: _BatchNorm, ranks: Ranks, sync: bool) -> None:
         super().__init__(other.num_features, other.eps, other.momentum, other.affine, other.track_running_stats)
         self._parameters.update(other._parameters)
         self._buffers.update(other._buffers)
+        self._modules.update(other._modules)
         self.training = other.training
         self.ranks = ranks
         self.sync = sync
@@ -47,6 +56,12 @@ class _DistributedBatchNorm(_BatchNorm):
 
         Half-precision input is normalised in float32, as in PyTorch: the pixel count of a large batch overflows fp16.
         """
+        x = self._normalise(x)
+        for child in self.children():
+            x = child(x)
+        return x
+
+    def _normalise(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or (not self.sync and len(x)):
             return super().forward(x)
         dtype, x = x.dtype, x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

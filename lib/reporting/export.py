@@ -121,7 +121,7 @@ def save_model(path: Path, network: torch.nn.Module, options: Options, *, means:
 
     ``.safetensors``: parameters and buffers by name, with ``network`` and ``low_dim`` as metadata. ``.onnx``:
     ``images`` (B, 3, H, W) -> ``embeddings`` (B, D), including the weights, for any B and any H and W that the network
-    accepts.
+    accepts: only those of the options where it was built for one size, as vision transformers are.
 
     Args:
         path: the file; its ending selects the format.
@@ -187,8 +187,11 @@ def _with_any_size(network: torch.nn.Module) -> torch.nn.Module:
 
 def _onnx(network: torch.nn.Module, options: Options) -> bytes:
     """The network as an ONNX file. Raises UsageError if the exporter fails."""
-    height, width = (max(EXAMPLE, edge) for edge in height_and_width(options.size))
-    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    height, width = height_and_width(options.size)
+    sizes = {0: torch.export.Dim("batch")}
+    if not getattr(network, "has_fixed_size", False):
+        height, width = max(EXAMPLE, height), max(EXAMPLE, width)
+        sizes |= {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     try:
         with _quiet_exporter():
             program = torch.onnx.export(

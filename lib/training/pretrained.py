@@ -32,6 +32,8 @@ CHECKSUM_SIZE = len(CHECKSUM_MARK) + 64
 SHOWN = 20
 """Maximum number of names that a message lists."""
 
+BACKBONE = "backbone."
+"""Precedes the names of a network of another package (``models/library.py``)."""
 COUNTER = "num_batches_tracked"
 """Buffer of batch normalisation that PyTorch before 0.4.1 did not save. Nothing here depends on it."""
 
@@ -176,25 +178,34 @@ def match(network: torch.nn.Module, state: Mapping[Any, Any]) -> Match:
     """Matches tensors by name and shape.
 
     The names in the file may have a prefix, such as ``module.`` or ``module.encoder_q.``. The prefix that gives the
-    most matches is removed.
+    most matches is removed. The files of a package lack the ``backbone.`` in the names of its networks here.
     """
     own = network.state_dict()
+    found = _match(own, {name: name for name in own}, state)
+    if any(name.startswith(BACKBONE) for name in own):
+        of_package = _match(own, {name.removeprefix(BACKBONE): name for name in own}, state)
+        return max(found, of_package, key=lambda each: len(each.loaded))
+    return found
+
+
+def _match(own: Mapping[str, torch.Tensor], names: Mapping[str, str], state: Mapping[Any, Any]) -> Match:
+    """``match``, where ``names`` maps the names that are expected in the file to those of the network's tensors."""
     named = {str(name).replace("features.module.", "features.", 1): value for name, value in state.items()}
     votes: Counter[str] = Counter()
     for name, value in named.items():
         parts = name.split(".")
         for i in range(len(parts)):
             inner = ".".join(parts[i:])
-            if inner in own and refusal(value, own[inner]) is None:
+            if inner in names and refusal(value, own[names[inner]]) is None:
                 votes[name.removesuffix(inner)] += 1
     prefix = max(votes, key=lambda path: (votes[path], -len(path)), default="")
     loaded, unexpected_keys = {}, {}
     for name, value in named.items():
         inner = name.removeprefix(prefix)
-        known = name.startswith(prefix) and inner in own
-        reason = refusal(value, own[inner]) if known else "not in this network"
+        known = name.startswith(prefix) and inner in names
+        reason = refusal(value, own[names[inner]]) if known else "not in this network"
         if reason is None:
-            loaded[inner] = value
+            loaded[names[inner]] = value
         else:
             unexpected_keys[name] = reason
     missing_keys = [name for name in own if name not in loaded and not name.endswith(COUNTER)]

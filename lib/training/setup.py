@@ -26,6 +26,7 @@ from lib.data.augmentation import Augmentation, Colour
 from lib.data.loader import Loader
 from lib.distributed import consensus, device, launch
 from lib.distributed.processes import Ranks
+from lib.errors import UsageError
 from lib.evaluation import features
 from lib.evaluation.classifier import Evaluator
 from lib.seeding import Stream
@@ -145,9 +146,7 @@ def assemble(
     data_source = datasets.DATASETS[options.dataset]
     assert options.seed is not None
     torch.manual_seed(seeding.seed_for(options.seed, Stream.WEIGHTS))  # for the initial weights
-    network = models.build(options.network, low_dim=options.low_dim, size=height_and_width(options.size))
-    if options.pretrained and not source:
-        pretrained.load_pretrained(network, options.pretrained)
+    network = build_network(options, load=not source)
     splits = load_data(options)
     means_and_stds = options.means or data_source.means, options.stds or data_source.stds
     layout = device.memory_format(options, place)
@@ -158,6 +157,27 @@ def assemble(
     device.allow_tf32(options.tf32)
     network = device.place(network, place, ranks, layout=layout, sync_bn=options.sync_bn, compile=options.compile)
     return RunContext(options, splits, means_and_stds, augmentations, place, network, source, loaded, ranks)
+
+
+def build_network(options: Options, *, load: bool = True) -> torch.nn.Module:
+    """The network of the options, with the weights of ``pretrained`` if ``load``.
+
+    Raises:
+        UsageError, NetworkError: the network or its weights cannot be used.
+    """
+    package = str(options.pretrained) if load and str(options.pretrained) in models.PACKAGES else None
+    if package and package != models.package_of(options.network):
+        raise UsageError(
+            f"--pretrained {package}: {options.network} is not a network of {package}; set --network to "
+            f"{package}/NAME, or give --pretrained a file"
+        )
+    size = height_and_width(options.size)
+    network = models.build(options.network, low_dim=options.low_dim, size=size, pretrained=bool(package))
+    if package:
+        logger().info("%s: loaded its weights of %s; the embedding layer is random", package, options.network)
+    elif options.pretrained and load:
+        pretrained.load_pretrained(network, options.pretrained)
+    return network
 
 
 def option_fingerprint(options: Options) -> dict[str, str]:

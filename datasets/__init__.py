@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from datasets.images import DataError, ImageSet, Progress, Request, Splits, fingerprint, hold_out, read_picture
+from datasets.images import DataError, ImageSet, Progress, Request, Splits, fingerprint, hold_out, read_picture, rgb_of
 
 __all__ = [
     "DATASETS",
@@ -20,6 +20,7 @@ __all__ = [
     "hold_out",
     "load",
     "read_picture",
+    "rgb_of",
 ]
 
 Colour = tuple[float, float, float]

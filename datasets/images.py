@@ -271,6 +271,20 @@ def read_picture(path: Path) -> np.ndarray:
         raise DataError(f"{path}: cannot be read as an image: {error}; name another file") from None
 
 
+def rgb_of(image: Image.Image) -> np.ndarray:
+    """The pixels (H, W, 3) of an image that the user opened, upright, as ``read_rgb`` returns them at full size.
+
+    Raises:
+        DataError: they cannot be decoded.
+    """
+    name = getattr(image, "filename", "") or "the image"
+    try:
+        with quiet(), _reasons(Path(name)):
+            return _pixels(ImageOps.exif_transpose(image), 1)
+    except UnreadableImageError as error:
+        raise DataError(f"{name}: cannot be read as an image: {error}; give another image") from None
+
+
 def size_of(path: Path) -> tuple[int, int]:
     """(W, H) from the file's header. Raises UnreadableImageError if it cannot be read."""
     with _reasons(path), _open(path) as image:

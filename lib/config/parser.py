@@ -202,7 +202,12 @@ def choose(known: Mapping[str, T], name: str, option: str) -> T:
     raise UsageError(f"{option} {name}: unknown name{hint} (choose one of {', '.join(known)})")
 
 
-def _validated(values: Mapping[str, Any], origin: Mapping[str, str]) -> Options:
+def validated(values: Mapping[str, Any], origin: Mapping[str, str]) -> Options:
+    """The options with these values; ``origin`` says for each where it comes from, for messages.
+
+    Raises:
+        UsageError: a value has the wrong type or range.
+    """
     try:
         return Options.model_validate(dict(values))
     except ValidationError as failure:
@@ -250,7 +255,7 @@ def read_options(argv: Sequence[str], base: Path | None = None) -> Options:
             values[key], origin[key] = value, f"{path}:"
     for key, value in flags.items():
         values[key], origin[key] = value, "command line:"
-    return _validated(values, origin)
+    return validated(values, origin)
 
 
 def to_yaml(options: Options) -> str:

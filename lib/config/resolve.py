@@ -31,8 +31,13 @@ def resolve(argv: Sequence[str]) -> Options:
     elif options.resume and not options.cfgs and (session := folder_of(locate(options.resume))):
         options = parser.read_options(argv, base=session / "config.yaml")
     if not options.compare:
-        parser.choose(datasets.DATASETS, options.dataset, "--dataset")
-        if not models.package_of(options.network):  # which knows its names, and takes seconds to import
-            named = {**models.NETWORKS, **{f"{package}/NAME": None for package in models.PACKAGES}}
-            parser.choose(named, options.network, "--network")
+        check_names(options)
     return options
+
+
+def check_names(options: Options) -> None:
+    """Raises UsageError unless the data set and the network are known. The names of a package are checked later."""
+    parser.choose(datasets.DATASETS, options.dataset, "--dataset")
+    if not models.package_of(options.network):  # which knows its names, and takes seconds to import
+        named = {**models.NETWORKS, **{f"{package}/NAME": None for package in models.PACKAGES}}
+        parser.choose(named, options.network, "--network")

@@ -21,7 +21,9 @@ import numpy as np
 from datasets import inventory
 from datasets.images import (
     RAW_ENDINGS,
+    Chosen,
     DataError,
+    Encoded,
     ImageFiles,
     ImageSet,
     Request,
@@ -35,6 +37,7 @@ from datasets.images import (
     size_of,
 )
 from datasets.inventory import Inventory, Listing, Names
+from datasets.packed import Packed
 
 IN_MEMORY = 2**30
 """Maximum size of a split's decoded pixels, in bytes, for keeping it in memory."""
@@ -76,7 +79,13 @@ class Reader:
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def read(
-        self, part: str, files: Inventory, *, classes: Classes | None = None, boxes: np.ndarray | None = None
+        self,
+        part: str,
+        files: Inventory,
+        *,
+        classes: Classes | None = None,
+        boxes: np.ndarray | None = None,
+        packed: Packed | None = None,
     ) -> ImageSet:
         """Opens the files that are not in the inventory cache, and returns the readable images.
 
@@ -85,19 +94,20 @@ class Reader:
             files: N files below the root.
             classes: classes of the files, or None without labels.
             boxes: int64 (N, 4), left, top, right and bottom in pixels, to crop each image to; None: whole images.
+            packed: the N encoded images, if they are not files of those names.
 
         Raises:
-            DataError: a box is outside its image.
+            DataError: a box is outside its image, or the packed images cannot be kept.
         """
         names, sizes, reasons = files.names, files.sizes, files.reasons
         if sizes is None:
-            headers = self._each(size_of, names, f"reading {part} images (headers)")
+            headers = self._each(size_of, names, packed, f"reading {part} images (headers)")
             sizes = np.array([(0, 0) if _bad(size) else size for size in headers], np.int32).reshape(-1, 2)
         in_memory = 3 * int(sizes.astype(np.int64).prod(axis=1).sum()) <= IN_MEMORY
         pixels: list[Any] = []
         if in_memory or files.sizes is None:
             whole = partial(read_rgb, upright=boxes is None)
-            pixels = self._each(whole if in_memory else check_whole, names, f"reading {part} images")
+            pixels = self._each(whole if in_memory else check_whole, names, packed, f"reading {part} images")
             bad = [i for i, image in enumerate(pixels) if _bad(image)]
             sizes[bad], reasons = 0, {**reasons, **{names[i]: str(pixels[i]) for i in bad}}
         if files.sizes is None and not in_memory:
@@ -106,8 +116,9 @@ class Reader:
         good = np.flatnonzero(sizes[:, 0]).tolist()
         kept = names if len(good) == len(names) else Names(names[i] for i in good)
         boxes = None if boxes is None else _inside(boxes[good], sizes[good], kept)
+        encoded = None if packed is None or in_memory else Chosen(packed.on_disk(), np.array(good, np.int64))
         return ImageSet(
-            _together([pixels[i] for i in good], boxes) if in_memory else ImageFiles(self.root, kept, boxes),
+            _together([pixels[i] for i in good], boxes) if in_memory else ImageFiles(self.root, kept, boxes, encoded),
             None if classes is None else classes.labels[good],
             () if classes is None else classes.names,
             kept,
@@ -136,14 +147,16 @@ class Reader:
         except DataError as error:
             self.notes.append(f"{error}; the next start opens every file again")
 
-    def _each(self, work: Callable[[Path], Any], names: Sequence[str], what: str) -> list[Any]:
-        """``work`` of every file, in order; an UnreadableImageError is returned in place of the result."""
+    def _each(
+        self, work: Callable[[Encoded], Any], names: Sequence[str], packed: Packed | None, what: str
+    ) -> list[Any]:
+        """``work`` of every image, in order; an UnreadableImageError is returned in place of the result."""
 
         def attempt(start: int) -> list[Any]:
             results: list[Any] = []
-            for name in names[start : start + TOGETHER]:
+            for i, name in enumerate(names[start : start + TOGETHER], start=start):
                 try:
-                    results.append(work(self.root / name))
+                    results.append(work(self.root / name if packed is None else packed[i]))
                 except UnreadableImageError as error:
                     results.append(error)
             return results

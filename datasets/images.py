@@ -5,6 +5,7 @@ An image is a uint8 array (H, W, 3), RGB.
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 import zlib
@@ -36,6 +37,9 @@ LARGE = 2**26
 
 STRIP = 2**20
 """Number of pixels that are converted at a time."""
+
+Encoded = Path | bytes
+"""An image file, or the bytes of one."""
 
 Progress = Callable[[Iterable[Any], str, int, str], Iterable[Any]]
 """Wraps an iterable in a progress bar: (items, description, total, unit) -> items."""
@@ -113,11 +117,14 @@ class Splits:
     """The splits of a data set, and notes for the user.
 
     ``val``: training images held out to select the best epoch (``--val-fraction``).
+    ``labelled``: where only some training images have labels, ``train`` has none, and these are those images. kNN and
+    the linear probe use them as training features.
     """
 
     train: ImageSet
     test: ImageSet | None = None
     val: ImageSet | None = None
+    labelled: ImageSet | None = None
     notes: tuple[str, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()  # unreadable files and why
 
@@ -131,6 +138,7 @@ class Request:
     download: bool
     boxes: bool
     progress: Progress
+    label_column: str | None = None
 
 
 def fingerprint(split: ImageSet) -> str:
@@ -171,12 +179,20 @@ class ImageFiles(Sequence[np.ndarray]):
         root: the folder that the names are relative to.
         names: N file names.
         boxes: (N, 4) left, top, right and bottom in pixels, to crop each image to; None: whole images.
+        encoded: N encoded images, which are decoded in place of files.
     """
 
-    def __init__(self, root: Path, names: Sequence[str], boxes: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        names: Sequence[str],
+        boxes: np.ndarray | None = None,
+        encoded: Sequence[bytes] | None = None,
+    ) -> None:
         self.root = root
         self.names = names
         self.boxes = boxes
+        self.encoded = encoded
 
     def __len__(self) -> int:
         return len(self.names)
@@ -185,7 +201,7 @@ class ImageFiles(Sequence[np.ndarray]):
         path = self.root / self.names[index]
         try:
             with quiet():
-                image = read_rgb(path, upright=self.boxes is None)
+                image = read_rgb(path if self.encoded is None else self.encoded[index], upright=self.boxes is None)
         except UnreadableImageError as error:
             raise DataError(
                 f"{path}: could be read at the start of the run, but not now: {error}; repair or remove it, and restart"
@@ -223,8 +239,8 @@ def formats() -> tuple[str, ...]:
     return (*found, "HEIF")
 
 
-def read_rgb(path: Path, *, upright: bool = True) -> np.ndarray:
-    """Decodes an image file of ``formats()`` to RGB.
+def read_rgb(source: Encoded, *, upright: bool = True) -> np.ndarray:
+    """Decodes an image of ``formats()`` to RGB.
 
     Pillow refuses images of more than 179 million pixels as decompression bombs before decoding. 16-bit greyscale is
     reduced to its upper eight bits, transparency is dropped (as by torchvision's loader), and the first of several
@@ -232,7 +248,7 @@ def read_rgb(path: Path, *, upright: bool = True) -> np.ndarray:
     files are decoded at that size, and other formats averaged over 2 x 2 pixels.
 
     Args:
-        path: the file.
+        source: the file, or its bytes.
         upright: apply the EXIF orientation. If False, the pixels are returned as stored and at full size, to match
             bounding boxes.
 
@@ -240,9 +256,9 @@ def read_rgb(path: Path, *, upright: bool = True) -> np.ndarray:
         uint8 array (H, W, 3).
 
     Raises:
-        UnreadableImageError: the file cannot be decoded.
+        UnreadableImageError: the image cannot be decoded.
     """
-    with _reasons(path), _open(path) as image:
+    with _reasons(source), _open(source) as image:
         width, height = image.size
         halved = upright and width * height > LARGE
         if halved:
@@ -252,9 +268,9 @@ def read_rgb(path: Path, *, upright: bool = True) -> np.ndarray:
         return _pixels(image, 2 if halved and width * height == image.width * image.height else 1)
 
 
-def check_whole(path: Path) -> None:
-    """Raises UnreadableImageError if ``read_rgb`` cannot decode a file; takes less time and memory."""
-    with _reasons(path), _open(path) as image:
+def check_whole(source: Encoded) -> None:
+    """Raises UnreadableImageError if ``read_rgb`` cannot decode an image; takes less time and memory."""
+    with _reasons(source), _open(source) as image:
         image.draft("RGB", (1, 1))  # JPEG files are decoded at an eighth of their size
         image.load()
         _rgb(image.crop((0, 0, 1, 1)))
@@ -285,14 +301,19 @@ def rgb_of(image: Image.Image) -> np.ndarray:
         raise DataError(f"{name}: cannot be read as an image: {error}; give another image") from None
 
 
-def size_of(path: Path) -> tuple[int, int]:
-    """(W, H) from the file's header. Raises UnreadableImageError if it cannot be read."""
-    with _reasons(path), _open(path) as image:
+def size_of(source: Encoded) -> tuple[int, int]:
+    """(W, H) from the image's header. Raises UnreadableImageError if it cannot be read."""
+    with _reasons(source), _open(source) as image:
         width, height = image.size
         return width, height
 
 
-def _open(path: Path) -> Image.Image:
+def _open(source: Encoded) -> Image.Image:
+    if isinstance(source, bytes):
+        if not source:
+            raise UnreadableImageError("no bytes")
+        return Image.open(io.BytesIO(source), formats=formats())
+    path = source
     if path.exists() and not path.is_file():  # opening a named pipe blocks until it is written to
         raise UnreadableImageError("not a regular file")
     if path.suffix.lower() in RAW_ENDINGS:
@@ -301,21 +322,22 @@ def _open(path: Path) -> Image.Image:
 
 
 @contextmanager
-def _reasons(path: Path) -> Iterator[None]:
+def _reasons(source: Encoded) -> Iterator[None]:
     """Turns all errors of the decoders into UnreadableImageError."""
     try:
         yield
     except UnreadableImageError:
         raise
     except Exception as error:  # damaged files can cause any error
-        raise UnreadableImageError(_reason(error, path)) from None
+        raise UnreadableImageError(_reason(error, source)) from None
 
 
-def _reason(error: Exception, path: Path) -> str:
+def _reason(error: Exception, source: Encoded) -> str:
     if isinstance(error, UnidentifiedImageError):
-        start = b""
-        with suppress(OSError), path.open("rb") as file:
-            start = file.read(12)
+        start = source[:12] if isinstance(source, bytes) else b""
+        if isinstance(source, Path):
+            with suppress(OSError), source.open("rb") as file:
+                start = file.read(12)
         if start[4:8] == b"ftyp" and start[8:] in HEIF_BRANDS and "HEIF" not in formats():
             return "HEIC needs the package pillow-heif: pip install pillow-heif"
         return "not an image that Pillow can read"

@@ -117,7 +117,7 @@ def remember(root: Path, inventory: Inventory) -> None:
         return
     assert inventory.sizes is not None
     try:
-        place = _place(root, inventory.key)
+        place = cache_path(root, inventory.key, ".npz")
     except RuntimeError as error:
         raise DataError(f"~/.cache: the list of files cannot be kept there: {error}") from None
     bad = list(inventory.reasons)
@@ -155,7 +155,7 @@ def remember(root: Path, inventory: Inventory) -> None:
 def _recall(root: Path, key: str) -> Inventory | None:
     """The cached inventory, or None if it is missing, damaged or outdated."""
     try:
-        with _place(root, key).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+        with cache_path(root, key, ".npz").open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             content = {name: file[name] for name in file.files}
         if content["form"] != FORM or not np.array_equal(content["key"], _full_key(root, key)):
             return None
@@ -171,13 +171,15 @@ def _recall(root: Path, key: str) -> Inventory | None:
         return None
 
 
+def cache_path(root: Path, key: str, ending: str) -> Path:
+    """The file of the user's cache folder for a root and a key. Raises RuntimeError without a home folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    name = hashlib.sha256(_full_key(root, key).tobytes()).hexdigest()[:32]
+    return Path(base, "anchor-neighbourhoods", name + ending)
+
+
 def _full_key(root: Path, key: str) -> np.ndarray:
     return Names([str(root.resolve()), key]).packed
-
-
-def _place(root: Path, key: str) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(base, "anchor-neighbourhoods", hashlib.sha256(_full_key(root, key).tobytes()).hexdigest()[:32] + ".npz")
 
 
 def _times(root: Path, folders: Sequence[str]) -> np.ndarray | None:

@@ -107,8 +107,26 @@ def svhn(root: Path, *, images: int = 20) -> None:
         scipy.io.savemat(root / name, {"X": pixels, "y": digits}, do_compression=True)
 
 
+def stl10(root: Path, *, images: int = 20, unlabelled: int = 30) -> None:
+    """STL-10: ``images`` labelled for training, others unlabelled, and half as many for testing as are labelled.
+
+    Image i of the labelled is picture i % 64, and its label i % 10; the unlabelled and then the test images go on.
+    """
+    folder = root / "stl10_binary"
+    folder.mkdir(parents=True, exist_ok=True)
+    first = 0
+    for name, count in (("train", images), ("unlabeled", unlabelled), ("test", images // 2)):
+        numbers = range(first, first := first + count)
+        pixels = np.stack([picture(n % 64, (96, 96)) for n in numbers])  # (n, H, W, 3)
+        pixels.transpose(0, 3, 2, 1).tofile(folder / f"{name}_X.bin")  # column by column
+        if name != "unlabeled":
+            np.array([n % 10 + 1 for n in numbers], np.uint8).tofile(folder / f"{name}_y.bin")
+    names = "airplane bird car cat deer dog horse monkey ship truck".split()
+    (folder / "class_names.txt").write_text("".join(f"{name}\n" for name in names))
+
+
 def accept(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
-    """Makes the MD5 sums of the CIFAR and SVHN files below a root the published ones, as torchvision checks them."""
+    """Makes the MD5 sums of the files below a root those that torchvision takes to be published."""
 
     def digest(*parts: str) -> str:
         path = Path(root, *parts)
@@ -120,6 +138,9 @@ def accept(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
             monkeypatch.setattr(source, part, files)
         meta = {**source.meta, "md5": digest(source.base_folder, source.meta["filename"])}
         monkeypatch.setattr(source, "meta", meta)
+    for part in ("train_list", "test_list"):
+        files = [[name, digest(published.STL10.base_folder, name)] for name, _ in getattr(published.STL10, part)]
+        monkeypatch.setattr(published.STL10, part, files)
     parts = {part: [url, name, digest(name)] for part, (url, name, _) in published.SVHN.split_list.items()}
     monkeypatch.setattr(published.SVHN, "split_list", parts)
 

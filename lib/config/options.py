@@ -160,6 +160,11 @@ class Options(BaseModel):
     )
     download: Switch = _option(False, "data", "download the data set to data_root if it is missing", this_run=True)
     bounding_boxes: Switch = _option(False, "data", "crop images to their annotated bounding boxes (cub200, dogs)")
+    label_column: Annotated[str | None, BeforeValidator(_unset)] = _option(
+        None,
+        "data",
+        "parquet: column with the labels; not set: label, labels, fine_label or the only ClassLabel column",
+    )
     strict_data: Switch = _option(False, "data", "stop if an image is unreadable, instead of skipping it")
     batch_size: Integer = _option(
         128, "data", "batch size, summed over all processes; each process needs at least two images", ge=2

@@ -45,6 +45,8 @@ class Evaluator:
         sigma: temperature of the vote weights exp(s / sigma).
         device: device of the network.
         ranks: the ranks of the run, each of which classifies its shard of the test images; None: a single process.
+        labelled: loader of the images of ``train_labels``, in order, if these are not the training samples; their
+            features are computed for each evaluation.
     """
 
     def __init__(
@@ -59,8 +61,11 @@ class Evaluator:
         sigma: float,
         device: torch.device,
         ranks: Ranks | None = None,
+        labelled: Loader | None = None,
     ) -> None:
         self._ranks = ranks or Ranks()
+        self._labelled = labelled
+        self.against = "the labelled training images" if labelled else "the memory bank"
         self._test = test
         self.device = device
         self._test_labels = torch.from_numpy(test_labels[self._ranks.shard(len(test_labels))]).to(device)
@@ -84,11 +89,15 @@ class Evaluator:
 
         Args:
             network: maps images to embeddings; it runs in evaluation mode.
-            train_features: (N, D), the memory bank or features computed with the test transform.
+            train_features: (N, D), the memory bank or features computed with the test transform; ignored if the
+                evaluator has images of its own.
 
         Returns:
             The accuracy over all test images, the same on every rank.
         """
+        if self._labelled:
+            found = features.extract(network, self._labelled, "features of the labelled images")
+            train_features = ShardedRows(found, self._labelled.samples, self._ranks)
         return self.classify(features.extract(network, self._test, "test features"), train_features)
 
     def classify(self, queries: torch.Tensor, train_features: torch.Tensor | ShardedRows) -> Accuracy:

@@ -115,7 +115,7 @@ def run_evaluation(context: RunContext) -> None:
 
 
 def _evaluation_inputs(context: RunContext) -> EvaluationInputs:
-    train, test = context.splits.train, context.splits.test
+    train, test = context.splits.labelled or context.splits.train, context.splits.test
     evaluators = [context.evaluator(test, name) for name in context.options.protocol if name in ("knn", "nn")]
     assert context.options.seed is not None
     return EvaluationInputs(
@@ -149,7 +149,7 @@ def write_report(context: RunContext, folder: Path, loaded: Checkpoint) -> None:
     evaluator = context.evaluator(test)
     compared = f"{evaluator.name} against training features, both computed with the test transform" if evaluator else ""
     tested = None
-    if evaluator and test and test.labels is not None:
+    if evaluator and test and test.labels is not None and train.labels is not None:
         embeddings = features.extract(context.network, context.loader(test, train=False), "test features")
         tested = Tested(
             images=test.images,
@@ -164,7 +164,7 @@ def write_report(context: RunContext, folder: Path, loaded: Checkpoint) -> None:
         options,
         loaded,
         train=train,
-        protocol=f"{evaluator.name} against the memory bank" if evaluator else "",
+        protocol=f"{evaluator.name} against {evaluator.against}" if evaluator else "",
         features=context.train_embeddings().cpu().numpy(),
         tested=tested,
     )

@@ -124,6 +124,8 @@ def _cut(value: object) -> str:
 
 def _left_out(material: ReportData) -> str:
     """What cannot be shown for want of labels, in a sentence; '' where nothing is missing."""
+    if material.labels is None and material.protocol:
+        return "Most training images have no labels, so consistency, mistakes and the confusion matrix are left out."
     if material.labels is None:
         return (
             "The training images have no labels, so accuracy, consistency, mistakes and the confusion matrix are left "

@@ -59,6 +59,7 @@ def build_trainer(context: RunContext) -> Trainer:
         options,
         signals,
         protocol=evaluate.name if evaluate else "",
+        against=evaluate.against if evaluate else "",
         images=splits.train.images,
         labels=labels,
         epochs=session.epochs(),
@@ -136,7 +137,8 @@ def log_start(context: RunContext, session: Session) -> None:
     """Logs versions, hardware, data and network, and appends them to starts.jsonl."""
     options, splits = context.options, context.splits
     tests = f", {len(splits.test)} test images" if splits.test else ""
-    classes = f", {len(splits.train.classes)} classes" if splits.train.classes else ""
+    names = (splits.labelled or splits.train).classes
+    classes = f", {len(names)} classes" if names else ""
     parameters = sum(p.numel() for p in context.network.parameters())
     lines = {
         "session": session.folder or "none (--debug)",

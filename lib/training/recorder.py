@@ -30,6 +30,7 @@ class Recorder:
     Args:
         signals: stop signals, which are deferred while a checkpoint is written.
         protocol: name of the evaluation protocol; '' without labels.
+        against: the training features that it compares with.
         images, labels: the training images, for the pictures of anchors; labels may be None.
         epochs: records of the epochs before this start, which may have been warned of already.
 
@@ -44,6 +45,7 @@ class Recorder:
         signals: StopSignals | None = None,
         *,
         protocol: str = "",
+        against: str = "the memory bank",
         images: Sequence[np.ndarray] = (),
         labels: np.ndarray | None = None,
         epochs: Sequence[dict[str, Any]] = (),
@@ -52,6 +54,7 @@ class Recorder:
         self.options = options
         self.signals = signals or StopSignals()
         self.protocol = protocol
+        self.against = against
         self.images = images
         self.labels = labels
         self.unsaved: str | None = None
@@ -229,5 +232,5 @@ class Recorder:
         text = table([title for title, _, _ in shown], rows)
         if self.protocol:
             chooser = "held-out training images" if self.options.val_fraction else "the test labels"
-            text += f"\ntop-1, top-5: {self.protocol} against the memory bank; best: chosen by {chooser}"
+            text += f"\ntop-1, top-5: {self.protocol} against {self.against}; best: chosen by {chooser}"
         return text

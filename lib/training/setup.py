@@ -84,7 +84,7 @@ class RunContext:
 
     def evaluator(self, queries: datasets.ImageSet | None, protocol: str | None = None) -> Evaluator | None:
         """An evaluator of the queries, by default with the protocol of training; None without labels."""
-        options, train = self.options, self.splits.train
+        options, train = self.options, self.splits.labelled or self.splits.train
         if queries is None or queries.labels is None or train.labels is None:
             return None
         return Evaluator(
@@ -97,6 +97,7 @@ class RunContext:
             sigma=options.knn_sigma or options.npc_temperature,
             device=self.device,
             ranks=self.ranks,
+            labelled=self.loader(train, train=False) if self.splits.labelled else None,
         )
 
     def train_embeddings(self) -> torch.Tensor:
@@ -207,6 +208,7 @@ def load_data(options: Options) -> datasets.Splits:
         strict=options.strict_data,
         download=options.download,
         boxes=options.bounding_boxes,
+        label_column=options.label_column,
         progress=bar,
     )
     if options.val_fraction:
@@ -214,7 +216,7 @@ def load_data(options: Options) -> datasets.Splits:
     for note in splits.notes:
         logger().info("%s", note)
     warn_of_skipped(splits.skipped)
-    if splits.train.labels is None:
+    if splits.labelled is None and splits.train.labels is None:
         logger().info("the training images have no labels: accuracy and consistency are not computed")
     elif splits.test is None or splits.test.labels is None:
         logger().info("there are no labelled test images: accuracy is not computed")

@@ -72,8 +72,8 @@ class Case:
         return pytest.approx(shares, abs=1e-6)
 
 
-def loader_of(samples: int) -> Loader:
-    images = [np.full((1, 1, 3), i, dtype=np.uint8) for i in range(samples)]
+def loader_of(samples: int, first: int = 0) -> Loader:
+    images = [np.full((1, 1, 3), first + i, dtype=np.uint8) for i in range(samples)]
     scaled = synthetic.untouched(1, 1, stds=(1 / 255,) * 3)  # back to the numbers
     return Loader(images, scaled, batch_size=8, workers=0, seed=None, device=torch.device("cpu"))
 
@@ -117,6 +117,27 @@ def test_nn_accuracy_is_the_oracles() -> None:
     result = case.accuracy("nn")
     assert result.top1 == pytest.approx(np.mean(nearest == case.test_labels), abs=1e-6)
     assert result.top5 is None  # one class is named, not five
+
+
+@pytest.mark.parametrize("protocol", ["knn", "nn"])
+def test_labelled_images_take_the_place_of_the_memory_bank(protocol: str) -> None:
+    case = Case(train=150)
+    expected = case.accuracy(protocol)
+    evaluator = Evaluator(
+        protocol,
+        test=loader_of(60),
+        test_labels=case.test_labels,
+        train_labels=case.train_labels,
+        classes=case.classes,
+        k=200,
+        sigma=0.1,
+        device=CPU,
+        labelled=loader_of(150, first=60),
+    )
+    network = Lookup(np.concatenate([case.queries, case.bank]))
+    other = torch.nn.functional.normalize(torch.randn(400, LOW_DIM, generator=torch.Generator().manual_seed(0)))
+    assert evaluator(network, other) == expected
+    assert (evaluator.against, case.evaluator().against) == ("the labelled training images", "the memory bank")
 
 
 def test_an_evaluator_has_a_name_for_the_tables() -> None:

@@ -18,7 +18,7 @@ from lib.training.recorder import Recorder
 from lib.training.setup import RunContext
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-PARTS = {"cifar10-cpu", "cifar10", "cifar100", "svhn", "imagenet", "cub200", "dogs", "folder", "digits"}
+PARTS = {"cifar10-cpu", "cifar10", "cifar100", "svhn", "stl10", "imagenet", "cub200", "dogs", "folder", "digits"}
 
 
 def make(name: str, root: Path) -> None:
@@ -27,6 +27,8 @@ def make(name: str, root: Path) -> None:
         synthetic.cifar(root, classes=int(name.removeprefix("cifar")))
     elif name == "svhn":
         synthetic.svhn(root)
+    elif name == "stl10":
+        synthetic.stl10(root, images=10, unlabelled=10)
     elif name == "cub200":
         synthetic.cub200(root, classes=4)
     elif name == "dogs":
@@ -77,7 +79,7 @@ def test_each_config_trains_a_step_with_its_own_command(
     pixels = context.options.size if isinstance(context.options.size, int) else context.options.size[0]
     (images, _), *_ = context.loader(context.splits.train, train=True).epoch()
     assert images.shape == (samples, 3, pixels, pixels)
-    expected = {"imagenet": 224, "cub200": 224, "dogs": 224, "digits": 8, "folder": 32}.get(name, 32)
+    expected = {"imagenet": 224, "cub200": 224, "dogs": 224, "stl10": 96, "digits": 8, "folder": 32}.get(name, 32)
     assert pixels == {"cifar10-cpu": 16}.get(config.stem, expected)
     assert record["loss"] == pytest.approx(loss.item()) and math.isfinite(loss.item())
     assert 0 <= record["top1"] <= 1
@@ -97,4 +99,4 @@ def test_the_base_config_trains_as_the_paper_did() -> None:
 def test_every_data_set_of_the_paper_has_its_configs() -> None:
     small = {f"{name}{network}" for name in ("cifar10", "cifar100", "svhn") for network in ("", "-alexnet")}
     large = {"imagenet-alexnet", "imagenet-resnet18", "cub200", "dogs"}
-    assert {path.stem for path in EXPERIMENTS} == small | large | {"digits", "folder", "cifar10-cpu"}
+    assert {path.stem for path in EXPERIMENTS} == small | large | {"digits", "folder", "cifar10-cpu", "stl10"}

@@ -26,6 +26,7 @@ import datasets
 import main
 import models
 import runs
+import synthetic
 from datasets import files
 from lib.config.options import Options
 from lib.errors import UsageError
@@ -126,6 +127,43 @@ def test_a_run_leaves_the_documented_files(
     log = (session / "log.txt").read_text(encoding="utf-8")
     for line in screen.splitlines():
         assert line in log
+
+
+def test_partly_labelled_images_are_trained_on_and_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    synthetic.stl10(tmp_path, images=20, unlabelled=28)
+    synthetic.accept(monkeypatch, tmp_path)
+    words = ["--dataset", "stl10", "--data-root", str(tmp_path), "--sess-dir", str(tmp_path / "sessions"), *SHORT]
+    assert main.main([*words, "--report"]) == 0
+    shown = capsys.readouterr().out
+    assert "20 of 48 training images have labels" in shown and "kNN (K=20, sigma=0.1) against the labelled" in shown
+    session = session_in(tmp_path)
+    rows = metrics(session)
+    assert all(0 <= row["top1"] <= 1 and row["consistency"] is None for row in rows)
+    assert rows[-1]["anchors"] == 48
+    assert "against the labelled training images" in (session / "report.html").read_text(encoding="utf-8")
+    test = ["--resume", str(session), "--test-only", "--protocol", "knn", "linear", "cluster"]
+    assert main.main([*test, "--linear-layers", "fc", "--workers-num", "0"]) == 0
+    results = json.loads((session / "evaluation.json").read_text(encoding="utf-8"))["results"]
+    assert [result["protocol"].split()[0] for result in results] == ["weighted", "linear", "k-means"]
+    assert results[0]["top1"] == pytest.approx(rows[-1]["top1"], abs=1e-6)  # both recompute the labelled images
+
+
+def test_parquet_files_train_as_the_same_images_in_a_folder(start: list[str], photos: Path, tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for split in ("train", "test"):
+        files = sorted((photos / split).rglob("*.png"))
+        rows = [{"bytes": path.read_bytes(), "path": str(path.relative_to(photos))} for path in files]
+        table = pa.table({"image": rows, "label": [path.parent.name for path in files]})
+        (tmp_path / "tables").mkdir(exist_ok=True)
+        pq.write_table(table, tmp_path / "tables" / f"{split}.parquet")
+    assert main.main([*start, "--session", "folder"]) == 0
+    words = [*start, "--dataset", "parquet", "--data-root", str(tmp_path / "tables"), "--session", "parquet"]
+    assert main.main([*words, "--label-column", "label"]) == 0
+    one, two = (tmp_path / "sessions" / name for name in ("folder", "parquet"))
+    assert metrics(one) == metrics(two)
+    assert equal(content(one), content(two))
 
 
 def test_the_best_checkpoint_of_a_round_is_its_best_epoch(start: list[str], tmp_path: Path) -> None:

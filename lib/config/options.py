@@ -379,12 +379,15 @@ class Options(BaseModel):
     brief: Switch = _option(
         False, "session", "show only one line per round, the results and warnings on the screen", this_run=True
     )
-    export_neighbourhoods: OptionalPath = _option(
+    export_table: OptionalPath = _option(
         None,
         "session",
-        "at the end, write the entropy, the round of selection as an anchor and the neighbours of each training image "
-        "to this .csv file",
+        "at the end, write a row for each image to this .parquet or .csv file: class, entropy, round of selection as "
+        "an anchor, neighbours, group, outlier score, place on a map, embedding",
         this_run=True,
+    )
+    export_thumbnails: Switch = _option(
+        False, "session", "add small pictures of the images to the .parquet file of export_table", this_run=True
     )
     query: Annotated[tuple[Path, ...], BeforeValidator(_paths)] = _option(
         (), "session", "image files: show the most similar training images of each, without training", this_run=True

@@ -37,8 +37,10 @@ PROJECTED = 1000
 def check(options: Options) -> None:
     """Raises UsageError if an export cannot be written; called before anything is loaded or trained."""
     export.check(options)
-    if options.export_neighbourhoods:
-        retrieval.check(options.export_neighbourhoods)
+    if options.export_table or options.export_thumbnails:
+        from lib.reporting import table  # imports scikit-learn, which takes seconds
+
+        table.check(options)
 
 
 def show(context: RunContext) -> None:
@@ -134,7 +136,7 @@ def _evaluation_inputs(context: RunContext) -> EvaluationInputs:
 
 
 def _exports(options: Options) -> bool:
-    return bool(options.export_features or options.export_model or options.export_neighbourhoods)
+    return bool(options.export_features or options.export_model or options.export_table)
 
 
 def write_report(context: RunContext, folder: Path, loaded: Checkpoint) -> None:
@@ -213,21 +215,26 @@ def export_results(context: RunContext, loaded: Checkpoint, folder: Path | None)
             means, stds = context.means_and_stds
             export.save_model(options.export_model, context.network, options, means=means, stds=stds)
     with _collect(failures):
-        if options.export_neighbourhoods:
-            _export_neighbourhoods(context, loaded, folder, options.export_neighbourhoods)
+        if options.export_table:
+            _export_table(context, loaded, folder, options.export_table)
     for error in failures[:-1]:
         logger().error("%s", error)
     if failures:
         raise failures[-1]
 
 
-def _export_neighbourhoods(context: RunContext, loaded: Checkpoint, folder: Path | None, path: Path) -> None:
-    found = checkpoint.discoveries(folder, loaded, len(context.splits.train))
-    retrieval.save_neighbourhoods(
-        path,
-        embeddings=context.train_embeddings(),
-        temperature=context.options.npc_temperature,
-        size=context.options.ANs_size,
-        rounds=retrieval.became_anchor(found, len(context.splits.train)),
-        train=context.splits.train,
-    )
+def _export_table(context: RunContext, loaded: Checkpoint, folder: Path | None, path: Path) -> None:
+    from lib.reporting import table  # imports scikit-learn, which takes seconds
+
+    splits, parts = context.splits, []
+    for name, split in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
+        if split:
+            labels = np.full(len(split), table.NEVER) if split.labels is None else split.labels
+            found = features.extract(context.network, context.loader(split, train=False), f"{name} embeddings")
+            parts.append(table.Split(name, split, found.float().cpu().numpy(), labels))
+    classes = splits.train.classes
+    if splits.labelled is not None and splits.labelled.labels is not None:
+        parts[0].labels[splits.labelled.indices], classes = splits.labelled.labels, splits.labelled.classes
+    rounds = table.became_anchor(checkpoint.discoveries(folder, loaded, len(splits.train)), len(splits.train))
+    images = [part.images.images for part in parts] if context.options.export_thumbnails else None
+    table.save(path, table.columns(parts, classes, rounds, context.options), images)

@@ -1,15 +1,13 @@
-"""The most similar training images: of every training image as a CSV file, and of any picture.
+"""The training images that are most similar to any picture, as a table and as a picture.
 
 No file is overwritten. Letters: N samples, D embedding, K nearest, Q queries, R rows of a block, H x W pixels.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -18,16 +16,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from datasets import ImageSet
-from lib.errors import UsageError
 from lib.method.chunking import block_rows
-from lib.method.discovery import discover
-from lib.method.neighbourhoods import Neighbourhoods
 from lib.session import image_grid
-from lib.session.atomic_files import check_ending, check_place, csv_text, new_files, printable
-from lib.session.console import SUMMARY, logger, plural, progress, table
+from lib.session.atomic_files import new_files, printable
+from lib.session.console import SUMMARY, logger, progress, table
 
-NEVER = -1
-"""In place of a round: the sample was not an anchor in any."""
 TILE, LINE, LETTERS = 128, 18, 12
 """Pixels of an image in the picture (smaller ones are magnified), of a line of text, and of the size of its letters."""
 COLUMNS = 10
@@ -42,100 +35,6 @@ def _index_of(train: ImageSet, sample: int) -> int:
 def _class_of(train: ImageSet, sample: int) -> str:
     """The name of a sample's class; '' without labels."""
     return "" if train.labels is None else train.classes[int(train.labels[sample])]
-
-
-def check(path: Path) -> None:
-    """Raises UsageError unless the table of ``--export-neighbourhoods`` can be written; called before training."""
-    check_ending("--export-neighbourhoods", path, (".csv",))
-    check_place(path)
-
-
-def became_anchor(discoveries: Iterable[tuple[int, Neighbourhoods]], samples: int) -> torch.Tensor:
-    """The first of the given rounds in which each sample was an anchor.
-
-    Args:
-        discoveries: rounds in any order, each with what was found in it.
-        samples: N.
-
-    Returns:
-        (N,) rounds; ``NEVER`` for those that were not an anchor in any.
-
-    Raises:
-        UsageError: a discovery is of another number of samples.
-    """
-    first = torch.full((samples,), NEVER)
-    for round, found in sorted(discoveries, key=lambda pair: -pair[0]):  # the earlier overwrite the later
-        if len(found.position) != samples:
-            raise UsageError(
-                f"round {round}: its anchors are of {len(found.position)} samples, not {samples}; choose the data "
-                "that the session was trained on"
-            )
-        first[found.anchors.cpu()] = round
-    return first
-
-
-def save_neighbourhoods(
-    path: Path, *, embeddings: torch.Tensor, temperature: float, size: int, rounds: torch.Tensor, train: ImageSet
-) -> None:
-    """Writes a line for each training image: its name, its entropy, and its nearest others, most similar first.
-
-    Columns: ``index`` in the data set, ``file`` and ``class`` where there are any, ``entropy`` in nats, ``round`` in
-    which it became an anchor (empty: in none), and for each neighbour ``neighbour_1``, an index, and
-    ``similarity_1``, the cosine. Entropies and neighbours are those that a discovery on these embeddings finds. The
-    file is RFC 4180 in UTF-8 without a byte order mark, with all text quoted, and as ``csv_text`` leaves it; bytes of a
-    name that are no UTF-8 become ``\\udcff`` and the like.
-
-    Args:
-        embeddings: (N, D), unit length.
-        temperature: tau.
-        size: K, cut to N - 1.
-        rounds: (N,), as ``became_anchor`` gives them.
-
-    Raises:
-        UsageError: the file exists or cannot be written.
-    """
-    found = discover(embeddings, temperature=temperature, anchors=len(embeddings), size=size)  # all are anchors
-    nearest = found.neighbours[found.position]  # (N, K), in order of samples
-    header = ["index", *(["file"] if train.names else []), *(["class"] if train.labels is not None else [])]
-    header += ["entropy", "round"]
-    for number in range(1, nearest.shape[1] + 1):
-        header += [f"neighbour_{number}", f"similarity_{number}"]
-    with new_files(path) as (file,):
-        text = io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="")  # file names may be any bytes
-        writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC)
-        writer.writerow(header)
-        writer.writerows(_lines(embeddings, found.entropy, nearest, rounds, train))
-        text.detach()  # which flushes, and leaves the file open
-    logger().info(
-        "neighbourhoods: %s (%s, %s each; %s bytes)",
-        path,
-        plural(nearest.shape[0], "image"),
-        plural(nearest.shape[1], "neighbour"),
-        f"{path.stat().st_size:,}",
-        extra=SUMMARY,
-    )
-
-
-def _lines(
-    embeddings: torch.Tensor, entropy: torch.Tensor, nearest: torch.Tensor, rounds: torch.Tensor, train: ImageSet
-) -> Iterator[list[object]]:
-    """The table's lines but the first, computed in blocks."""
-    for block in _blocks(
-        len(embeddings), max(1, nearest.shape[1]) * embeddings.shape[1], embeddings.device, "writing neighbourhoods"
-    ):
-        near = nearest[block]  # (R, K)
-        similarity = (embeddings[near] @ embeddings[block, :, None]).squeeze(2)  # (R, K)
-        figures = (part.tolist() for part in (entropy[block], rounds[block], near, similarity))
-        for sample, (own, round, indices, values) in enumerate(zip(*figures, strict=True), start=block.start):
-            line: list[object] = [_index_of(train, sample)]
-            if train.names:
-                line.append(csv_text(train.names[sample]))
-            if train.labels is not None:
-                line.append(csv_text(_class_of(train, sample)))
-            line += [_short(own), "" if round == NEVER else round]
-            for index, value in zip(indices, values, strict=True):
-                line += [_index_of(train, index), _short(value)]
-            yield line
 
 
 def _blocks(rows: int, width: int, device: torch.device, what: str) -> Iterator[slice]:

@@ -249,22 +249,28 @@ def project(material: ReportData) -> Projection | str:
     """Some of the embeddings in the plane by t-SNE, or why they are not drawn."""
     samples = len(material.features)
     chosen = drawn(samples, MAPPED)
-    features = np.asarray(material.features[chosen], np.float64)  # (P, D)
+    placed = to_plane(material.features[chosen])
+    if isinstance(placed, str):
+        return f"Not drawn: {placed}."
+    points, method = placed
+    how = f"{len(points):,} of {plural(samples, 'embedding')} of the training images (test transform), by {method}; "
+    return Projection(chosen, points, f"{how}{material.when}.")
+
+
+def to_plane(features: np.ndarray) -> tuple[np.ndarray, str] | str:
+    """Embeddings (P, D) in the plane (P, 2) by t-SNE, and its constants; or why there is no such map."""
+    features = np.asarray(features, np.float64)
     if not np.isfinite(features).all():
-        return "Not drawn: some embeddings are not finite numbers."
+        return "some embeddings are not finite numbers"
     if len(features) < 5 or np.ptp(features, axis=0).max() < 1e-6:
-        return "Not drawn: there are fewer than five embeddings, or all are the same."
+        return "there are fewer than five embeddings, or all are the same"
     before = ""
     if features.shape[1] > 50 and len(features) > 50:
         features, before = PCA(50, random_state=SEED).fit_transform(features), ", after PCA to 50 dimensions"
     perplexity = min(30.0, (len(features) - 1) / 3)
     with threadpool_limits(1):  # sums in one order; and threads that wait for a busy core cost more than they bring
         points = TSNE(perplexity=perplexity, init="pca", random_state=SEED).fit_transform(features)  # (P, 2)
-    how = (
-        f"{len(features):,} of {plural(samples, 'embedding')} of the training images (test transform), "
-        f"by t-SNE (perplexity {perplexity:.3g}, started from PCA, seed {SEED}){before}; {material.when}."
-    )
-    return Projection(chosen, points, how)
+    return points, f"t-SNE (perplexity {perplexity:.3g}, started from PCA, seed {SEED}){before}"
 
 
 def embedding_map(material: ReportData, projected: Projection | str) -> Part:

@@ -1,0 +1,265 @@
+"""The table of ``--export-table``: a row for each image, for viewers of embeddings, data frames and databases.
+
+Letters: N training samples, M samples of all splits, D embedding, K neighbours.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+
+import datasets
+from lib.config.options import Options
+from lib.errors import UsageError
+from lib.evaluation import findings
+from lib.method.discovery import discover
+from lib.method.neighbourhoods import Neighbourhoods
+from lib.reporting import retrieval
+from lib.reporting.report_data import SEARCHED, SEED, drawn
+from lib.reporting.training_figures import to_plane
+from lib.session.atomic_files import check_ending, check_place, csv_text, new_files, reason
+from lib.session.console import SUMMARY, logger, plural, progress
+
+NEVER = -1
+"""In place of a round: the sample was not an anchor in any. Of a label: it is not known."""
+MAPPED = 5_000
+"""Images that t-SNE places, at most; the others are placed beside the most similar of them."""
+BESIDE = 3
+"""Mapped images at whose mean another image is placed."""
+ROWS = 1_000
+"""Rows that are written at a time; with thumbnails they are all that is in memory."""
+SIDE, QUALITY = 128, 85
+"""Pixels of the longer edge of a thumbnail, at most, and JPEG quality of one that had to be reduced."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split of the table: ``train``, ``val`` (held out) or ``test``, its n images and their embeddings (n, D).
+
+    ``labels`` (n,) are class indices, ``NEVER`` where they are not known.
+    """
+
+    name: str
+    images: datasets.ImageSet
+    embeddings: np.ndarray
+    labels: np.ndarray
+
+
+def check(options: Options) -> None:
+    """Raises UsageError if the table cannot be written; called before anything is loaded or trained."""
+    path = options.export_table
+    if options.export_thumbnails and (path is None or path.suffix.lower() != ".parquet"):
+        raise UsageError("--export-thumbnails: needs --export-table with a .parquet file, which can hold pictures")
+    if path is None:
+        return
+    check_ending("--export-table", path, (".parquet", ".csv"))
+    check_place(path)
+    if path.suffix.lower() == ".parquet":
+        try:
+            importlib.import_module("pyarrow.parquet")
+        except Exception as error:  # broken installations can raise any error
+            raise UsageError(
+                f"--export-table {path}: needs the package pyarrow, which cannot be imported ({reason(error)}); run "
+                "pip install -r requirements-parquet.txt, or name a .csv file"
+            ) from None
+
+
+def became_anchor(discoveries: Iterable[tuple[int, Neighbourhoods]], samples: int) -> np.ndarray:
+    """The first of the given rounds in which each sample was an anchor.
+
+    Args:
+        discoveries: rounds in any order, each with what was found in it.
+        samples: N.
+
+    Returns:
+        (N,) rounds; ``NEVER`` for those that were not an anchor in any.
+
+    Raises:
+        UsageError: a discovery is of another number of samples.
+    """
+    first = np.full(samples, NEVER)
+    for round, found in sorted(discoveries, key=lambda pair: -pair[0]):  # the earlier overwrite the later
+        if len(found.position) != samples:
+            raise UsageError(
+                f"round {round}: its anchors are of {len(found.position)} samples, not {samples}; choose the data "
+                "that the session was trained on"
+            )
+        first[found.anchors.cpu().numpy()] = round
+    return first
+
+
+def columns(splits: Sequence[Split], classes: Sequence[str], rounds: np.ndarray, options: Options) -> dict[str, Any]:
+    """The columns but the thumbnails, as docs/evaluation.md describes them; None where a value is not known.
+
+    Args:
+        splits: the training images first.
+        classes: class names.
+        rounds: (N,), as ``became_anchor`` gives them.
+        options: temperature, and number of neighbours and resolution of the groups.
+
+    Raises:
+        UsageError: an embedding is NaN or infinite.
+    """
+    train, *others = splits
+    samples, total = len(train.images), sum(len(split.images) for split in splits)
+    embeddings = np.concatenate([split.embeddings for split in splits])  # (M, D)
+    labels = np.concatenate([split.labels for split in splits])  # (M,)
+    known = train.labels if (train.labels != NEVER).all() and samples else None
+    searched = drawn(samples, SEARCHED)
+    constants = {"neighbours": options.graph_neighbours, "resolution": options.graph_resolution, "seed": SEED}
+    found = findings.find(train.embeddings[searched], None if known is None else known[searched], **constants)  # type: ignore[arg-type]
+    nearest, cosines = found.neighbours, found.similarities  # (N, K)
+    if len(searched) < samples:
+        nearest, cosines = findings.nearest_neighbours(train.embeddings, options.graph_neighbours)
+    rows = torch.from_numpy(train.embeddings)
+    for split in others:  # their neighbours are training images, too
+        near = retrieval.query(torch.from_numpy(split.embeddings), rows, nearest.shape[1])
+        nearest, cosines = (np.concatenate([a, b.numpy()]) for a, b in zip((nearest, cosines), near, strict=True))
+    distances = 1 - cosines.clip(-1, 1)  # (M, K)
+    entropy = discover(rows, temperature=options.npc_temperature, anchors=0, size=1).entropy.numpy()
+    points = to_map(embeddings)
+
+    def of_training(values: np.ndarray, index: np.ndarray | None = None) -> list[Any]:
+        """Values of all rows, from those of the training images, or of some of them."""
+        column: list[Any] = [None] * total
+        for row, value in zip(range(samples) if index is None else index, values.tolist(), strict=True):
+            column[row] = value
+        return column
+
+    copies = of_training(searched[found.copies], searched)
+    disagreement = findings.label_disagreement(nearest, labels).tolist() if known is not None else [None] * total
+    return {
+        "id": list(range(total)),
+        "file": [_text(name) for split in splits for name in split.images.names or _nameless(split)],
+        "split": [split.name for split in splits for _ in range(len(split.images))],
+        "index": [index for split in splits for index in split.images.indices.tolist()],
+        "class": [None if label == NEVER else _text(classes[label]) for label in labels.tolist()],
+        "entropy": of_training(entropy),
+        "round": [None if round == NEVER else round for round in of_training(rounds)],
+        "neighbours": [{"ids": i, "distances": d} for i, d in zip(nearest.tolist(), distances.tolist(), strict=True)],
+        "nearest_distance": distances[:, 0].tolist() if distances.shape[1] else [None] * total,
+        "copy_of": [None if copy == row else copy for row, copy in enumerate(copies)],
+        "group": of_training(found.groups, searched),
+        "outlier_score": of_training(found.outlier_scores, searched),
+        "label_disagreement": [None if label == NEVER else d for d, label in zip(disagreement, labels, strict=True)],
+        "x": [None] * total if points is None else points[:, 0].tolist(),
+        "y": [None] * total if points is None else points[:, 1].tolist(),
+        "embedding": embeddings,
+    }
+
+
+def _nameless(split: Split) -> list[None]:
+    return [None] * len(split.images)
+
+
+def _text(name: str | None) -> str | None:
+    """Valid UTF-8: bytes of a file name that are not become ``\\udcff`` and the like."""
+    return None if name is None else name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def to_map(embeddings: np.ndarray) -> np.ndarray | None:
+    """Embeddings (M, D) in the plane (M, 2): some by t-SNE, the others at the mean of the most similar of these.
+
+    None if there are fewer than five embeddings, or all are the same.
+    """
+    chosen = drawn(len(embeddings), MAPPED)
+    placed = to_plane(embeddings[chosen])
+    if isinstance(placed, str) or len(chosen) == len(embeddings):
+        return None if isinstance(placed, str) else placed[0]
+    rows = torch.from_numpy(embeddings)
+    nearest, _ = retrieval.query(rows, rows[torch.from_numpy(chosen)], BESIDE)  # (M, BESIDE)
+    points: np.ndarray = placed[0][nearest.numpy()].mean(axis=1)
+    points[chosen] = placed[0]
+    return points
+
+
+def save(path: Path, table: dict[str, Any], images: Sequence[Sequence[np.ndarray]] | None) -> None:
+    """Writes the columns to a ``.parquet`` or ``.csv`` file.
+
+    CSV has no thumbnails and no embeddings; its lists are JSON, and its text is as ``csv_text`` leaves it.
+
+    Args:
+        path: the file.
+        table: the columns, as ``columns`` gives them.
+        images: those of each split, for thumbnails; None: no thumbnails.
+
+    Raises:
+        UsageError: the file exists or cannot be written.
+    """
+    with new_files(path) as (file,):
+        if path.suffix.lower() == ".csv":
+            _write_csv(file, table)
+        else:
+            _write_parquet(file, table, images)
+    rows = plural(len(table["id"]), "image")
+    logger().info("table: %s (%s; %s bytes)", path, rows, f"{path.stat().st_size:,}", extra=SUMMARY)
+
+
+def _write_csv(file: BinaryIO, table: dict[str, Any]) -> None:
+    shown = {name: column for name, column in table.items() if name not in ("neighbours", "embedding")}
+    shown["neighbours"] = [json.dumps(found["ids"]) for found in table["neighbours"]]
+    shown["distances"] = [
+        json.dumps([round(value, 6) for value in found["distances"]]) for found in table["neighbours"]
+    ]
+    text = io.TextIOWrapper(file, "utf-8", newline="")
+    writer = csv.writer(text)
+    writer.writerow(shown)
+    for row in zip(*shown.values(), strict=True):
+        writer.writerow([_cell(value) for value in row])
+    text.detach()  # flushes, and leaves the file open
+
+
+def _cell(value: Any) -> Any:
+    """A cell of CSV: text without formulas, and numbers with as many digits as float32 has."""
+    if isinstance(value, str):
+        return csv_text(value)
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def _write_parquet(file: BinaryIO, table: dict[str, Any], images: Sequence[Sequence[np.ndarray]] | None) -> None:
+    pa, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    real, whole, text = pa.float32(), pa.int64(), pa.string()
+    kinds = {
+        "file": text,
+        "split": text,
+        "class": text,
+        **dict.fromkeys(("id", "index", "round", "copy_of", "group"), whole),
+        "neighbours": pa.struct({"ids": pa.list_(whole), "distances": pa.list_(real)}),
+        "embedding": pa.list_(real),
+    }
+    fields = [(name, kinds.get(name, real)) for name in table]
+    metadata = None
+    if images is not None:  # as Hugging Face's library stores an Image, so that viewers show it
+        fields.append(("image", pa.struct({"bytes": pa.binary(), "path": text})))
+        metadata = {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})}
+    schema = pa.schema(fields, metadata)
+    pictures = (image for part in images or () for image in part)
+    with parquet.ParquetWriter(file, schema) as writer:
+        for start in progress(range(0, len(table["id"]), ROWS), "writing the table", "block"):
+            block = {name: column[start : start + ROWS] for name, column in table.items()}
+            if images is not None:
+                pairs = zip(block["file"], pictures, strict=False)
+                block["image"] = [{"bytes": thumbnail(image), "path": path} for path, image in pairs]
+            arrays = [pa.array(list(block[field.name]), field.type) for field in schema]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+
+
+def thumbnail(image: np.ndarray) -> bytes:
+    """An image (H, W, 3) as PNG, or reduced to ``SIDE`` pixels as JPEG if it is larger."""
+    picture, data = Image.fromarray(image), io.BytesIO()
+    if max(picture.size) <= SIDE:
+        picture.save(data, "PNG")
+    else:
+        picture.thumbnail((SIDE, SIDE))
+        picture.save(data, "JPEG", quality=QUALITY)
+    return data.getvalue()

@@ -75,7 +75,7 @@ def find(
     if not np.isfinite(embeddings).all():
         raise UsageError("some embeddings are NaN or infinite, so they have no neighbours; choose another checkpoint")
     nearest, cosines = nearest_neighbours(embeddings, neighbours)
-    copies = identical_images(nearest, cosines)
+    copies = identical_images(embeddings, nearest, cosines)
     groups, modularity = communities(nearest, resolution=resolution, seed=seed)
     others = [communities(nearest, resolution=resolution, seed=seed + number)[0] for number in range(1, SEEDS + 1)]
     coarse, fine = (communities(nearest, resolution=resolution * factor, seed=seed)[0] for factor in RESOLUTION_FACTORS)
@@ -114,14 +114,33 @@ def nearest_neighbours(embeddings: np.ndarray, neighbours: int) -> tuple[np.ndar
     return best.samples.numpy(), best.similarities.clamp(-1, 1).numpy()
 
 
-def identical_images(nearest: np.ndarray, cosines: np.ndarray) -> np.ndarray:
-    """(N,) int64: the lowest index among all images with the same embedding, from neighbours and cosines (N, K)."""
+def identical_images(embeddings: np.ndarray, nearest: np.ndarray, cosines: np.ndarray) -> np.ndarray:
+    """The first of the images with the same embedding, for each image.
+
+    Args:
+        embeddings: (N, D), unit length.
+        nearest: (N, K) neighbours.
+        cosines: (N, K), theirs.
+
+    Returns:
+        (N,) int64, its own index if there is no other.
+    """
     samples = len(nearest)
     row, column = np.nonzero(cosines >= IDENTICAL)
-    pairs = coo_array((np.ones(len(row), bool), (row, nearest[row, column])), (samples, samples))
-    _, component = connected_components(pairs, directed=False)
-    _, first = np.unique(component, return_index=True)
-    lowest: np.ndarray = first[component].astype(np.int64)
+    one, other = [row], [nearest[row, column]]
+    if nearest.size:  # an image may have more copies than K, and then not every one of them names the others
+        (crowded,) = (cosines[:, -1] >= IDENTICAL).nonzero()
+        rows = torch.from_numpy(np.require(embeddings[crowded], np.float32))
+        places = torch.arange(len(crowded))
+        for block, similarity in similarities(rows, rows, "identical images"):
+            first = torch.where(similarity >= IDENTICAL, places, len(crowded) - 1).amin(dim=1)
+            one.append(crowded[block])
+            other.append(crowded[first.numpy()])
+    pairs = np.concatenate(one), np.concatenate(other)
+    graph = coo_array((np.ones(len(pairs[0]), bool), pairs), (samples, samples))
+    _, component = connected_components(graph, directed=False)
+    _, first_of = np.unique(component, return_index=True)
+    lowest: np.ndarray = first_of[component].astype(np.int64)
     return lowest
 
 
@@ -158,29 +177,39 @@ def outlier_scores(embeddings: np.ndarray, copies: np.ndarray, neighbours: int) 
     return scores
 
 
-def nearest_sets(found: Findings, count: int) -> list[tuple[list[int], float]]:
-    """The ``count`` sets of most similar images, by single linkage over the pairs of neighbours.
+@dataclass(frozen=True)
+class ImageSet:
+    """Images that are copies of each other or look alike: their indices, ascending, and the cosines that join them."""
+
+    members: list[int]
+    least: float
+    greatest: float
+
+
+def nearest_sets(found: Findings, count: int) -> list[ImageSet]:
+    """At most ``count`` sets of the most similar images, by single linkage over the pairs of neighbours.
 
     Pairs are joined from the most similar one on, until there are so many sets, so that ten copies of an image are one
-    set and not 45 pairs.
-
-    Returns:
-        The samples of each set, ascending, and the least cosine that joins it. Sets of identical images come first, the
-        largest first, and then those of the greatest cosine.
+    set and not 45 pairs. Sets with identical images come first, the largest first.
     """
+    sets: dict[int, ImageSet] = {}  # by the first of their members
+    set_of: dict[int, int] = {}
+    for first in np.flatnonzero(np.bincount(found.copies) > 1).tolist():
+        members = np.flatnonzero(found.copies == first).tolist()
+        sets[first] = ImageSet(members, 1.0, 1.0)
+        set_of.update(dict.fromkeys(members, first))
     size, cosines = found.neighbours.shape[1], found.similarities.ravel()
-    set_of: dict[int, list[int]] = {}
-    least: dict[int, float] = {}  # id of a set -> its cosine
     for pair in np.argsort(-cosines, kind="stable").tolist():
-        two = (set_of.get(sample, [sample]) for sample in (pair // size, int(found.neighbours.flat[pair])))
-        more, fewer = sorted(two, key=len, reverse=True)
-        if more is fewer:
-            continue
-        least.pop(id(fewer), None)
-        more += fewer
-        least[id(more)] = float(cosines[pair])
-        set_of.update(dict.fromkeys(more, more))
-        if len(least) == count:
+        if len(sets) >= count:
             break
-    sets = [(sorted(members), least[id(members)]) for first, members in set_of.items() if first == min(members)]
-    return sorted(sets, key=lambda each: (-min(each[1], IDENTICAL), -len(each[0]), each[0]))
+        one, other = pair // size, int(found.neighbours.flat[pair])
+        one, other = set_of.get(one, one), set_of.get(other, other)
+        if one == other:
+            continue
+        cosine = float(cosines[pair])
+        parts = [sets.pop(first, ImageSet([first], 1.0, cosine)) for first in (one, other)]
+        members = sorted(parts[0].members + parts[1].members)
+        sets[members[0]] = ImageSet(members, cosine, max(part.greatest for part in parts))
+        set_of.update(dict.fromkeys(members, members[0]))
+    order = sorted(sets.values(), key=lambda each: (-min(each.greatest, IDENTICAL), -len(each.members), each.members))
+    return order[:count]

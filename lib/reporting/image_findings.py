@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy.stats import mode
 
 from lib.evaluation import findings
 from lib.evaluation.findings import RESOLUTION_FACTORS, SEEDS, Findings
@@ -130,10 +131,12 @@ def _duplicates(material: ReportData, found: Findings) -> Answer:
     repeated, sets = int((copies[copies > 1] - 1).sum()), int((copies > 1).sum())
     same = f"{plural(repeated, 'image')} could go without loss: identical to another one ({plural(sets, 'set')})."
     rows = []
-    for members, cosine in findings.nearest_sets(found, LISTED):
-        alike = "identical" if cosine >= findings.IDENTICAL else f"similarity {cosine:.4f}"
-        title = f"{plural(len(members), 'image')}, {alike}"
-        rows.append(Row(title, [_shown(material, place) for place in members[:MEMBERS]], len(members) - MEMBERS))
+    for each in findings.nearest_sets(found, LISTED):
+        least, greatest = (f"{cosine:.4f}" for cosine in (each.least, each.greatest))
+        alike = f"similarity {least if least == greatest else f'{least} to {greatest}'}"
+        title = f"{plural(len(each.members), 'image')}, {'identical' if each.least == 1 else alike}"
+        shown = [_shown(material, place) for place in each.members[:MEMBERS]]
+        rows.append(Row(title, shown, len(each.members) - MEMBERS))
     reading = (
         "The most similar images, identical ones first. Identical means that the network sees no difference: the files "
         "are the same, or differ in details that resizing removes. Recompressed and cropped copies follow, and then "
@@ -150,9 +153,9 @@ def _outliers(material: ReportData, found: Findings) -> Answer:
         copies = f", {count:,} copies" if count > 1 else ""
         shown.append(_shown(material, place, f"{found.outlier_scores[place]:.2f}{copies}"))
     reading = (
-        f"The score is the distance to the {found.neighbours.shape[1]}th neighbour, relative to the same distance of "
-        "these neighbours; copies count once. About 1 is usual. Images that are the only one of their kind and blank "
-        "images stand out. Noise often does not: a network may find it similar to texture."
+        f"The score is the distance to the farthest of the {plural(found.neighbours.shape[1], 'nearest neighbour')}, "
+        "relative to the same distance of these neighbours; copies count once. About 1 is usual. Images that are the "
+        "only ones of their kind stand out, and so do blank ones. Noise often does not, as it resembles texture."
     )
     above = int((found.outlier_scores[distinct] > CLEAR).sum())
     said = f"Score above {CLEAR:g}: {plural(above, 'image')} of {len(distinct):,} different ones."
@@ -162,24 +165,20 @@ def _outliers(material: ReportData, found: Findings) -> Answer:
 def _labels(material: ReportData, found: Findings) -> Answer:
     assert material.labels is not None and found.label_disagreement is not None
     own, size = material.labels[material.searched], found.neighbours.shape[1]
-    near = own[found.neighbours]  # (F, K)
-    votes = np.array([np.bincount(row, minlength=1).max() for row in near]) if size else np.zeros(len(own), int)
-    suspicious = np.flatnonzero(found.label_disagreement > 0.5)
-    order = suspicious[np.lexsort((-votes[suspicious], -found.label_disagreement[suspicious]))][:LISTED]
-    shown = []
-    for place in order.tolist():
-        others = np.bincount(near[place][near[place] != own[place]])
-        note = (
-            f"labelled {material.class_of(int(own[place]))}; {others.max()} of {size} neighbours: "
-            f"{material.class_of(int(others.argmax()))}"
-        )
-        shown.append(_shown(material, place, note))
-    usual = f"{found.label_disagreement.mean():.0%} of all neighbours have another label than their image"
+    shown, others = [], np.empty(0, int)
+    if size:
+        usual, votes = mode(own[found.neighbours], axis=1)  # (F,) most frequent label of the neighbours, and how often
+        others = np.flatnonzero(usual != own)
+        order = others[np.lexsort((-votes[others], -found.label_disagreement[others]))][:LISTED]
+        for place in order.tolist():
+            says = f"{votes[place]} of {size} neighbours: {material.class_of(int(usual[place]))}"
+            shown.append(_shown(material, place, f"labelled {material.class_of(int(own[place]))}; {says}"))
     reading = (
-        f"Images whose neighbours have other labels, those with the most such neighbours first. {usual}; the higher "
-        "this share is, the more of the images listed here are labelled correctly."
+        "Images whose neighbours have other labels, those with the most such neighbours first. "
+        f"{found.label_disagreement.mean():.0%} of all neighbours have another label than their image: the higher this "
+        "share, the more of the images listed here are labelled correctly."
     )
-    said = f"{plural(len(suspicious), 'image')} of {len(own):,} differ in label from most of their neighbours."
+    said = f"{plural(len(others), 'image')} of {len(own):,} with another label than most of the neighbours."
     return Answer("Labels", said, reading, [Row("", shown)] if shown else [])
 
 

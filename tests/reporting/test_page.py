@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -21,7 +23,8 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 import oracles
-from lib.reporting import page, plots, test_figures, training_figures
+from lib.evaluation.findings import IDENTICAL, Findings, find
+from lib.reporting import image_findings, page, plots, test_figures, training_figures
 from lib.reporting.report_data import Discovered, ReportData
 from lib.reporting.report_data import Tested as Judged
 from lib.reporting.training_figures import QUANTILES
@@ -74,6 +77,27 @@ def metrics(rounds: int = 4, epochs: int = 3) -> list[dict[str, Any]]:
     return rows
 
 
+def file_name(number: int) -> str:
+    return f"train/{EVIL} <i>\udcff{number}</i>.png"
+
+
+def with_findings(given: ReportData) -> ReportData:
+    """The findings of the given images, all of them searched."""
+    found = find(given.features, given.labels, neighbours=5, resolution=1.0, seed=0)
+    return replace(given, findings=found, searched=np.arange(len(given.images)), indices=np.arange(len(given.images)))
+
+
+def few(count: int, *, alike: bool = False, labelled: bool = True) -> ReportData:
+    """The material of the first images only."""
+    given = material()
+    features = np.repeat(given.features[:1], count, axis=0) if alike else given.features[:count]
+    images, names = given.images[:count], [file_name(number) for number in range(count)]
+    labels = given.labels[:count] if labelled and given.labels is not None else None
+    return with_findings(
+        replace(given, images=images, labels=labels, features=features, names=names, rounds=(), tested=None)
+    )
+
+
 def material() -> ReportData:
     rng = np.random.default_rng(5)
     labels, test_labels = rng.integers(0, 3, N), rng.integers(0, 3, M)
@@ -87,7 +111,8 @@ def material() -> ReportData:
         k=VOTERS,
         sigma=SIGMA,
     )
-    return ReportData(
+    features[7], features[31] = features[4], features[4]
+    given = ReportData(
         name=f"run {EVIL}",
         facts={"versions": "python 3", "commit <b>": "<i>x</i>"},
         options={"dataset": "<u>digits</u>", "lr_schedule": None, "long": "y" * 5000},
@@ -101,7 +126,12 @@ def material() -> ReportData:
         features=features,
         tested=tested,
         finished=True,
+        findings="",
+        searched=np.arange(N),
+        indices=np.arange(N),
+        names=[file_name(number) for number in range(N)],
     )
+    return with_findings(given)
 
 
 class Page(HTMLParser):
@@ -133,7 +163,12 @@ class Page(HTMLParser):
             self.cells[-1].append(data)
 
     def images(self) -> list[dict[str, str | None]]:
-        return [attributes for tag, attributes in self.tags if tag == "img"]
+        """The figures, without the thumbnails."""
+        return [each for tag, each in self.tags if tag == "img" and each.get("class") != "thumb"]
+
+    def thumbs(self) -> list[str]:
+        """File names of the thumbnails, in order."""
+        return [str(each["alt"]) for tag, each in self.tags if tag == "img" and each.get("class") == "thumb"]
 
 
 class Drawn:
@@ -188,7 +223,7 @@ def test_the_page_holds_its_pictures_and_loads_nothing(written: tuple[Path, Draw
     folder, _ = written
     page, source = Page(folder / "report.html"), (folder / "report.html").read_text("utf-8")
     for tag, attributes in page.tags:
-        assert tag not in ("script", "iframe", "object", "embed", "base", "form")
+        assert tag not in ("iframe", "object", "embed", "base", "form")
         for name in ("src", "href", "srcset", "data", "action", "poster", "style", "onload"):
             value = attributes.get(name)
             assert value is None or (value.startswith(("data:", "#")) and name in ("src", "href"))
@@ -201,6 +236,15 @@ def test_the_page_holds_its_pictures_and_loads_nothing(written: tuple[Path, Draw
     assert sorted(path.name for path in folder.iterdir()) == ["report", "report.html"]
 
 
+def test_the_policy_allows_one_script_and_no_other(written: tuple[Path, Drawn]) -> None:
+    source = (written[0] / "report.html").read_text("utf-8")
+    scripts = re.findall(r"<script([^>]*)>(.*?)</script>", source, re.DOTALL)
+    assert [attributes for attributes, _ in scripts] == [' type="application/json" id="map-data"', ""]
+    digest = base64.b64encode(hashlib.sha256(scripts[1][1].encode()).digest()).decode()
+    policy = next(str(each["content"]) for tag, each in Page(written[0] / "report.html").tags if "http-equiv" in each)
+    assert f"script-src 'sha256-{digest}'" in policy and policy.startswith("default-src 'none'; img-src data:;")
+
+
 def test_the_outline_and_the_links_hold_together(written: tuple[Path, Drawn]) -> None:
     page = Page(written[0] / "report.html")
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
@@ -208,7 +252,7 @@ def test_the_outline_and_the_links_hold_together(written: tuple[Path, Drawn]) ->
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
     targets = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
     links = [str(attributes["href"]) for tag, attributes in page.tags if tag == "a"]
-    assert len(links) == 5 and {link.removeprefix("#") for link in links} == targets
+    assert len(links) == 11 and {link.removeprefix("#") for link in links} <= targets
     alts = [str(each["alt"]) for each in page.images()]
     assert len(set(alts)) == len(alts) == DRAWN and all(len(alt) > 20 for alt in alts)
     assert ("html", {"lang": "en"}) in page.tags
@@ -217,7 +261,9 @@ def test_the_outline_and_the_links_hold_together(written: tuple[Path, Drawn]) ->
 
 def test_every_name_comes_out_as_text(written: tuple[Path, Drawn]) -> None:
     shown = Page(written[0] / "report.html")
-    assert not {tag for tag, _ in shown.tags} & {"script", "b", "i", "u"}
+    assert not {tag for tag, _ in shown.tags} & {"b", "i", "u"}
+    names = {file_name(number).encode("utf-8", "backslashreplace").decode() for number in range(N)}
+    assert shown.thumbs() and set(shown.thumbs()) <= names
     for text in (f"run {EVIL}", "commit <b>", "<i>x</i>", "<u>digits</u>", "kNN <i>bank</i>", "<i>recomputed</i>"):
         assert text in shown.text
     cells = [cell for row in shown.cells for cell in row]
@@ -350,6 +396,124 @@ def test_voters_and_votes_are_those_of_plain_loops(written: tuple[Path, Drawn]) 
         assert [int(share) for share in re.findall(r"\((\d+)%\)", sentence)] == [round(100 * scores[c]) for c in order]
 
 
+def answer(title: str, given: ReportData) -> image_findings.Answer:
+    return next(each for each in image_findings.answers(given) if each.title == title)
+
+
+def numbers(row: image_findings.Row) -> list[int]:
+    return [int(re.findall(r"\d+", shown.name)[-1]) for shown in row.images]
+
+
+def test_groups_show_the_images_most_similar_to_their_others() -> None:
+    given = material()
+    assert isinstance(given.findings, Findings) and given.labels is not None
+    groups = given.findings.groups
+    shown = answer("Groups", given)
+    assert len(shown.rows) == groups.max() + 1
+    assert shown.found.startswith(f"{groups.max() + 1} groups of 60 images. The groups are ")
+    for number, row in enumerate(shown.rows):
+        members = np.flatnonzero(groups == number).tolist()
+        mean = {
+            i: sum(oracles.dot(given.features[i], given.features[j]) for j in members) / len(members) for i in members
+        }
+        distinct = [i for i in members if not (i in (7, 31) and 4 in members)]
+        assert numbers(row) == sorted(distinct, key=lambda i: -mean[i])[: image_findings.TYPICAL]
+        counts = np.bincount(given.labels[members])
+        said = f"{len(members)} images ({len(members) / N:.0%}); {counts.max() / len(members):.0%} are "
+        assert row.title.startswith(f"Group {number}: {said}{CLASSES[counts.argmax()][:3]}")
+
+
+def test_duplicates_are_named_with_the_number_to_remove() -> None:
+    shown = answer("Duplicates", material())
+    assert shown.found == "2 images could go without loss: identical to another one (1 set)."
+    assert shown.rows[0].title == "3 images, identical" and numbers(shown.rows[0]) == [4, 7, 31]
+    given = material()
+    similarity = [float(row.title.partition("similarity ")[2]) for row in shown.rows[1:]]
+    assert similarity == sorted(similarity, reverse=True) and len(shown.rows) > 5
+    first, second = numbers(shown.rows[1])[:2]
+    best = max(
+        oracles.dot(given.features[i], given.features[j]) for i in range(N) for j in range(i) if {i, j} - {4, 7, 31}
+    )
+    assert oracles.dot(given.features[first], given.features[second]) == pytest.approx(best) and best < IDENTICAL
+
+
+def test_outliers_are_listed_once_with_their_copies() -> None:
+    given = material()
+    assert isinstance(given.findings, Findings)
+    scores = given.findings.outlier_scores
+    (row,) = answer("Outliers", given).rows
+    assert numbers(row) == sorted(set(range(N)) - {7, 31}, key=lambda i: -scores[i])[: image_findings.LISTED]
+    assert all(shown.note.startswith(f"{scores[i]:.2f}") for shown, i in zip(row.images, numbers(row), strict=True))
+    (row,) = answer("Outliers", few(6, alike=True)).rows
+    assert [shown.note for shown in row.images] == ["0.00, 6 copies"]
+
+
+def test_suspicious_labels_name_what_the_neighbours_say() -> None:
+    given = material()
+    assert isinstance(given.findings, Findings) and given.labels is not None
+    labels = given.labels.copy()
+    labels[4] = (labels[4] + 1) % 3  # not so its two copies, which are among its neighbours
+    given = with_findings(replace(given, labels=labels))
+    (row,) = answer("Labels", given).rows
+    found: Findings = given.findings  # type: ignore[assignment]
+    shares = []
+    for shown, i in zip(row.images, numbers(row), strict=True):
+        near = labels[found.neighbours[i]].tolist()
+        shares.append(sum(label != labels[i] for label in near))
+        most = max(sorted(set(near)), key=near.count)
+        assert most != labels[i]
+        assert shown.note.startswith(f"labelled {CLASSES[labels[i]][:3]}")
+        assert f"; {near.count(most)} of 5 neighbours: {CLASSES[most][:3]}" in shown.note
+    assert shares == sorted(shares, reverse=True) and 4 in numbers(row)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("given", [(1, False), (2, False), (2, True), (6, True)], ids=str)
+def test_few_images_or_all_alike_have_a_report(given: tuple[int, bool], labelled: bool, tmp_path: Path) -> None:
+    count, alike = given
+    shown = Page(page.write(few(count, alike=alike, labelled=labelled), tmp_path))
+    assert f"{image_findings.plural(count, 'image')}" in shown.parts["Groups"]
+    assert ("Labels" in shown.parts) == labelled and "Map to explore" not in shown.parts
+    if alike:
+        assert f"{image_findings.plural(count - 1, 'image')} could go without loss" in shown.parts["Duplicates"]
+
+
+def test_without_file_names_the_index_in_the_data_set_is_shown() -> None:
+    given = replace(material(), names=None, indices=np.arange(N) + 500)
+    assert {shown.name for shown in answer("Outliers", given).rows[0].images} <= {f"image {500 + i}" for i in range(N)}
+
+
+def test_findings_of_a_sample_name_the_images_of_the_sample(tmp_path: Path) -> None:
+    given, searched = material(), np.arange(1, N, 2)
+    assert given.labels is not None
+    found = find(given.features[searched], given.labels[searched], neighbours=5, resolution=1.0, seed=0)
+    given = replace(given, findings=found, searched=searched)
+    for title in ("Groups", "Outliers", "Labels"):
+        assert all(number % 2 for row in answer(title, given).rows for number in numbers(row)), title
+    assert numbers(answer("Outliers", given).rows[0])[0] == searched[np.argmax(found.outlier_scores)]
+    words = " ".join(Page(page.write(given, tmp_path)).parts["Findings"].split())
+    assert words.startswith("Findings Of 30 training images drawn at random from 60")
+
+
+def test_the_map_data_hold_neighbours_names_and_groups(written: tuple[Path, Drawn]) -> None:
+    given, source = material(), (written[0] / "report.html").read_text("utf-8")
+    held = re.search(r'id="map-data">(.*?)</script>', source, re.DOTALL)
+    assert held and "<" not in held[1]
+    data = json.loads(held[1])
+    assert isinstance(given.findings, Findings) and given.labels is not None
+    assert data["group"] == given.findings.groups.tolist() and data["label"] == given.labels.tolist()
+    assert len(data["name"]) == N and data["name"][3] == given.name_of(3)
+    for i, near in enumerate(data["near"]):
+        exact = sorted((-oracles.dot(given.features[i], given.features[j]), j) for j in range(N) if j != i)
+        assert data["alike"][i] == pytest.approx([-value for value, _ in exact[: len(near)]], abs=2e-3)
+    assert min(data["x"]) == min(data["y"]) == 0 and max(data["x"]) == max(data["y"]) == 1
+    sprite = np.asarray(Image.open(io.BytesIO(base64.b64decode(data["sprite"]))))
+    for i in (0, 9, N - 1):
+        top, left = (edge * data["side"] for edge in divmod(i, data["columns"]))
+        tile = sprite[top : top + data["side"], left : left + data["side"]]
+        assert abs(tile.astype(int) - i).max() < 8
+
+
 def test_health_is_held_against_the_consistency(written: tuple[Path, Drawn]) -> None:
     (pairs,), _ = written[1].calls["follows"][0]
     assert list(pairs) == [
@@ -407,12 +571,14 @@ def test_without_labels_what_needs_them_is_left_out(tmp_path: Path) -> None:
     old_report(tmp_path)
     rows = [row | {"top1": None, "top5": None, "best_top1": None, "consistency": None} for row in metrics()]
     given = replace(material(), labels=None, classes=(), tested=None, metrics=rows, protocol="", published="")
+    given = with_findings(given)
     assert not missing(given, tmp_path)
     page, source = Page(tmp_path / "report.html"), (tmp_path / "report.html").read_text("utf-8")
     assert list(page.parts) == [
+        *("Findings", "Groups", "Duplicates", "Outliers", "Map to explore", "Map"),
         *("Training", "Loss", "Discovery", "Entropy and anchor selection", "Most certain anchors", "Random anchors"),
         *("Health", "Entropy over the epochs", "Reciprocal neighbours", "Drift of the memory bank", "Hubness"),
-        *("Orphans", "Largest hub", "Embeddings", "Map", "Setting", "Run", "Options"),
+        *("Orphans", "Largest hub", "Setting", "Run", "Options"),
     ]
     cards = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", source))
     assert set(cards) == {"training images", "rounds", "epochs", "time of these epochs"}
@@ -485,7 +651,9 @@ def test_a_diverged_run_has_a_report_too(tmp_path: Path) -> None:
     nothing = np.full_like(given.features, np.nan)
     rounds = [replace(found, entropy=np.full(N, np.nan)) for found in given.rounds]
     rows = [row | {"loss": float("nan"), **dict.fromkeys(QUANTILES, float("nan"))} for row in metrics()]
-    message = missing(replace(given, features=nothing, rounds=rounds, metrics=rows), tmp_path)
+    given = replace(given, features=nothing, rounds=rounds, metrics=rows, findings="Not known: <b>not finite</b>.")
+    message = missing(given, tmp_path)
+    assert '<p class="missing">Not known: &lt;b&gt;not finite' in (tmp_path / "report.html").read_text("utf-8")
     for title in ("Loss", "Map", "Confusion matrix", "Entropy and anchor selection"):
         assert "not" in message[title] and "finite" in message[title], title
     rows[0]["loss"], rows[1]["loss"] = 3.0, 2.0
@@ -499,7 +667,8 @@ def test_a_diverged_run_has_a_report_too(tmp_path: Path) -> None:
 def test_embeddings_that_make_no_map_get_a_sentence(samples: int, value: float | None) -> None:
     given = material()
     features = given.features[:samples] if value is None else np.full((samples, D), value, np.float32)
-    assert training_figures.embedding_map(replace(given, features=features)).figure is None
+    projected = training_figures.project(replace(given, features=features))
+    assert training_figures.embedding_map(given, projected).figure is None
 
 
 def test_a_discovery_without_anchors_has_no_gallery() -> None:
@@ -584,10 +753,11 @@ def test_page_with_a_thousand_classes_stays_below_the_limit(tmp_path: Path, monk
         classes=tuple(f"{'very ' * 100}long {number}" for number in range(classes)),
         features=features,
         tested=tested,
+        names=None,
     )
-    path = page.write(given, tmp_path)
+    path = page.write(with_findings(given), tmp_path)
     assert 1_000_000 < path.stat().st_size < 5_000_000
-    assert len(photographs.read) < 200
+    assert len(photographs.read) < 400
     assert "The legend names 20 of 1000 classes." in Page(path).parts["Map"]
 
 
@@ -631,4 +801,4 @@ def test_the_page_fits_desktops_and_phones(written: tuple[Path, Drawn], tmp_path
     inner, scrolled, pictures, loaded, right, cut = map(float, messages[1].split())
     assert inner == width and scrolled <= inner and right <= inner
     assert not cut  # no column of a table is out of sight
-    assert pictures == loaded == DRAWN
+    assert pictures == loaded == DRAWN + len(Page(tmp_path / "report.html").thumbs())

@@ -1,0 +1,153 @@
+"""Findings of a set of embeddings, against plain loops and SciPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.cluster.hierarchy import fcluster, linkage
+from sklearn.metrics import adjusted_rand_score
+
+import oracles
+from lib.errors import UsageError
+from lib.evaluation import findings
+from lib.evaluation.findings import Findings, find
+from lib.evaluation.graph_clustering import communities
+
+N, D, K = 90, 8, 6
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def embeddings(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Three well separated groups, and which image is in which."""
+    rng = np.random.default_rng(seed)
+    groups = rng.integers(0, 3, N)
+    return unit(4 * np.eye(D)[groups] + rng.normal(size=(N, D))), groups
+
+
+def found_in(rows: np.ndarray, labels: np.ndarray | None = None, neighbours: int = K) -> Findings:
+    return find(rows, labels, neighbours=neighbours, resolution=1.0, seed=0)
+
+
+def test_neighbours_are_those_of_plain_loops() -> None:
+    rows, _ = embeddings()
+    found = found_in(rows)
+    assert found.neighbours.dtype == np.int64 and found.similarities.dtype == np.float32
+    for sample in range(N):
+        assert found.neighbours[sample].tolist() == oracles.neighbours(rows, sample, K)
+        exact = [oracles.dot(rows[sample], rows[other]) for other in found.neighbours[sample]]
+        assert found.similarities[sample] == pytest.approx(exact, abs=1e-6)
+
+
+def test_groups_are_the_communities_and_their_number_has_a_range() -> None:
+    rows, groups = embeddings()
+    found = found_in(rows)
+    expected, modularity = communities(found.neighbours, resolution=1.0, seed=0)
+    assert found.groups.tolist() == expected.tolist() and found.modularity == modularity
+    assert adjusted_rand_score(groups, found.groups) > 0.6
+    others = [communities(found.neighbours, resolution=1.0, seed=seed)[0] for seed in range(1, findings.SEEDS + 1)]
+    counts = [len(set(each.tolist())) for each in (expected, *others)]
+    assert found.seed_range == (min(counts), max(counts))
+    assert found.seed_agreement == pytest.approx(np.mean([adjusted_rand_score(expected, each) for each in others]))
+    ends = [communities(found.neighbours, resolution=factor, seed=0)[0] for factor in (0.5, 2.0)]
+    assert found.resolution_range == tuple(len(set(each.tolist())) for each in ends)
+
+
+def test_copies_point_to_the_first_of_them() -> None:
+    rows, _ = embeddings()
+    rows[[5, 50, 60]] = rows[20]
+    rows[70] = unit(rows[70:71] + 1e-7)[0]
+    expected = np.arange(N)
+    expected[[5, 20, 50, 60]] = 5
+    assert found_in(rows).copies.tolist() == expected.tolist()
+
+
+def test_more_copies_than_neighbours_are_one_set() -> None:
+    rows, _ = embeddings()
+    rows[10 : 10 + 4 * K] = rows[3]
+    found = found_in(rows)
+    members = [3, *range(10, 10 + 4 * K)]
+    assert found.copies[members].tolist() == [3] * len(members)
+    assert findings.nearest_sets(found, 1)[0].members == members
+
+
+def test_the_outlier_score_is_that_of_plain_loops() -> None:
+    rows, _ = embeddings()
+    rows[[5, 50]] = rows[20]
+    distinct = [sample for sample in range(N) if sample not in (20, 50)]
+
+    def reach(sample: int) -> tuple[float, list[int]]:
+        order = sorted((-oracles.dot(rows[sample], rows[other]), other) for other in distinct if other != sample)[:K]
+        return 1 + order[-1][0], [other for _, other in order]
+
+    found = found_in(rows)
+    for sample in range(N):
+        own, near = reach(5 if sample in (20, 50) else sample)
+        expected = own / np.mean([reach(other)[0] for other in near])
+        assert found.outlier_scores[sample] == pytest.approx(expected, rel=1e-4)
+
+
+def test_copies_of_a_blank_image_are_outliers_all_the_same() -> None:
+    rows = unit(np.eye(D)[embeddings()[1]] + 0.05 * np.random.default_rng(1).normal(size=(N, D)))
+    blank = np.zeros((4 * K, D), np.float32)
+    blank[:, D - 1] = -1
+    scores = found_in(np.concatenate([rows, blank])).outlier_scores
+    assert scores[N:].min() == scores[N:].max() > scores[:N].max()
+
+
+def test_label_disagreement_is_the_share_of_other_labels() -> None:
+    rows, labels = embeddings()
+    found = found_in(rows, labels)
+    assert found.label_disagreement is not None
+    for sample in range(N):
+        other = sum(labels[near] != labels[sample] for near in oracles.neighbours(rows, sample, K))
+        assert found.label_disagreement[sample] == pytest.approx(other / K)
+    assert found_in(rows).label_disagreement is None
+
+
+def test_nearest_sets_are_those_of_single_linkage() -> None:
+    rows, _ = embeddings()
+    rows[[5, 50]] = rows[20]
+    rows[[8, 9]] = rows[40]
+    rows[11] = rows[12]
+    found = found_in(rows, neighbours=N - 1)
+    sets = findings.nearest_sets(found, 9)
+    assert len(sets) == 9 and all(each.greatest == 1 for each in sets[:3])
+    assert [set(each.members) >= few for each, few in zip(sets[:3], ({5, 20, 50}, {8, 9, 40}, {11, 12}), strict=True)]
+    least = min(each.least for each in sets)
+    clusters = fcluster(linkage(rows.astype(float), "single"), np.sqrt(2 - 2 * least) + 1e-6, "distance")
+    expected = {tuple(np.flatnonzero(clusters == number)) for number in np.unique(clusters)}
+    assert {tuple(each.members) for each in sets} == {members for members in expected if len(members) > 1}
+    similar = [each.greatest for each in sets[3:]]
+    assert similar == sorted(similar, reverse=True)
+    for each in sets:
+        pairs = [oracles.dot(rows[a], rows[b]) for a in each.members for b in each.members if a < b]
+        assert each.greatest == pytest.approx(max(pairs), abs=1e-6) and each.least >= min(pairs) - 1e-6
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_images_have_findings(count: int) -> None:
+    rows, labels = embeddings()
+    found = found_in(rows[:count], labels[:count])
+    assert found.neighbours.shape == found.similarities.shape == (count, count - 1)
+    assert found.groups.min() == 0 and len(found.groups) == count
+    assert found.outlier_scores.shape == (count,) and np.isfinite(found.outlier_scores).all()
+    assert found.label_disagreement is not None and found.label_disagreement.shape == (count,)
+    assert len(findings.nearest_sets(found, 5)) == (count > 1)
+
+
+def test_images_all_alike_are_one_set_and_no_outliers() -> None:
+    rows = np.repeat(embeddings()[0][:1], 30, axis=0)
+    found = found_in(rows)
+    assert set(found.copies.tolist()) == {0} and set(found.outlier_scores.tolist()) == {0.0}
+    (only,) = findings.nearest_sets(found, 5)
+    assert only.members == list(range(30)) and only.least == 1
+
+
+def test_embeddings_that_are_not_finite_are_refused() -> None:
+    rows, _ = embeddings()
+    rows[3, 2] = np.nan
+    with pytest.raises(UsageError, match="NaN or infinite"):
+        found_in(rows)

@@ -293,9 +293,17 @@ class Options(BaseModel):
     centered: Switch = _option(False, "optimiser", "rmsprop: normalise the gradient by an estimate of its variance")
     eps: Number = _option(1e-8, "optimiser", "adam and rmsprop: term added to the denominator", ge=0)
 
-    base_lr: Number = _option(0.1, "schedule", "learning rate at the start of each round", gt=0)
-    lr_policy: Annotated[Literal["step", "fixed", "multistep"], BeforeValidator(_lower)] = _option(
-        "step", "schedule", "learning rate schedule within a round"
+    base_lr: Number = _option(0.1, "schedule", "learning rate at the start of the schedule, after the warm-up", gt=0)
+    lr_policy: Annotated[Literal["step", "fixed", "multistep", "cosine"], BeforeValidator(_lower)] = _option(
+        "step", "schedule", "learning rate schedule; cosine falls from base_lr to almost 0 along half a cosine"
+    )
+    lr_span: Annotated[Literal["round", "run"], BeforeValidator(_lower)] = _option(
+        "round",
+        "schedule",
+        "what the schedule covers: each round anew, or all max_round x max_epoch epochs of the run",
+    )
+    lr_warmup_epochs: Integer = _option(
+        0, "schedule", "epochs at the start of the span in which the learning rate grows linearly", ge=0
     )
     lr_decay_offset: Integer = _option(0, "schedule", "step: epoch from which lr_decay_step is counted", ge=0)
     lr_decay_step: Integer = _option(0, "schedule", "step: epochs between decays; 0: no decay", ge=0)
@@ -427,6 +435,11 @@ class Options(BaseModel):
             )
         if self.lr_policy == "multistep" and self.lr_schedule is None:
             raise ValueError("lr_policy: multistep needs lr_schedule, a file with lines 'epoch: learning rate'")
+        if self.lr_warmup_epochs >= self.schedule_epochs:
+            raise ValueError(
+                f"lr_warmup_epochs: {self.lr_warmup_epochs} leave nothing of the schedule, which covers "
+                f"{self.schedule_epochs} epochs; set it lower, or lr_span: run"
+            )
         if self.nesterov and self.optimizer == "sgd" and (self.momentum == 0 or self.dampening != 0):
             raise ValueError("nesterov: needs dampening 0 and a momentum above 0, such as 0.9")
         if self.restart and self.resume is None:
@@ -436,6 +449,11 @@ class Options(BaseModel):
                 "session: names a new session, but resume continues in the old one; add --restart, or drop --session"
             )
         return self
+
+    @property
+    def schedule_epochs(self) -> int:
+        """Epochs that the learning rate schedule covers."""
+        return self.max_epoch * (self.max_round if self.lr_span == "run" else 1)
 
     @property
     def is_for_one(self) -> bool:

@@ -1,10 +1,11 @@
 """Optimisers and learning rate schedules.
 
-The schedule restarts in every round, as in the reference: it depends only on the epoch within the round.
+The schedule restarts in every round, as in the reference, or covers the whole run (``--lr-span``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from lib.config.parser import read_yaml
 from lib.errors import UsageError
 
 Schedule = Callable[[int], float]
-"""Epoch within the round, from 0 -> learning rate."""
+"""Epoch within the span of the schedule (a round, or the run), from 0 -> learning rate."""
 
 LIMIT = 2.0**128
 """Upper limit of float32, in which the optimiser computes."""
@@ -44,6 +45,24 @@ def multistep(rates: dict[int, float]) -> Schedule:
     return lambda epoch: rates[max(change for change in rates if change <= epoch)]
 
 
+def cosine(base_lr: float, epochs: int) -> Schedule:
+    """base_lr (1 + cos(pi epoch / epochs)) / 2: half a cosine over so many epochs, without restarts.
+
+    Loshchilov and Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts", equation 5.
+    """
+    return lambda epoch: base_lr * (1 + math.cos(math.pi * min(max(epoch, 0) / epochs, 1))) / 2
+
+
+def warmed_up(schedule: Schedule, epochs: int) -> Schedule:
+    """The schedule times (epoch + 1) / (epochs + 1) in its first ``epochs`` epochs."""
+    return lambda epoch: schedule(epoch) * min(1, (epoch + 1) / (epochs + 1))
+
+
+def epoch_of_span(options: Options, round: int, epoch: int) -> int:
+    """The epoch of the schedule: within the round, or with ``--lr-span run`` within the run."""
+    return epoch + (round * options.max_epoch if options.lr_span == "run" else 0)
+
+
 def read_rates(path: Path) -> dict[int, float]:
     """Reads a multistep schedule: a YAML file with a line ``epoch: learning rate`` for each change.
 
@@ -68,27 +87,35 @@ def read_rates(path: Path) -> dict[int, float]:
 
 
 def build_schedule(options: Options) -> Schedule:
-    """The schedule of ``lr_policy``.
+    """The schedule of ``lr_policy`` after ``lr_warmup_epochs``.
 
     Raises:
         UsageError: the schedule file is invalid, or the learning rate overflows.
     """
+    schedule = _policy(options)
+    return warmed_up(schedule, options.lr_warmup_epochs) if options.lr_warmup_epochs else schedule
+
+
+def _policy(options: Options) -> Schedule:
     if options.lr_policy == "multistep":
         assert options.lr_schedule is not None  # checked by Options
         return multistep(read_rates(options.lr_schedule))
     if options.lr_policy == "fixed":
         return fixed(options.base_lr)
+    if options.lr_policy == "cosine":
+        falls = cosine(options.base_lr, options.schedule_epochs - options.lr_warmup_epochs)
+        return lambda epoch: falls(epoch - options.lr_warmup_epochs)
     rates = step(
         options.base_lr, offset=options.lr_decay_offset, every=options.lr_decay_step, rate=options.lr_decay_rate
     )
     try:
-        is_usable = rates(options.max_epoch - 1) < LIMIT
+        is_usable = rates(options.schedule_epochs - 1) < LIMIT
     except OverflowError:
         is_usable = False
     if not is_usable:
         raise UsageError(
-            f"--lr-decay-rate {options.lr_decay_rate:g}: the learning rate overflows before epoch {options.max_epoch}; "
-            "set it to 1 or less"
+            f"--lr-decay-rate {options.lr_decay_rate:g}: the learning rate overflows before epoch "
+            f"{options.schedule_epochs}; set it to 1 or less"
         )
     return rates
 

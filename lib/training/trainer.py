@@ -45,7 +45,7 @@ class Trainer:
         options: max_round, max_epoch, ANs_select_rate, ANs_size, iter_size and so on.
         state: everything that training changes; a checkpoint holds it.
         loader: the training images.
-        learning_rate: epoch within the round -> learning rate.
+        learning_rate: epoch of its span (a round, or the run) -> learning rate.
         recorder: writes what was reached.
         loss: of a batch, from its embeddings, the memory bank and the neighbourhoods.
         labels: (N,) on the bank's device, for the consistency alone; None without labels.
@@ -128,7 +128,8 @@ class Trainer:
     def train_epoch(self) -> None:
         """One pass over the training images, its evaluation, and a checkpoint."""
         state, started = self.state, time.perf_counter()
-        learning_rate, seen = self.learning_rate(state.epoch), state.seen if state.step else 0
+        learning_rate = self.learning_rate(optim.epoch_of_span(self.options, state.round, state.epoch))
+        seen = state.seen if state.step else 0
         optim.set_learning_rate(state.optimizer, learning_rate)
         with self.signals.defer():
             self.train_steps()

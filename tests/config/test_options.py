@@ -229,6 +229,8 @@ RANGES = {
     "lr_decay_rate": (1e-9, [0, -1]),
     "optimizer": ("rmsprop", ["sdg", None, 3]),
     "lr_policy": ("fixed", ["linear"]),
+    "lr_span": ("Run", ["epoch", None]),
+    "lr_warmup_epochs": (199, [-1, 200]),
     "protocol": ("nn", ["svm", [], 3, None]),
     "knn_k": (1, [0]),
     "knn_sigma": (0.01, [0, -1]),
@@ -261,6 +263,8 @@ def test_range_limits_are_exact(name: str) -> None:
         ({"nesterov": True}, "nesterov"),
         ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "nesterov"),
         ({"restart": True}, "resume"),
+        ({"max_epoch": 5, "lr_warmup_epochs": 5}, "lr_warmup_epochs"),
+        ({"max_epoch": 5, "max_round": 2, "lr_span": "run", "lr_warmup_epochs": 10}, "lr_warmup_epochs"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(changes: dict[str, Any], word: str) -> None:

@@ -539,5 +539,5 @@ def test_session_config_of_the_reference_is_accepted(tmp_path: Path) -> None:
 
 def test_help_shows_choices_without_python_types() -> None:
     text = parser().format_help()
-    assert "--amp {bf16,fp16}" in text and "--lr-policy {step,fixed,multistep}" in text
+    assert "--amp {bf16,fp16}" in text and "--lr-policy {step,fixed,multistep,cosine}" in text
     assert "typing." not in text and "<class" not in text

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 import oracles
 from lib.config.options import Options
 from lib.errors import UsageError
-from lib.training.optim import build_optimizer, build_schedule, fixed, multistep, read_rates, set_learning_rate, step
+from lib.training.optim import (
+    build_optimizer,
+    build_schedule,
+    epoch_of_span,
+    fixed,
+    multistep,
+    read_rates,
+    set_learning_rate,
+    step,
+)
 
 many = settings(max_examples=50, deadline=None)
 rates = st.floats(1e-6, 10)
@@ -123,6 +132,37 @@ def test_the_policy_chooses_the_schedule(tmp_path: Path) -> None:
     path = written(tmp_path, "7: 0.01\n0: 0.4\n")
     rate = build_schedule(Options(**options, lr_policy="multistep", lr_schedule=path))
     assert [rate(epoch) for epoch in epochs] == [0.4] * 7 + [0.01] * 5
+
+
+def test_cosine_rates_are_those_of_pytorch() -> None:
+    optimizer = torch.optim.SGD(parameters(), lr=0.3)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    rate = build_schedule(Options(base_lr=0.3, lr_policy="cosine", max_epoch=10))
+    for epoch in range(10):
+        assert rate(epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize("policy", ["cosine", "fixed", "step"])
+def test_rates_grow_linearly_in_the_warm_up(policy: str) -> None:
+    options: dict[str, Any] = {"base_lr": 0.5, "max_epoch": 12, "lr_decay_step": 6, "lr_policy": policy}
+    rate = build_schedule(Options(**options, lr_warmup_epochs=4))
+    assert [rate(epoch) for epoch in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    if policy == "cosine":  # what the warm-up leaves is a whole half cosine
+        alone = build_schedule(Options(**{**options, "max_epoch": 8}))
+        assert [rate(epoch) for epoch in range(4, 12)] == [alone(epoch) for epoch in range(8)]
+    else:
+        alone = build_schedule(Options(**options))
+        assert [rate(epoch) for epoch in range(4, 12)] == [alone(epoch) for epoch in range(4, 12)]
+
+
+def test_a_schedule_over_the_run_does_not_restart_with_the_rounds() -> None:
+    for span, expected in {"round": [0, 1, 2] * 3, "run": list(range(9))}.items():
+        options = Options(max_round=3, max_epoch=3, lr_span=span, lr_policy="cosine", lr_warmup_epochs=1)
+        assert [epoch_of_span(options, round, epoch) for round in range(3) for epoch in range(3)] == expected
+        last = build_schedule(options)(options.schedule_epochs - 1)
+        assert 0 < last < 0.51 * options.base_lr and options.schedule_epochs == max(expected) + 1
 
 
 def test_without_a_step_the_rate_never_drops() -> None:

@@ -110,6 +110,7 @@ def step(mode: str, device: torch.device, sizes: Sizes) -> Result:
     from benchmarks.step import MULTIPLY_ADDS
     from lib.data.augmentation import NUM_RANDOM
     from lib.distributed.device import PRECISIONS
+    from lib.method.terms import EmbeddedBatch, total
 
     with trainer_of(sizes, device, mode) as trainer:
         state, amp = trainer.state, trainer.options.amp
@@ -127,8 +128,8 @@ def step(mode: str, device: torch.device, sizes: Sizes) -> Result:
 
         def loss() -> None:
             made["leaf"] = made["embeddings"].detach().requires_grad_()
-            own = state.neighbourhoods.of(index)
-            trainer.loss(made["leaf"], state.bank.rows, own, temperature=state.bank.temperature).backward()
+            views, own = made["leaf"][:, None], state.neighbourhoods.of(index)
+            total(trainer.terms, EmbeddedBatch(views, state.bank.rows, own, state.bank.temperature)).backward()
 
         def backward() -> None:
             made["embeddings"].backward(made["leaf"].grad)
@@ -282,7 +283,7 @@ def memory(device: torch.device, sizes: Sizes) -> Result:
                 while 2 * largest <= sizes.limit:
                     rehearse(
                         trainer.state,
-                        trainer.loss,
+                        trainer.terms,
                         Ranks(),
                         batch_size=2 * largest,
                         size=height_and_width(options.size),

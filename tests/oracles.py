@@ -5,6 +5,7 @@ Letters: N samples, D embedding, A anchors, K neighbours, B batch, Q queries, C 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -144,6 +145,21 @@ def accuracy(scores: Array, labels: Sequence[int], k: int) -> float:
     against, favour = accuracy_range(scores, labels, k)
     assert against == favour, "the oracle has no answer for ties"
     return against
+
+
+def view_loss(views: np.ndarray, temperature: float) -> float:
+    """Ye et al. 2019, one probability at a time; the mean over the images and the ordered pairs of views."""
+    losses = []
+    for one, other in itertools.permutations(range(views.shape[1]), 2):
+        f, g = views[:, one], views[:, other]
+
+        def p(i: int, x: np.ndarray, f: np.ndarray = f) -> float:
+            return math.exp(f[i] @ x / temperature) / sum(math.exp(row @ x / temperature) for row in f)
+
+        for i in range(len(f)):
+            spread = sum(math.log(1 - p(i, f[j])) for j in range(len(f)) if j != i)
+            losses.append(-math.log(p(i, g[i])) - spread)
+    return sum(losses) / len(losses)
 
 
 def step_rate(base: float, epoch: int, *, offset: int, every: int, rate: float) -> float:

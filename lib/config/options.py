@@ -169,6 +169,14 @@ class Options(BaseModel):
     batch_size: Integer = _option(
         128, "data", "batch size, summed over all processes; each process needs at least two images", ge=2
     )
+    views: Integer = _option(
+        1,
+        "data",
+        "augmented views of each image in a batch, which then has batch_size / views distinct images; an epoch passes "
+        "every image through the network so many times",
+        ge=1,
+        le=16,
+    )
     workers_num: Integer = _option(
         4, "data", "worker processes that load images; 0: load them in the training process", ge=0, le=1024
     )
@@ -229,6 +237,13 @@ class Options(BaseModel):
     ANs_size: Integer = _option(1, "discovery", "number k of neighbours of an anchor, not counting itself", ge=1)
 
     loss: Name = _option("neighbourhood", "training", "name of the loss")
+    view_loss: Number = _option(
+        0.0,
+        "training",
+        "weight of the instance loss between the views of a batch, added to the loss; needs views above 1; 0: without",
+        ge=0,
+    )
+    view_temperature: Number = _option(0.1, "training", "temperature of the view loss", gt=0)
     max_round: Integer = _option(
         5, "training", "number of rounds, including round 0, which uses the instance loss only", ge=1
     )
@@ -435,6 +450,13 @@ class Options(BaseModel):
             )
         if self.lr_policy == "multistep" and self.lr_schedule is None:
             raise ValueError("lr_policy: multistep needs lr_schedule, a file with lines 'epoch: learning rate'")
+        if self.batch_size % self.views:
+            raise ValueError(
+                f"views: {self.views} views of each image do not fill a batch of {self.batch_size}; set batch_size to "
+                f"a multiple of {self.views}"
+            )
+        if self.view_loss and self.views == 1:
+            raise ValueError("view_loss: compares views of the same image, and there is one view; set views to 2")
         if self.lr_warmup_epochs >= self.schedule_epochs:
             raise ValueError(
                 f"lr_warmup_epochs: {self.lr_warmup_epochs} leave nothing of the schedule, which covers "
@@ -449,6 +471,11 @@ class Options(BaseModel):
                 "session: names a new session, but resume continues in the old one; add --restart, or drop --session"
             )
         return self
+
+    @property
+    def images_per_batch(self) -> int:
+        """Distinct images of a training batch."""
+        return self.batch_size // self.views
 
     @property
     def schedule_epochs(self) -> int:

@@ -3,7 +3,8 @@
 A tensor of images of one size is indexed directly, without workers. Other images are decoded and cropped by worker
 processes; the rest of the augmentation runs on the device.
 
-Letters: B batch size, b images of the batch on this rank, N samples, H x W input size, h x w output size.
+Letters: B distinct images of a batch, b of them on this rank, V views of each, N samples, H x W input size, h x w
+output size.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -22,7 +24,8 @@ from lib.distributed.processes import Ranks
 from lib.seeding import Stream, seed_for
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-"""Images (b, 3, h, w) of this rank, normalised, and the sample indices (B,) of the whole batch."""
+"""Images (b V, 3, h, w) of this rank, normalised, the views of an image one after another, and the sample indices (B,)
+of the whole batch."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class BatchPlan:
 
     Attributes:
         index: (B,) sample indices of the whole batch.
-        own: (b,) sample indices of this rank's images.
-        random_numbers: (b, ``NUM_RANDOM``), uniform in [0, 1), for the augmentation of this rank's images.
+        own: (b V,) sample index of each of this rank's views.
+        random_numbers: (b V, ``NUM_RANDOM``), uniform in [0, 1), for the augmentation of this rank's views.
     """
 
     index: np.ndarray
@@ -54,10 +57,12 @@ class _BatchPlans(Sampler[BatchPlan]):
         batch_size: B.
         seed: seed of shuffling and augmentation; None: in order.
         ranks: the ranks of the run. With a seed each rank takes part of every batch, otherwise batches of its shard.
+        views: V, with a seed.
     """
 
-    def __init__(self, samples: int, batch_size: int, seed: int | None, ranks: Ranks) -> None:
+    def __init__(self, samples: int, batch_size: int, seed: int | None, ranks: Ranks, views: int) -> None:
         self.samples = samples
+        self.views = views
         self.ranks = ranks
         self.batch_size = batch_size
         self.seed = seed
@@ -77,8 +82,9 @@ class _BatchPlans(Sampler[BatchPlan]):
         for number, (start, stop) in list(enumerate(self.bounds()))[first:]:
             local = self.ranks.slice_in(self.ranks.local_batch_sizes(stop - start))
             seed = seed_for(self.seed, Stream.AUGMENTATION, round, epoch, number)
-            random_numbers = np.random.default_rng(seed).random((stop - start, NUM_RANDOM))
-            yield BatchPlan(order[start:stop], order[start:stop][local], random_numbers[local])
+            random_numbers = np.random.default_rng(seed).random((stop - start, self.views, NUM_RANDOM))
+            own = order[start:stop][local].repeat(self.views)
+            yield BatchPlan(order[start:stop], own, random_numbers[local].reshape(-1, NUM_RANDOM))
 
     def bounds(self) -> list[tuple[int, int]]:
         """Start and stop of each batch. A last batch of one image is merged into the previous one: batch normalisation
@@ -99,10 +105,13 @@ class _Cropped(Dataset[tuple[torch.Tensor, BatchPlan]]):
         self.augmentation = augmentation
 
     def __getitem__(self, plan: BatchPlan) -> tuple[torch.Tensor, BatchPlan]:
-        """uint8 (b, h, w, 3), and the plan."""
+        """uint8 (b V, h, w, 3), and the plan."""
         cropped = np.empty((len(plan.own), *self.augmentation.size, 3), np.uint8)
-        for place, (sample, random_numbers) in enumerate(zip(plan.own.tolist(), plan.random_numbers, strict=True)):
-            cropped[place] = self.augmentation.crop_on_worker(self.images[sample], random_numbers)
+        places = enumerate(plan.own.tolist())
+        for sample, views in groupby(places, key=lambda place: place[1]):  # each image is decoded once
+            image = self.images[sample]
+            for place, _ in views:
+                cropped[place] = self.augmentation.crop_on_worker(image, plan.random_numbers[place])
         return torch.from_numpy(cropped), plan
 
 
@@ -122,6 +131,7 @@ class Loader:
         ranks: the ranks over which each batch, or without a seed the split, is sharded; None: a single process.
         compiled: whether a compiled network takes the batches. Their size is marked as dynamic then, so that a smaller
             last batch does not compile it again.
+        views: V, augmented views of each image, with a seed; 1 otherwise.
     """
 
     def __init__(
@@ -135,13 +145,14 @@ class Loader:
         device: torch.device,
         ranks: Ranks | None = None,
         compiled: bool = False,
+        views: int = 1,
     ) -> None:
         self.samples = len(images)
         self.compiled = compiled
         self.ranks = ranks or Ranks()
         self.device = device
         self.augmentation = augmentation
-        self._plans = _BatchPlans(len(images), batch_size, seed, self.ranks)
+        self._plans = _BatchPlans(len(images), batch_size, seed, self.ranks, views)
         if isinstance(images, torch.Tensor):
             self._images: torch.Tensor | DataLoader[tuple[torch.Tensor, BatchPlan]] = images
         else:

@@ -16,7 +16,7 @@ from lib.distributed.device import PRECISIONS
 from lib.distributed.signals import StopSignals
 from lib.errors import UsageError
 from lib.evaluation import features
-from lib.method.loss import LOSSES
+from lib.method import terms
 from lib.method.memory_bank import MemoryBank
 from lib.method.neighbourhoods import Neighbourhoods
 from lib.seeding import Stream
@@ -40,7 +40,7 @@ def build_trainer(context: RunContext) -> Trainer:
     """
     options, splits, ranks = context.options, context.splits, context.ranks
     learning_rate = run_on_all_ranks(ranks, lambda: optim.build_schedule(options))
-    loss = run_on_all_ranks(ranks, lambda: parser.choose(LOSSES, options.loss, "--loss"))
+    loss = run_on_all_ranks(ranks, lambda: terms.build(options))
     run_on_all_ranks(ranks, lambda: check_sizes(context))
     state = build_state(context)
     if context.source:
@@ -49,7 +49,9 @@ def build_trainer(context: RunContext) -> Trainer:
         state.restore(context.loaded, context.source, embed=embed)
         context.loaded.clear()  # frees the checkpoint's memory bank
     size, precision = height_and_width(options.size), PRECISIONS[options.amp] if options.amp else None
-    peak = rehearse(state, loss, ranks, batch_size=options.batch_size, size=size, precision=precision)
+    peak = rehearse(
+        state, loss, ranks, batch_size=options.batch_size, size=size, precision=precision, views=options.views
+    )
     logger().info("memory: %s", peak)
     session = run_on_all_ranks(ranks, lambda: open_session(context, start=(state.round, state.epoch)))
     signals = StopSignals(ranks)
@@ -82,15 +84,16 @@ def build_trainer(context: RunContext) -> Trainer:
 def check_sizes(context: RunContext) -> None:
     """Raises UsageError if the batch size or the neighbourhood size does not suit the number of samples or ranks."""
     options, samples, ranks = context.options, len(context.splits.train), context.ranks.size
-    if options.batch_size < 2 * ranks:
+    each = f" with {options.views} views each" if options.views > 1 else ""
+    if options.images_per_batch < 2 * ranks:
         raise UsageError(
             f"--batch-size {options.batch_size}: the batch is divided among {ranks} processes, and each needs at least "
-            f"two images; set it to {2 * ranks} or more"
+            f"two images{each}; set it to {2 * ranks * options.views} or more"
         )
-    if samples < options.batch_size:
+    if samples < options.images_per_batch:
         raise UsageError(
-            f"{options.data_root or options.dataset}: {samples} training images are fewer than a batch of "
-            f"{options.batch_size}; set --batch-size to {samples} or less, or add images"
+            f"{options.data_root or options.dataset}: {samples} training images{each} are fewer than a batch of "
+            f"{options.batch_size}; set --batch-size to {samples * options.views} or less, or add images"
         )
     if options.ANs_size >= samples:
         raise UsageError(

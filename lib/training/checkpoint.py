@@ -46,6 +46,7 @@ class TrainingState:
         step: next to run in the epoch. When it equals the number of steps, the epoch is trained but not evaluated.
         total, seen: sum of the losses of the epoch so far, a scalar on the device, and their number of images.
         skipped: batches of the epoch that were skipped because the loss was NaN or infinite.
+        passes: images that the network has been trained on since the start of the run, each view of them counted.
         acc: accuracy in [0, 1] after the last epoch; None without labels.
         best_acc: best accuracy of the round so far.
         history: metrics of the last epoch of each round.
@@ -64,6 +65,7 @@ class TrainingState:
     total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     seen: int = 0
     skipped: int = 0
+    passes: int = 0
     acc: float | None = None
     best_acc: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -88,6 +90,7 @@ class TrainingState:
             "total": self.total,
             "seen": self.seen,
             "skipped": self.skipped,
+            "passes": self.passes,
             "best_acc": self.best_acc,
             "seed": self.seed,
             "history": self.history,
@@ -137,8 +140,14 @@ class TrainingState:
                 None if earlier is None else diagnostics.State.from_state_dict(earlier, self.bank.memory.device)
             )
             self.history = [{**row, "round": int(row["round"])} for row in loaded.get("history", [])]
+            self.passes = int(loaded.get("passes", self._passes_of_history()))
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError, OverflowError) as error:
             raise UsageError(f"{where}: inconsistent content: {reason(error)}; choose another checkpoint") from None
+
+    def _passes_of_history(self) -> int:
+        """Image passes where a checkpoint does not count them: each epoch had every image once."""
+        epochs = self.epoch + sum(row.get("epoch", -1) + 1 for row in self.history if row["round"] < self.round)
+        return int(epochs * self.bank.samples + (self.seen if self.step else 0))
 
     def _restore_neighbourhoods(self, loaded: Checkpoint, where: Path) -> None:
         """Restores the neighbourhoods. If they are missing or empty, the round starts again with a discovery."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -13,27 +13,29 @@ from lib.distributed import gpus
 from lib.distributed.device import memory_format_of
 from lib.distributed.processes import Ranks
 from lib.errors import UsageError, is_out_of_memory
-from lib.method.loss import Loss
+from lib.method.terms import Term
 from lib.training.checkpoint import TrainingState
 from lib.training.trainer import batch_loss
 
 
 def rehearse(
     state: TrainingState,
-    loss: Loss,
+    terms: Sequence[Term],
     ranks: Ranks,
     *,
     batch_size: int,
     size: tuple[int, int],
     precision: torch.dtype | None = None,
+    views: int = 1,
 ) -> str:
     """Runs forward and backward pass of a full batch of black images, and undoes what they change. Call it on every
     rank.
 
     Args:
-        batch_size: B, of all ranks together.
+        batch_size: B V, of all ranks together.
         size: (h, w) that the network sees.
         precision: of mixed precision, or None.
+        views: V.
 
     Returns:
         The peak memory, in words.
@@ -44,12 +46,17 @@ def rehearse(
     device = state.bank.memory.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    step = partial(_step, state, loss, ranks, size=size, precision=precision)
-    if not _fits(step, batch_size):
+    step = partial(_step, state, terms, ranks, size=size, precision=precision, views=views)
+    images = batch_size // views
+    if not _fits(step, images):
         fitting = None
         if device.type == "cuda" and ranks.size == 1:  # elsewhere a smaller batch may be killed and not refused
-            fitting = _largest_fitting(step, batch_size // 2)
-        advice = f"--batch-size {fitting} fits" if fitting else "set it lower, or --size, or choose a smaller --network"
+            fitting = _largest_fitting(step, images // 2)
+        advice = (
+            f"--batch-size {fitting * views} fits"
+            if fitting
+            else "set it lower, or --size, or choose a smaller --network"
+        )
         raise UsageError(
             f"--batch-size {batch_size}: memory ran out in one step of the network; {advice}{gpus.memory_of_others()}"
         )
@@ -57,23 +64,23 @@ def rehearse(
     return f"{peak / 2**30:.2f} GiB at the peak of one step of {batch_size} images" if peak else "not known here"
 
 
-def _largest_fitting(step: Callable[[int], None], batch_size: int) -> int | None:
-    """The first of ``batch_size``, its half, its quarter and so on that fits."""
-    while batch_size >= 2:
+def _largest_fitting(step: Callable[[int], None], images: int) -> int | None:
+    """The first of ``images``, its half, its quarter and so on that fits."""
+    while images >= 2:
         torch.cuda.empty_cache()
-        if _fits(step, batch_size):
-            return batch_size
-        batch_size //= 2
+        if _fits(step, images):
+            return images
+        images //= 2
     return None
 
 
-def _fits(step: Callable[[int], None], batch_size: int) -> bool:
-    """Whether a step does not run out of memory.
+def _fits(step: Callable[[int], None], images: int) -> bool:
+    """Whether a step on so many images, in all their views, does not run out of memory.
 
     When it returns, the error is gone, and with it the frames of its traceback, which hold the tensors of the step.
     """
     try:
-        step(batch_size)
+        step(images)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -83,25 +90,26 @@ def _fits(step: Callable[[int], None], batch_size: int) -> bool:
 
 def _step(
     state: TrainingState,
-    loss: Loss,
+    terms: Sequence[Term],
     ranks: Ranks,
-    batch_size: int,
+    count: int,
     *,
     size: tuple[int, int],
     precision: torch.dtype | None,
+    views: int,
 ) -> None:
     network, device = state.network, state.bank.memory.device
     buffers = [buffer.clone() for buffer in network.buffers()]  # batch normalisation takes note of the images
     was_training = network.training
-    images = torch.zeros(ranks.local_batch_sizes(batch_size)[ranks.rank], 3, *size, device=device)
-    index = torch.arange(batch_size, device=device)
+    images = torch.zeros(views * ranks.local_batch_sizes(count)[ranks.rank], 3, *size, device=device)
+    index = torch.arange(count, device=device)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             network.train()
             images = images.contiguous(memory_format=memory_format_of(network))
             if network._compiled_call_impl is not None:
                 images = mark_batch_size_dynamic(images)
-            found, _ = batch_loss(state, loss, ranks, images, index, precision)
+            found, _ = batch_loss(state, terms, ranks, images, index, precision, views=views)
             found.backward()
     finally:
         network.zero_grad(set_to_none=True)

@@ -66,12 +66,13 @@ class RunContext:
         return Loader(
             self.placed(split.images),
             self.augmentations[0 if train else 1],
-            batch_size=self.options.batch_size,
+            batch_size=self.options.images_per_batch if train else self.options.batch_size,
             workers=self.options.workers_num,
             seed=self.options.seed if train else None,
             device=self.device,
             ranks=self.ranks,
             compiled=self.options.compile,
+            views=self.options.views if train else 1,
         )
 
     def placed(self, images: Sequence[np.ndarray] | np.ndarray) -> Sequence[np.ndarray] | torch.Tensor:

@@ -5,13 +5,13 @@
                     anchors, each with its k nearest neighbours -> train on these neighbourhoods
     in every round  epochs of steps; the learning rate and the best accuracy start again
 
-Letters: B batch, b images of it on this rank, N samples, D embedding, K neighbours.
+Letters: B images of a batch, b of them on this rank, V views of each, N samples, D embedding, K neighbours.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -28,8 +28,8 @@ from lib.errors import NonFiniteLossError
 from lib.evaluation.classifier import Accuracy, Evaluator
 from lib.method import diagnostics
 from lib.method.discovery import discover
-from lib.method.loss import Loss, neighbourhood_loss
 from lib.method.neighbourhoods import consistency, num_anchors
+from lib.method.terms import PAPER_TERMS, EmbeddedBatch, Term, mean_direction, total
 from lib.seeding import Stream, seed_for
 from lib.session.console import logger, progress
 from lib.training import optim
@@ -47,7 +47,7 @@ class Trainer:
         loader: the training images.
         learning_rate: epoch of its span (a round, or the run) -> learning rate.
         recorder: writes what was reached.
-        loss: of a batch, from its embeddings, the memory bank and the neighbourhoods.
+        terms: of the loss, functions of the embedded batch.
         labels: (N,) on the bank's device, for the consistency alone; None without labels.
         evaluate: accuracy on the test images; None without labels.
         validate: accuracy on held-out training images, which then choose the best epoch; None: the test images do, as
@@ -61,7 +61,7 @@ class Trainer:
     loader: Loader
     learning_rate: optim.Schedule
     recorder: Recorder
-    loss: Loss = neighbourhood_loss
+    terms: Sequence[Term] = PAPER_TERMS
     labels: torch.Tensor | None = None
     evaluate: Evaluator | None = None
     validate: Evaluator | None = None
@@ -127,9 +127,8 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """One pass over the training images, its evaluation, and a checkpoint."""
-        state, started = self.state, time.perf_counter()
+        state, started, passes = self.state, time.perf_counter(), self.state.passes
         learning_rate = self.learning_rate(optim.epoch_of_span(self.options, state.round, state.epoch))
-        seen = state.seen if state.step else 0
         optim.set_learning_rate(state.optimizer, learning_rate)
         with self.signals.defer():
             self.train_steps()
@@ -149,7 +148,8 @@ class Trainer:
             "loss": state.total.item() / max(1, state.seen),
             "learning_rate": learning_rate,
             **health,
-            "images_per_s": (state.seen - seen) / (trained - started),
+            "passes": state.passes / state.bank.samples,
+            "images_per_s": (state.passes - passes) / (trained - started),
             "train_s": trained - started,
             "evaluate_s": time.perf_counter() - trained,
         }
@@ -225,7 +225,7 @@ class Trainer:
         """Adds the gradient of one batch, then updates the memory bank; the loss of the batch.
 
         Args:
-            batch: images (b, 3, h, w) of this rank and the sample indices (B,) of the whole batch.
+            batch: images (b V, 3, h, w) of this rank and the sample indices (B,) of the whole batch.
             number: of the batch in the epoch.
             group: batches in the optimiser step, whose mean loss it descends.
         """
@@ -236,15 +236,18 @@ class Trainer:
         buffers = [buffer.clone() for buffer in state.network.buffers()] if skips else []
         precision = PRECISIONS[self.options.amp] if self.options.amp else None
         with self.gradients.batch(is_last=number == state.step + group - 1) as network:
-            loss, embeddings = batch_loss(state, self.loss, self.ranks, images, index, precision, network)
+            loss, embeddings = batch_loss(
+                state, self.terms, self.ranks, images, index, precision, network, views=self.options.views
+            )
             if skips and not loss.isfinite():  # waits for the device
                 state.skipped += 1
                 _restore(state.network.buffers(), buffers)  # batch normalisation has seen the batch already
                 return loss.detach()
             state.scaler.scale(loss / group).backward()
-        state.bank.update(embeddings.detach(), index)  # after the backward pass, which needs the rows as they were
+        state.bank.update(embeddings, index)  # after the backward pass, which needs the rows as they were
         state.total += loss.detach() * len(index)
         state.seen += len(index)
+        state.passes += len(index) * self.options.views
         return loss.detach()
 
     def optimizer_step(self) -> None:
@@ -259,34 +262,39 @@ class Trainer:
 
 def batch_loss(
     state: TrainingState,
-    loss: Loss,
+    terms: Sequence[Term],
     ranks: Ranks,
     images: torch.Tensor,
     index: torch.Tensor,
     precision: torch.dtype | None = None,
     network: torch.nn.Module | None = None,
+    *,
+    views: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of a batch against the memory bank, and its embeddings.
+    """The loss of a batch, and the embeddings of its images.
 
     Each rank embeds its share of the images. From there on all ranks have the whole batch, and the same loss.
 
     Args:
         state: network, memory bank and neighbourhoods.
-        loss: as ``lib.method.loss.Loss``.
+        terms: of the loss.
         ranks: the ranks.
-        images: (b, 3, h, w) of this rank.
+        images: (b V, 3, h, w) of this rank, the views of an image one after another.
         index: (B,) samples of the whole batch.
         precision: of mixed precision; None: float32.
         network: wraps the one of ``state``; None: that one itself.
+        views: V.
 
     Returns:
-        Scalar and (B, D), the same on every rank; the gradient goes to the images of this rank.
+        Scalar and (B, D), the normalised means of the views, both the same on every rank; the gradient of the loss goes
+        to the images of this rank.
     """
     with torch.autocast(images.device.type, precision, enabled=precision is not None):
-        local = (network or state.network)(images)  # (b, D), float32
-    embeddings = ranks.all_gather_batch(local, ranks.local_batch_sizes(len(index)))  # (B, D)
-    temperature, neighbourhoods = state.bank.temperature, state.neighbourhoods.of(index)
-    return loss(embeddings, state.bank.rows, neighbourhoods, temperature=temperature), embeddings
+        local = (network or state.network)(images)  # (b V, D), float32
+    local = local.reshape(-1, views, local.shape[1])
+    embeddings = ranks.all_gather_batch(local, ranks.local_batch_sizes(len(index)))  # (B, V, D)
+    batch = EmbeddedBatch(embeddings, state.bank.rows, state.neighbourhoods.of(index), state.bank.temperature)
+    return total(terms, batch), mean_direction(embeddings.detach())
 
 
 class NonFiniteCheck:

@@ -202,6 +202,9 @@ def test_nonfinite_number_in_a_list_is_refused(name: str, length: int, value: fl
 
 RANGES = {
     "batch_size": (2, [1, 0, -3, 2.5]),
+    "views": (16, [0, 17, 3, 2.5]),
+    "view_loss": (0, [-1, 1]),
+    "view_temperature": (1e-9, [0, -1]),
     "workers_num": (1024, [-1, 1025]),
     "size": (1, [0, -1, 9000, (1, 2, 3), (), (0, 3), 2.5]),
     "scale": ((0.1, 1), [(0, 1), (-1, 1), (0.5, 0.2), (0.5, 1.5), (0.5,), 0.5, (0.1, 0.2, 0.3)]),

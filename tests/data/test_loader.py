@@ -69,6 +69,34 @@ def test_an_epoch_has_every_sample_once(
         assert (pixels[:, 0, 0, 0].round() * 128 + pixels[:, 1, 0, 0].round()).tolist() == index.tolist()
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_views_of_an_image_follow_one_another_and_differ(in_memory: bool) -> None:
+    loader = loader_of(10, views=3, in_memory=in_memory)
+    batches = list(loader.epoch(1, 2))
+    assert sorted(order(batches)) == list(range(10)) and [len(index) for _, index in batches] == [4, 4, 2]
+    for pixels, index in batches:
+        views = pixels.view(len(index), 3, 3)  # (B, V, channels)
+        red, green, other = views.unbind(2)
+        brightness = other / 7
+        assert (brightness.amax(1) - brightness.amin(1)).min() > 1e-3
+        found = (red / brightness).round() * 128 + (green / brightness).round()
+        dark = brightness < 0.2  # rounding hides the sample
+        assert ((found == index[:, None]) | dark).all() and not dark.all()
+    assert same(batches, list(loader_of(10, views=3, in_memory=not in_memory).epoch(1, 2)))
+    assert same(batches[1:], list(loader.epoch(1, 2, first=1)))
+
+
+def test_images_are_decoded_once_for_all_views() -> None:
+    class Counting(list[np.ndarray]):
+        def __getitem__(self, sample: Any) -> Any:
+            asked.append(sample)
+            return super().__getitem__(sample)
+
+    asked: list[int] = []
+    loader = Loader(Counting(images(6)), NOISY, batch_size=4, workers=0, seed=1, device=CPU, views=2)
+    assert sorted(order(list(loader.epoch()))) == sorted(asked) == list(range(6))
+
+
 @pytest.mark.parametrize(
     ("samples", "batch_size", "sizes"),
     [

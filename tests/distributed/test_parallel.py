@@ -24,7 +24,7 @@ from lib.evaluation import linear_probe
 from lib.evaluation.classifier import Evaluator
 from lib.evaluation.features import extract
 from lib.evaluation.knn import top_k_accuracy, weighted_knn
-from lib.method import diagnostics
+from lib.method import diagnostics, terms
 from lib.method.discovery import discover
 from lib.method.loss import neighbourhood_loss
 from lib.method.memory_bank import MemoryBank
@@ -207,7 +207,7 @@ def images_of(count: int) -> np.ndarray:
     return np.random.default_rng(3).integers(0, 256, (count, SIZE, SIZE, 3)).astype(np.uint8)
 
 
-def loader_of(ranks: Ranks, batch: int, *, train: bool, count: int = SAMPLES) -> Loader:
+def loader_of(ranks: Ranks, batch: int, *, train: bool, count: int = SAMPLES, views: int = 1) -> Loader:
     augmentation = Augmentation(
         resize=SIZE,
         size=(SIZE, SIZE),
@@ -218,7 +218,8 @@ def loader_of(ranks: Ranks, batch: int, *, train: bool, count: int = SAMPLES) ->
         centred=not train,
     )
     images = torch.from_numpy(images_of(count))
-    return Loader(images, augmentation, batch_size=batch, workers=0, seed=5 if train else None, device=CPU, ranks=ranks)
+    seed = 5 if train else None
+    return Loader(images, augmentation, batch_size=batch, workers=0, seed=seed, device=CPU, ranks=ranks, views=views)
 
 
 class Precise(torch.nn.Module):
@@ -240,7 +241,7 @@ class Precise(torch.nn.Module):
 
 
 def trained(
-    ranks: Ranks, kind: str, batch: int, iter_size: int, start: Any, folder: str | None, rounds: int = 2
+    ranks: Ranks, kind: str, batch: int, iter_size: int, start: Any, folder: str | None, rounds: int = 2, **changes: Any
 ) -> Any:
     """Two rounds; the checkpoint, the figures, and the accuracy of the last epoch."""
     torch.manual_seed(0)
@@ -265,16 +266,19 @@ def trained(
         ANs_select_rate=0.5,
         ANs_size=2,
         iter_size=iter_size,
+        batch_size=batch,
+        **changes,
     )
     session = Session(Path(folder) if folder and ranks.is_rank0 else None, log_tfb=False)
     Trainer(
         options,
         state,
-        loader_of(ranks, batch, train=True),
+        loader_of(ranks, options.images_per_batch, train=True, views=options.views),
         optim.fixed(0.01),
         Recorder(session, options, protocol=evaluator.name, images=images_of(SAMPLES)),
         labels=torch.from_numpy(labels),
         evaluate=evaluator,
+        terms=terms.build(options),
         ranks=ranks,
     ).fit()
     session.close()
@@ -296,6 +300,25 @@ def test_a_training_run_equals_that_of_a_single_process(
     assert (saved["round"], saved["epoch"]) == (1, 2)
     for part in ("net", "optimizer", "npc", "ANs_discovery"):
         assert_alike(saved[part], alone[part])
+
+
+BEYOND: dict[str, dict[str, Any]] = {
+    "views": {"views": 2},
+    "view loss": {"views": 2, "view_loss": 0.5},
+}
+"""Options of docs/beyond.md that change a step."""
+
+
+def trained_beyond(ranks: Ranks, changes: dict[str, Any]) -> Any:
+    return trained(ranks, "sync", 8, 1, None, None, **changes)[0]
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_options_beyond_the_paper_train_as_a_single_process(name: str, team: Team) -> None:
+    alone = trained_beyond(SINGLE, BEYOND[name])
+    assert_alike(team.run(trained_beyond, BEYOND[name])[0], alone)
+    assert alone["passes"] == 4 * SAMPLES * BEYOND[name].get("views", 1)
+    assert alone["history"][-1]["passes"] == 4 * BEYOND[name].get("views", 1)
 
 
 @pytest.mark.parametrize("best", [False, True])

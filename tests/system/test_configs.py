@@ -64,7 +64,9 @@ def test_each_config_trains_a_step_with_its_own_command(
     losses: list[Any] = []
     loss_of = trainer.batch_loss
     monkeypatch.setattr(Recorder, "epoch_finished", lambda self, record, accuracy: records.append(record))
-    monkeypatch.setattr(trainer, "batch_loss", lambda *words: losses.append((found := loss_of(*words))[0]) or found)
+    monkeypatch.setattr(
+        trainer, "batch_loss", lambda *words, **more: losses.append((found := loss_of(*words, **more))[0]) or found
+    )
     seen: list[RunContext] = []
     train = main.train
     monkeypatch.setattr(main, "train", lambda context: seen.append(context) or train(context))

@@ -24,9 +24,9 @@ from lib.distributed.sharded import ShardedRows
 from lib.distributed.signals import GPU_STEPS
 from lib.evaluation import classifier, features, knn, linear_probe
 from lib.method import diagnostics, discovery
-from lib.method.loss import neighbourhood_loss
 from lib.method.memory_bank import MemoryBank
 from lib.method.neighbourhoods import Neighbourhoods, consistency
+from lib.method.terms import PAPER_TERMS, build
 from lib.reporting import retrieval
 from lib.training.checkpoint import TrainingState
 from lib.training.optim import build_optimizer
@@ -95,7 +95,15 @@ def a_step(
     ranks: Ranks, networks: list[torch.nn.Module], options: Options, state: Callable[[], TrainingState]
 ) -> Trace:
     def given() -> Trainer:
-        trainer = Trainer(options, state(), None, lambda epoch: 0.03, None, ranks=ranks)  # type: ignore[arg-type]
+        trainer = Trainer(
+            options,
+            state(),
+            None,  # type: ignore[arg-type]
+            lambda epoch: 0.03,
+            None,  # type: ignore[arg-type]
+            terms=build(options),
+            ranks=ranks,
+        )
         networks.append(trainer.state.network)
         return trainer
 
@@ -104,7 +112,8 @@ def a_step(
         check = NonFiniteCheck(trainer)
         for number in range(2):
             images = empty(BATCH // ranks.size, 3, 32, 32)
-            loss = trainer.backward((images, empty(BATCH, dtype=torch.long)), number, 1)
+            index = empty(trainer.options.images_per_batch, dtype=torch.long)
+            loss = trainer.backward((images, index), number, 1)
             check.add(loss, number)
             trainer.optimizer_step()
         assert trainer.state.bank.memory.device == CUDA
@@ -126,6 +135,21 @@ def test_step_never_waits_for_the_gpu(
     assert not found.waits
     assert found.result == (CUDA, torch.float32)
     assert found.kernels > 500  # the trace has seen the step
+
+
+BEYOND = {
+    "views": {"views": 2},
+    "view loss": {"views": 2, "view_loss": 0.5},
+}
+"""Options of docs/beyond.md that change a step."""
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_options_beyond_the_paper_never_wait_in_a_step(
+    name: str, ranks: Ranks, backward: list[torch.nn.Module]
+) -> None:
+    found = a_step(ranks, backward, Options(**BEYOND[name]), partial(state_of, ranks))
+    assert not found.waits and found.result == (CUDA, torch.float32) and found.kernels > 500
 
 
 def test_wait_in_a_step_is_found(
@@ -152,12 +176,15 @@ def test_augmentation_never_waits_for_the_gpu(on_worker: bool) -> None:
     assert found.result.shape == (BATCH, 3, 32, 32) and found.result.device == CUDA
 
 
-def test_batches_are_made_on_the_gpu_without_a_wait(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("views", [1, 2])
+def test_batches_are_made_on_the_gpu_without_a_wait(views: int, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lib.data.loader._prefetch", lambda batches, *arguments: batches)
 
     def work() -> list[tuple[torch.Tensor, torch.Tensor]]:
         images = empty(1000, 32, 32, 3, dtype=torch.uint8)
-        loader = Loader(images, AUGMENTATION, batch_size=BATCH, workers=0, seed=0, device=CUDA, ranks=ranks)
+        loader = Loader(
+            images, AUGMENTATION, batch_size=BATCH // views, workers=0, seed=0, device=CUDA, ranks=ranks, views=views
+        )
         return list(loader.epoch())
 
     found = trace(work)
@@ -173,7 +200,7 @@ def test_rehearsal_leaves_no_tensor_elsewhere(
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
 
     def work() -> str:
-        return rehearse(state_of(ranks), neighbourhood_loss, ranks, batch_size=BATCH, size=(32, 32))
+        return rehearse(state_of(ranks), PAPER_TERMS, ranks, batch_size=BATCH, size=(32, 32))
 
     assert trace(work).result == "1.00 GiB at the peak of one step of 128 images"
 

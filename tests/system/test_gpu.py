@@ -31,6 +31,7 @@ from lib.method.discovery import discover
 from lib.method.loss import neighbourhood_loss
 from lib.method.memory_bank import MemoryBank
 from lib.method.neighbourhoods import Neighbourhoods
+from lib.method.terms import PAPER_TERMS
 from lib.session import metrics
 from lib.training.checkpoint import TrainingState
 from lib.training.rehearsal import rehearse
@@ -180,7 +181,7 @@ def test_a_step_agrees_and_never_waits_for_the_gpu() -> None:
                 torch.cuda.set_sync_debug_mode("error")
             try:
                 batch, index = next(batches)
-                loss, embeddings = batch_loss(state, neighbourhood_loss, Ranks(), batch, index)
+                loss, embeddings = batch_loss(state, PAPER_TERMS, Ranks(), batch, index)
                 loss.backward()
                 state.bank.update(embeddings.detach(), index)
                 state.optimizer.step()
@@ -206,7 +207,7 @@ def test_out_of_memory_error_names_a_batch_that_fits() -> None:
     allowed = torch.cuda.memory_reserved(GPU) + 2**30
     torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(GPU).total_memory, GPU)
     try:
-        tried = partial(rehearse, state, neighbourhood_loss, Ranks(), size=(64, 64))
+        tried = partial(rehearse, state, PAPER_TERMS, Ranks(), size=(64, 64))
         with pytest.raises(UsageError, match=r"--batch-size 8192: memory ran out .* --batch-size \d+ fits") as refused:
             tried(batch_size=8_192)
         match = re.search(r"--batch-size (\d+) fits", str(refused.value))

@@ -11,9 +11,9 @@ import torch
 import models
 from lib.distributed.processes import Ranks
 from lib.errors import UsageError
-from lib.method.loss import neighbourhood_loss
 from lib.method.memory_bank import MemoryBank
 from lib.method.neighbourhoods import Neighbourhoods
+from lib.method.terms import PAPER_TERMS
 from lib.training import rehearsal
 from lib.training.checkpoint import TrainingState
 from lib.training.rehearsal import rehearse
@@ -32,7 +32,7 @@ def state_of() -> TrainingState:
 
 def rehearsed(state: TrainingState, **changes: Any) -> str:
     named = {"batch_size": 16, "size": (8, 8), **changes}
-    return rehearse(state, neighbourhood_loss, Ranks(), **named)
+    return rehearse(state, PAPER_TERMS, Ranks(), **named)
 
 
 def test_rehearsal_changes_nothing() -> None:
@@ -53,6 +53,8 @@ def test_rehearsal_runs_a_full_batch_forward_and_backward(monkeypatch: pytest.Mo
     state.network.register_forward_hook(lambda module, images, out: seen.append((images[0].shape, out.requires_grad)))
     rehearsed(state, batch_size=12, size=(8, 16))
     assert seen == [((12, 3, 8, 16), True)]
+    rehearsed(state, batch_size=12, size=(8, 16), views=3)
+    assert seen == [((12, 3, 8, 16), True)] * 2
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def test_rehearsal_runs_a_full_batch_forward_and_backward(monkeypatch: pytest.Mo
 def test_out_of_memory_is_reported_before_anything_is_written(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **more: Any) -> None:
         raise error
 
     monkeypatch.setattr(rehearsal, "batch_loss", fail)
@@ -82,7 +84,7 @@ def test_largest_fitting_batch_is_found_by_halving() -> None:
 
 
 def test_other_errors_propagate(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **more: Any) -> None:
         raise RuntimeError("shapes differ")
 
     monkeypatch.setattr(rehearsal, "batch_loss", fail)

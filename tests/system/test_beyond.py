@@ -1,0 +1,74 @@
+"""Options beyond the paper in whole runs: stopped and resumed they end with the same bits, and bad values are told."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_main import photos, start, tiny_network
+
+import main
+from lib.training.trainer import Trainer
+from runs import assert_alike, metrics
+
+__all__ = ["photos", "start", "tiny_network"]  # fixtures
+
+SCHEDULE = "--lr-policy cosine --lr-span run --lr-warmup-epochs 1"
+OPTIONS = {
+    "schedule": SCHEDULE,
+    "views": "--views 2",
+    "view loss": f"--views 2 --view-loss 0.5 --random-horizontal-flip {SCHEDULE}",
+}
+REFUSED = {
+    "--views 3": "views: 3 views of each image do not fill a batch of 8",
+    "--view-loss 1": "view_loss: compares views of the same image, and there is one view; set views to 2",
+    "--views 8": "--batch-size 8: the batch is divided among 1 processes, and each needs at least two images with 8",
+    "--views 2 --batch-size 50": "24 training images with 2 views each are fewer than a batch of 50",
+    "--lr-warmup-epochs 2": "lr_warmup_epochs: 2 leave nothing of the schedule, which covers 2 epochs",
+}
+
+
+def stopping_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    """Has a signal come in this step of a run."""
+    calls, backward = iter(range(1, step)), Trainer.backward
+
+    def stopped(*arguments: Any) -> Any:
+        if next(calls, None) is None:
+            signal.raise_signal(signal.SIGTERM)
+        return backward(*arguments)
+
+    patch.setattr(Trainer, "backward", stopped)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_stopped_and_resumed_run_ends_with_the_same_bits(name: str, start: list[str], tmp_path: Path) -> None:
+    words = [*start, *OPTIONS[name].split()]
+    assert main.main([*words, "--session", "whole"]) == 0
+    whole, stopped = (tmp_path / "sessions" / name for name in ("whole", "stopped"))
+    words = [*words, "--session", "stopped"]
+    for step in (2, 11, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            stopping_at(step, patch)
+            assert main.main(words) == 143
+        words = ["--resume", str(stopped)]
+    assert main.main(words) == 0
+    assert_alike(stopped, whole)
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_values_that_do_not_fit_are_refused_at_once(
+    words: str, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main([*start, *words.split()]) == 2
+    shown = capsys.readouterr()
+    assert REFUSED[words] in shown.err and shown.err.count("\n") == 1
+    assert not (tmp_path / "sessions").exists()
+
+
+def test_image_passes_count_each_view(start: list[str], tmp_path: Path) -> None:
+    for views in (1, 2):
+        assert main.main([*start, "--views", str(views), "--session", f"views-{views}"]) == 0
+        rows = metrics(tmp_path / "sessions" / f"views-{views}")
+        assert [row["passes"] for row in rows] == [views * number for number in range(1, 7)]

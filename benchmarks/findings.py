@@ -27,9 +27,11 @@ from sklearn.neighbors import LocalOutlierFactor
 
 from benchmarks import measure
 from benchmarks.study import CFGS, ROOT
+from lib.config.resolve import resolve
 from lib.evaluation import findings
 from lib.evaluation.findings import Findings
 from lib.method.discovery import entropy_and_topk
+from lib.training import setup
 
 IMAGES, PLANTED, WRONG, K, TOP = 2000, 10, 0.05, 15, 20
 COPIES, OUTLIERS = ("same", "recompressed", "cropped"), ("noise", "black", "white")
@@ -102,11 +104,11 @@ def run(arguments: Sequence[str]) -> None:
     subprocess.run([sys.executable, str(ROOT / "main.py"), *arguments], check=True, cwd=ROOT)
 
 
-def scores(embeddings: np.ndarray, found: Findings) -> dict[str, np.ndarray]:
+def scores(embeddings: np.ndarray) -> dict[str, np.ndarray]:
     """Candidates for the outlier score (N,) by name; higher: belongs less."""
-    rows = torch.from_numpy(embeddings)
-    entropy, _ = entropy_and_topk(rows, temperature=0.1, size=K)
-    distinct, place = np.unique(found.copies, return_inverse=True)
+    entropy, _ = entropy_and_topk(torch.from_numpy(embeddings), temperature=0.1, size=K)
+    copies = findings.identical_images(embeddings, *findings.nearest_neighbours(embeddings, K))
+    distinct, place = np.unique(copies, return_inverse=True)
     candidates = {"lowest entropy (tau = 0.1)": -entropy.numpy()}
     for among, chosen, back in (
         ("all images", np.arange(len(embeddings)), np.arange(len(embeddings))),
@@ -124,14 +126,15 @@ def scores(embeddings: np.ndarray, found: Findings) -> dict[str, np.ndarray]:
             "mean distance to all": -some @ some.mean(axis=0),
         }.items():
             candidates[f"{name}, {among}"] = values[back]
-    return candidates | {"**simplified local outlier factor, distinct images**": found.outlier_scores}
+    return candidates | {
+        "**simplified local outlier factor, distinct images**": findings.outlier_scores(embeddings, copies, K)
+    }
 
 
 def judge_outliers(embeddings: np.ndarray, kinds: np.ndarray) -> dict[str, list[float]]:
     """By candidate: AUROC of each kind, then each kind's share in the first n (n: how many were planted)."""
-    found = findings.find(embeddings, None, neighbours=K, resolution=1.0, seed=0)
     real, judged = ~np.isin(kinds, OUTLIERS), {}
-    for name, values in scores(embeddings, found).items():
+    for name, values in scores(embeddings).items():
         first = np.argsort(-values, kind="stable")[: int((~real).sum())]
         judged[name] = [
             roc_auc_score(kinds[real | (kinds == kind)] == kind, values[real | (kinds == kind)]) for kind in OUTLIERS
@@ -141,12 +144,11 @@ def judge_outliers(embeddings: np.ndarray, kinds: np.ndarray) -> dict[str, list[
 
 
 def judge_one_of_each(embeddings: np.ndarray, names: np.ndarray, kinds: np.ndarray) -> dict[str, list[float]]:
-    """By candidate: the place in the list of each kind, where only one image of it was planted; median of ten."""
+    """By candidate: the place in the list of each kind, where only one image of it was planted; median of five."""
     places: dict[str, list[list[int]]] = {}
-    for number in range(PLANTED):
+    for number in range(0, PLANTED, 2):
         kept = ~np.isin(kinds, OUTLIERS) | np.char.endswith(names, f"-{number:02d}.png")
-        found = findings.find(embeddings[kept], None, neighbours=K, resolution=1.0, seed=0)
-        for name, values in scores(embeddings[kept], found).items():
+        for name, values in scores(embeddings[kept]).items():
             order = kinds[kept][np.argsort(-values, kind="stable")]
             places.setdefault(name, []).append([int((order == kind).argmax()) + 1 for kind in OUTLIERS])
     return {name: [float(value) for value in np.median(rows, axis=0)] for name, rows in places.items()}
@@ -171,6 +173,23 @@ def judge_labels(found: Findings, names: np.ndarray, kinds: np.ndarray) -> list[
     wrong, values = np.char.find(names[real], "wrong") >= 0, found.label_disagreement[real]
     order = np.argsort(-values, kind="stable")
     return [roc_auc_score(wrong, values), *(wrong[order[:n]].mean() for n in (wrong.sum(), TOP)), 1 - values.mean()]
+
+
+def judge_pixels(data: Path) -> list[float]:
+    """Share of the noise and of the blank images that is recognised, and number of photographs taken for either."""
+    context = setup.prepare(
+        resolve(["--cfgs", *(str(ROOT / name) for name in CFGS), "--data-root", str(data), "--seed", "0"])
+    )
+    names = context.splits.train.names
+    assert names is not None
+    kinds = np.array([Path(name).name.partition("-")[0] for name in names])
+    blank, noisy = findings.blank_and_noisy(context.train_statistics().numpy())
+    real = ~np.isin(kinds, OUTLIERS)
+    return [
+        noisy[kinds == "noise"].mean(),
+        blank[np.isin(kinds, OUTLIERS[1:])].mean(),
+        float((blank | noisy)[real].sum()),
+    ]
 
 
 def text(values: Iterable[float], form: str) -> str:
@@ -255,7 +274,20 @@ def main(argv: Sequence[str]) -> int:
                 plant(given.data_root, data, seed)
             files.append(features_of(data, given.work, seed, checkpoint))
         parts.append(f"## {title}\n\n{tables(files)}")
-    parts.append(measure.machine(torch.device("cpu"), len(given.seeds)))
+    pixels = list(zip(*(judge_pixels(given.work / f"planted{seed}") for seed in given.seeds), strict=True))
+    row = ("contrast and smoothness", *(text(column, ".0%") for column in pixels[:2]), text(pixels[2], ".0f"))
+    header = [
+        "by pixels",
+        "noise found",
+        "black and white found",
+        f"of {IMAGES + len(COPIES) * PLANTED:,} others taken for either",
+    ]
+    parts.append(f"## Without a network\n\n{measure.table(header, [row])}")
+    machine = measure.machine(torch.device("cpu"), len(given.seeds)).replace(
+        f"{len(given.seeds)} repeats, interleaved, median (least to greatest)",
+        f"{len(given.seeds)} sets of planted images, mean (least to greatest)",
+    )
+    parts.append(machine)
     page = "\n\n".join(parts)
     print(page)
     if given.save:

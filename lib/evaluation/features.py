@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -46,3 +46,29 @@ def extract(network: torch.nn.Module, batches: Batches, what: str) -> torch.Tens
     result = torch.empty_like(features)
     result[position - position.min() if len(position) else position] = features
     return result
+
+
+class WithStatistics(torch.nn.Module):
+    """A network whose outputs have two more columns, the contrast and the smoothness of each image.
+
+    The contrast is the standard deviation of the pixels, in [0, 0.5] for images in [0, 1]. The smoothness is
+    1 - E[(x - y)^2] / (2 Var x) over adjacent pixels x and y: near 1 for photographs, near 0 for noise; 1 without
+    contrast. Both are computed from the images that the network sees.
+
+    Args:
+        network: images (B, 3, h, w) to embeddings (B, D).
+        stds: of the normalisation of the images.
+    """
+
+    def __init__(self, network: torch.nn.Module, stds: Sequence[float]) -> None:
+        super().__init__()
+        self.network, self.stds = network, stds
+        self.training = network.training
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, h, w) -> (B, D + 2)."""
+        scaled = images.float() * images.new_tensor(self.stds).float()[:, None, None]
+        variance = scaled.var(dim=(2, 3), correction=0).mean(dim=1)  # (B,)
+        steps = torch.stack([scaled.diff(dim=dim).square().mean(dim=(1, 2, 3)) for dim in (2, 3)]).nanmean(dim=0)
+        smoothness = 1 - torch.where(variance > 0, steps / (2 * variance), 0).nan_to_num()
+        return torch.cat([self.network(images), variance.sqrt()[:, None], smoothness[:, None]], dim=1)

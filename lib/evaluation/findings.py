@@ -22,6 +22,8 @@ from lib.method.topk import TopK
 
 IDENTICAL = 1 - 1e-5
 """Cosine from which two images count as the same image. Sums of float32 in another order differ by about 1e-6."""
+BLANK, NOISY = 0.01, 0.45
+"""Contrast below which an image is blank, and smoothness below which it may be noise."""
 SEEDS = 4
 """Further seeds of the grouping, for ``Findings.seed_agreement`` and ``seed_range``."""
 RESOLUTION_FACTORS = (0.5, 2.0)
@@ -175,6 +177,26 @@ def outlier_scores(embeddings: np.ndarray, copies: np.ndarray, neighbours: int) 
     reach = np.maximum(1 - cosines[:, -1], 1 - IDENTICAL)  # (U,); rounding may make it 0
     scores: np.ndarray = (reach / reach[nearest].mean(axis=1))[place]
     return scores
+
+
+def blank_and_noisy(statistics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images of a single colour, and images of noise, which embeddings do not tell apart reliably.
+
+    An image is noisy if its smoothness is below ``NOISY`` and far below that of the others: more than three
+    interquartile ranges under the first quartile (Tukey's outer fence). So a set of drawings or dots is not all noise.
+
+    Args:
+        statistics: (N, 2), contrast and smoothness, as ``features.WithStatistics`` gives them.
+
+    Returns:
+        Two arrays (N,) of bool.
+    """
+    contrast, smoothness = statistics.T
+    blank = contrast < BLANK
+    if blank.all():
+        return blank, np.zeros_like(blank)
+    low, high = np.quantile(smoothness[~blank], [0.25, 0.75])
+    return blank, ~blank & (smoothness < min(NOISY, low - 3 * (high - low)))
 
 
 @dataclass(frozen=True)

@@ -146,20 +146,35 @@ def _duplicates(material: ReportData, found: Findings) -> Answer:
 
 
 def _outliers(material: ReportData, found: Findings) -> Answer:
-    distinct, counts = np.unique(found.copies, return_counts=True)
+    rows, counts = [], []
+    flagged = {"of a single colour": material.blank[material.searched], "of noise": material.noisy[material.searched]}
+    for kind, is_kind in flagged.items():
+        (places,) = is_kind.nonzero()
+        title = f"{plural(len(places), 'image')} {kind}"
+        counts.append(title)
+        if len(places):
+            shown = [_shown(material, place) for place in places[:LISTED].tolist()]
+            rows.append(Row(title, shown, len(places) - LISTED))
+    distinct, copies = np.unique(found.copies, return_counts=True)
+    kept = ~np.any([is_kind[distinct] for is_kind in flagged.values()], axis=0)
+    distinct, copies = distinct[kept], copies[kept]
     order = np.argsort(-found.outlier_scores[distinct], kind="stable")[:LISTED]
     shown = []
-    for place, count in zip(distinct[order].tolist(), counts[order].tolist(), strict=True):
-        copies = f", {count:,} copies" if count > 1 else ""
-        shown.append(_shown(material, place, f"{found.outlier_scores[place]:.2f}{copies}"))
-    reading = (
-        f"The score is the distance to the farthest of the {plural(found.neighbours.shape[1], 'nearest neighbour')}, "
-        "relative to the same distance of these neighbours; copies count once. About 1 is usual. Images that are the "
-        "only ones of their kind stand out, and so do blank ones. Noise often does not, as it resembles texture."
-    )
+    for place, count in zip(distinct[order].tolist(), copies[order].tolist(), strict=True):
+        same = f", {count:,} copies" if count > 1 else ""
+        shown.append(_shown(material, place, f"{found.outlier_scores[place]:.2f}{same}"))
+    if shown:
+        rows.append(Row("Others, by their embeddings" if rows else "", shown))
     above = int((found.outlier_scores[distinct] > CLEAR).sum())
-    said = f"Score above {CLEAR:g}: {plural(above, 'image')} of {len(distinct):,} different ones."
-    return Answer("Outliers", said, reading, [Row("", shown)])
+    reading = (
+        "Images of a single colour and of noise are recognised by their pixels, the others by their embeddings: the "
+        f"score is the distance to the farthest of the {plural(found.neighbours.shape[1], 'nearest neighbour')}, "
+        "relative to the same distance of these neighbours. Copies count once. About 1 is usual; images that are the "
+        "only ones of their kind stand out."
+    )
+    return Answer(
+        "Outliers", f"{', '.join(counts)}; {plural(above, 'other')} with a score above {CLEAR:g}.", reading, rows
+    )
 
 
 def _labels(material: ReportData, found: Findings) -> Answer:

@@ -168,6 +168,7 @@ def write_report(context: RunContext, folder: Path, loaded: Checkpoint) -> None:
         train=train,
         protocol=f"{evaluator.name} against {evaluator.against}" if evaluator else "",
         features=context.train_embeddings().cpu().numpy(),
+        statistics=context.train_statistics().cpu().numpy(),
         tested=tested,
     )
     try:

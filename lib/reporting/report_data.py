@@ -86,6 +86,7 @@ class ReportData:
         chooser: what chooses the best epoch.
         findings: what the embeddings of the searched images say of these, or a sentence why that is not known.
         searched: (F,) sample indices, ascending: the images that the findings are about.
+        blank, noisy: (N,) of bool, images of a single colour and of noise.
         names: N file names, or None where images have none.
         indices: (N,) where each image stands in the data set.
         warning: the first sign that training has collapsed, '' where there is none.
@@ -107,6 +108,8 @@ class ReportData:
     findings: Findings | str
     searched: np.ndarray
     indices: np.ndarray
+    blank: np.ndarray
+    noisy: np.ndarray
     names: Sequence[str] | None = None
     chooser: str = "the test labels"
     warning: str = ""

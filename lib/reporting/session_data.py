@@ -15,7 +15,7 @@ from datasets import ImageSet
 from lib.config.options import Options
 from lib.config.parser import extra
 from lib.errors import UsageError
-from lib.evaluation.findings import Findings, find
+from lib.evaluation.findings import Findings, blank_and_noisy, find
 from lib.method.collapse import find_collapse
 from lib.reporting.report_data import SEARCHED, SEED, Discovered, ReportData, Tested, drawn
 from lib.session import metrics
@@ -31,6 +31,7 @@ def collect(
     train: ImageSet,
     protocol: str,
     features: np.ndarray,
+    statistics: np.ndarray,
     tested: Tested | None,
 ) -> ReportData:
     """All that the report of a session shows, with the network that was loaded.
@@ -39,6 +40,7 @@ def collect(
         loaded: its latest checkpoint.
         protocol: how the accuracies of the training came about.
         features: (N, D) embeddings of the training images, computed with the test transform.
+        statistics: (N, 2) contrast and smoothness of the training images.
         tested: the test images, or None without labels.
 
     Raises:
@@ -53,6 +55,7 @@ def collect(
             raise UsageError(f"{folder}: was trained on {len(memory)} samples, not {len(train)}; choose its data")
     except (KeyError, TypeError):
         raise UsageError(f"{folder}: its latest checkpoint holds no memory bank; a report needs one") from None
+    blank, noisy = blank_and_noisy(statistics)
     searched = drawn(len(features), SEARCHED)
     return ReportData(
         name=folder.resolve().name,
@@ -80,6 +83,8 @@ def collect(
         features=features,
         findings=_findings(features[searched], None if train.labels is None else train.labels[searched], options),
         searched=searched,
+        blank=blank,
+        noisy=noisy,
         tested=tested,
         chooser="held-out training images" if options.val_fraction else "the test labels",
         finished=(last["round"], last["epoch"]) >= (options.max_round - 1, options.max_epoch - 1),

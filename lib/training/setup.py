@@ -55,7 +55,7 @@ class RunContext:
     ranks: Ranks = field(default_factory=Ranks)
     begun: Path | None = None  # session that the job had started before the launcher restarted it
     resident: dict[int, torch.Tensor] = field(default_factory=dict)  # images on the device, by the id of their array
-    embedded: list[torch.Tensor] = field(default_factory=list)  # cached embeddings of the training images
+    embedded: list[torch.Tensor] = field(default_factory=list)  # of the training images: embeddings, statistics
 
     def on_rank0(self) -> RunContext | None:
         """This context for a single process on rank 0, for work without collectives; None on the other ranks."""
@@ -106,10 +106,19 @@ class RunContext:
 
         The memory bank differs: its rows are running means over augmented views.
         """
+        return self._embed()[0]
+
+    def train_statistics(self) -> torch.Tensor:
+        """Contrast and smoothness (N, 2) of the training images, from the same pass as their embeddings."""
+        return self._embed()[1]
+
+    def _embed(self) -> list[torch.Tensor]:
         if not self.embedded:
             train = self.loader(self.splits.train, train=False)
-            self.embedded.append(features.extract(self.network, train, "training features"))
-        return self.embedded[0]
+            network = features.WithStatistics(self.network, self.means_and_stds[1])
+            found = features.extract(network, train, "training features")
+            self.embedded.extend([found[:, :-2].contiguous(), found[:, -2:].contiguous()])
+        return self.embedded
 
 
 def prepare(options: Options, ranks: Ranks | None = None) -> RunContext:

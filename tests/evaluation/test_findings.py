@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from sklearn.metrics import adjusted_rand_score
 
 import oracles
 from lib.errors import UsageError
 from lib.evaluation import findings
+from lib.evaluation.features import WithStatistics
 from lib.evaluation.findings import Findings, find
 from lib.evaluation.graph_clustering import communities
 
@@ -151,3 +153,35 @@ def test_embeddings_that_are_not_finite_are_refused() -> None:
     rows[3, 2] = np.nan
     with pytest.raises(UsageError, match="NaN or infinite"):
         found_in(rows)
+
+
+def statistics(images: list[np.ndarray]) -> np.ndarray:
+    """Contrast and smoothness of images (h, w, 3) in [0, 1], normalised as for a network."""
+    stds = (0.2, 0.3, 0.4)
+    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
+    normalised = (batch - 0.5) / torch.tensor(stds)[:, None, None]
+    found = WithStatistics(torch.nn.Flatten(), stds)(normalised)
+    assert torch.equal(found[:, :-2], normalised.flatten(1))  # what the network says stays as it is
+    return found[:, -2:].numpy()
+
+
+def test_contrast_and_smoothness_are_those_of_plain_loops() -> None:
+    image = np.random.default_rng(0).random((5, 4, 3))
+    variance = np.mean([np.var(image[:, :, channel]) for channel in range(3)])
+    down = [(image[y, x, c] - image[y + 1, x, c]) ** 2 for y in range(4) for x in range(4) for c in range(3)]
+    right = [(image[y, x, c] - image[y, x + 1, c]) ** 2 for y in range(5) for x in range(3) for c in range(3)]
+    smoothness = 1 - (np.mean(down) + np.mean(right)) / 2 / (2 * variance)
+    assert statistics([image])[0] == pytest.approx([np.sqrt(variance), smoothness], abs=1e-5)
+    assert statistics([np.full((1, 1, 3), 0.7)])[0] == pytest.approx([0, 1])
+
+
+def test_blank_and_noisy_images_are_told_by_their_pixels() -> None:
+    rng = np.random.default_rng(0)
+    ramp = np.linspace(0, 1, 16)
+    scenes = [np.outer(ramp ** rng.uniform(1, 3), ramp)[:, :, None].repeat(3, 2) for _ in range(20)]
+    noise, blanks = [rng.random((16, 16, 3))], [np.zeros((16, 16, 3)), np.full((16, 16, 3), 0.997)]
+    blank, noisy = findings.blank_and_noisy(statistics([*scenes, *noise, *blanks]))
+    assert np.flatnonzero(blank).tolist() == [21, 22] and np.flatnonzero(noisy).tolist() == [20]
+    blank, noisy = findings.blank_and_noisy(statistics([*noise * 20, *blanks]))
+    assert blank.sum() == 2 and not noisy.any()  # a set that is all like noise has no outliers of that kind
+    assert findings.blank_and_noisy(statistics(blanks))[0].all()

@@ -84,7 +84,8 @@ def file_name(number: int) -> str:
 def with_findings(given: ReportData) -> ReportData:
     """The findings of the given images, all of them searched."""
     found = find(given.features, given.labels, neighbours=5, resolution=1.0, seed=0)
-    return replace(given, findings=found, searched=np.arange(len(given.images)), indices=np.arange(len(given.images)))
+    every, none = np.arange(len(given.images)), np.zeros(len(given.images), bool)
+    return replace(given, findings=found, searched=every, indices=every, blank=none, noisy=none)
 
 
 def few(count: int, *, alike: bool = False, labelled: bool = True) -> ReportData:
@@ -111,7 +112,6 @@ def material() -> ReportData:
         k=VOTERS,
         sigma=SIGMA,
     )
-    features[7], features[31] = features[4], features[4]
     given = ReportData(
         name=f"run {EVIL}",
         facts={"versions": "python 3", "commit <b>": "<i>x</i>"},
@@ -129,6 +129,8 @@ def material() -> ReportData:
         findings="",
         searched=np.arange(N),
         indices=np.arange(N),
+        blank=np.zeros(N, bool),
+        noisy=np.zeros(N, bool),
         names=[file_name(number) for number in range(N)],
     )
     return with_findings(given)
@@ -404,8 +406,15 @@ def numbers(row: image_findings.Row) -> list[int]:
     return [int(re.findall(r"\d+", shown.name)[-1]) for shown in row.images]
 
 
+def with_copies() -> ReportData:
+    """As ``material``, but images 7 and 31 have the embedding of image 4."""
+    features = material().features.copy()
+    features[[7, 31]] = features[4]
+    return with_findings(replace(material(), features=features))
+
+
 def test_groups_show_the_images_most_similar_to_their_others() -> None:
-    given = material()
+    given = with_copies()
     assert isinstance(given.findings, Findings) and given.labels is not None
     groups = given.findings.groups
     shown = answer("Groups", given)
@@ -424,10 +433,10 @@ def test_groups_show_the_images_most_similar_to_their_others() -> None:
 
 
 def test_duplicates_are_named_with_the_number_to_remove() -> None:
-    shown = answer("Duplicates", material())
+    shown = answer("Duplicates", with_copies())
     assert shown.found == "2 images could go without loss: identical to another one (1 set)."
     assert shown.rows[0].title == "3 images, identical" and numbers(shown.rows[0]) == [4, 7, 31]
-    given = material()
+    given = with_copies()
     similarity = [float(row.title.partition("similarity ")[2]) for row in shown.rows[1:]]
     assert similarity == sorted(similarity, reverse=True) and len(shown.rows) > 5
     first, second = numbers(shown.rows[1])[:2]
@@ -438,7 +447,7 @@ def test_duplicates_are_named_with_the_number_to_remove() -> None:
 
 
 def test_outliers_are_listed_once_with_their_copies() -> None:
-    given = material()
+    given = with_copies()
     assert isinstance(given.findings, Findings)
     scores = given.findings.outlier_scores
     (row,) = answer("Outliers", given).rows
@@ -448,8 +457,17 @@ def test_outliers_are_listed_once_with_their_copies() -> None:
     assert [shown.note for shown in row.images] == ["0.00, 6 copies"]
 
 
-def test_suspicious_labels_name_what_the_neighbours_say() -> None:
+def test_blank_and_noisy_images_stand_before_the_outliers() -> None:
     given = material()
+    blank, noisy = np.isin(np.arange(N), [3, 9]), np.arange(N) == 14
+    shown = answer("Outliers", replace(given, blank=blank, noisy=noisy))
+    assert shown.found.startswith("2 images of a single colour, 1 image of noise; ")
+    assert [numbers(row) for row in shown.rows[:2]] == [[3, 9], [14]]
+    assert not {3, 9, 14} & set(numbers(shown.rows[2])) and len(shown.rows[2].images) == image_findings.LISTED
+
+
+def test_suspicious_labels_name_what_the_neighbours_say() -> None:
+    given = with_copies()
     assert isinstance(given.findings, Findings) and given.labels is not None
     labels = given.labels.copy()
     labels[4] = (labels[4] + 1) % 3  # not so its two copies, which are among its neighbours
@@ -802,3 +820,105 @@ def test_the_page_fits_desktops_and_phones(written: tuple[Path, Drawn], tmp_path
     assert inner == width and scrolled <= inner and right <= inner
     assert not cut  # no column of a table is out of sight
     assert pictures == loaded == DRAWN + len(Page(tmp_path / "report.html").thumbs())
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, driven by Playwright."""
+    if BROWSER is None:
+        pytest.skip("no Chromium is installed")
+    driver = pytest.importorskip("playwright.sync_api", reason="Playwright is missing: pip install playwright")
+    with driver.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+class Map:
+    """The explorable map of a report in a browser; ``finger``: on a phone with a touch screen."""
+
+    def __init__(self, browser: Any, path: Path, *, finger: bool = False) -> None:
+        width = 390 if finger else 1280
+        self.tab = browser.new_context(viewport={"width": width, "height": 800}, has_touch=finger).new_page()
+        self.faults: list[str] = []
+        self.tab.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.tab.on("console", lambda message: self.faults.append(message.text))
+        self.tab.on("dialog", lambda dialog: (self.faults.append(dialog.message), dialog.dismiss()))
+        self.tab.goto(path.as_uri())
+        self.canvas, self.shown, self.legend = map(
+            self.tab.locator, ("#map-canvas", "#map-shown", "#map-legend button")
+        )
+        self.data = json.loads(
+            self.tab.locator("#map-data").inner_text() or self.tab.locator("#map-data").text_content()
+        )
+
+    def at(self, point: int) -> dict[str, float]:
+        """Where a point lies on the canvas, in pixels."""
+        side = self.canvas.bounding_box()["width"] - 20
+        return {"x": 10 + self.data["x"][point] * side, "y": 10 + (1 - self.data["y"][point]) * side}
+
+    def lonely(self, group: int | None = None) -> int:
+        """The point, of a group if given, that is farthest from every other."""
+        places = np.stack([self.data["x"], self.data["y"]], axis=1)
+        distance = np.linalg.norm(places[:, None] - places[None], axis=2) + 9 * np.eye(len(places))
+        among = [i for i, own in enumerate(self.data["group"]) if group in (None, own)]
+        return max(among, key=lambda i: distance[i].min())
+
+    def pixels(self) -> str:
+        return str(self.tab.evaluate("document.getElementById('map-canvas').toDataURL()"))
+
+
+@pytest.mark.parametrize("finger", [False, True], ids=["mouse", "finger"])
+def test_pointing_at_the_map_shows_image_and_neighbours(
+    written: tuple[Path, Drawn], browser: Any, finger: bool
+) -> None:
+    shown = Map(browser, written[0] / "report.html", finger=finger)
+    assert shown.tab.locator("#map-still").is_hidden() and "tap it" in shown.shown.inner_text()
+    point, before = shown.lonely(), shown.pixels()
+    (shown.canvas.tap if finger else shown.canvas.hover)(position=shown.at(point))
+    assert shown.data["name"][point] in shown.shown.inner_text() and shown.pixels() != before
+    near, names = shown.shown.locator("button"), [shown.data["name"][i] for i in shown.data["near"][point]]
+    assert [near.nth(i).get_attribute("title") for i in range(near.count())] == names
+    assert [float(text) for text in near.all_inner_texts()] == pytest.approx(shown.data["alike"][point], abs=0.006)
+    (near.first.tap if finger else near.first.click)()
+    assert names[0] in shown.shown.inner_text()
+    drawn = shown.shown.locator("canvas").first.evaluate("c => [...c.getContext('2d').getImageData(24, 24, 1, 1).data]")
+    assert abs(drawn[0] - shown.data["near"][point][0]) < 8  # the image tells its number
+    assert not shown.faults
+    assert shown.tab.evaluate("document.documentElement.scrollWidth") <= shown.tab.viewport_size["width"]
+    shown.tab.context.close()
+
+
+def test_a_click_holds_the_image_until_the_next(written: tuple[Path, Drawn], browser: Any) -> None:
+    shown = Map(browser, written[0] / "report.html")
+    point, other = shown.lonely(), shown.data["near"][shown.lonely()][0]
+    shown.canvas.click(position=shown.at(point))
+    shown.canvas.hover(position=shown.at(other))
+    assert shown.data["name"][point] in shown.shown.inner_text()
+    shown.tab.context.close()
+
+
+def test_the_legend_singles_out_a_group(written: tuple[Path, Drawn], browser: Any) -> None:
+    shown = Map(browser, written[0] / "report.html")
+    groups, before = shown.data["group"], shown.pixels()
+    assert shown.legend.count() == len(set(groups))
+    assert shown.legend.first.inner_text() == f"group 0 ({groups.count(0)})"
+    shown.legend.first.click()
+    assert shown.legend.first.get_attribute("aria-pressed") == "true" and shown.pixels() != before
+    point = shown.lonely(group=1)
+    shown.canvas.hover(position=shown.at(point))
+    assert shown.data["name"][point] not in shown.shown.inner_text()
+    shown.legend.first.click()
+    shown.canvas.hover(position={key: value + 1 for key, value in shown.at(point).items()})
+    assert shown.data["name"][point] in shown.shown.inner_text()
+    shown.tab.locator("#map-by").select_option("label")
+    assert sorted(shown.legend.all_inner_texts())[0].startswith("$x^2$")
+    assert not shown.faults
+    shown.tab.context.close()
+
+
+def test_without_scripts_the_picture_of_the_map_is_shown(written: tuple[Path, Drawn], browser: Any) -> None:
+    tab = browser.new_context(java_script_enabled=False).new_page()
+    tab.goto((written[0] / "report.html").as_uri())
+    assert tab.locator("#map-still img").is_visible() and tab.locator("#map-live").is_hidden()
+    tab.context.close()

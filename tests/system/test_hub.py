@@ -208,6 +208,27 @@ def test_loading_changes_nothing_of_this_program() -> None:
     assert sys.path == path and all(sys.modules[name] is module for name, module in own.items())
 
 
+def test_the_documented_examples_run_from_an_empty_folder(
+    trained: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("model.safetensors", "model.yaml"):
+        shutil.copy(trained / name, tmp_path / name)
+    for number in range(8):
+        path = tmp_path / "photos" / f"{number % 2}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(synthetic.picture(number)).save(path)
+    for name in ("holiday.jpg", "a.jpg", "b.jpg"):
+        shutil.copy(tmp_path / "photos" / "1" / "3.jpg", tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for page in ("README.md", "docs/using.md"):
+        blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
+        scope: dict[str, Any] = {}
+        exec("".join(blocks).replace("path/to/repository", str(ROOT)), scope)
+        assert scope["embeddings"].shape[1] == LOW_DIM
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and lines[0] == "1.000 photos/1/3.jpg"
+
+
 # what is refused
 
 
@@ -260,7 +281,6 @@ def test_unusable_images_are_named(encoder: Any, tmp_path: Path) -> None:
         (bad, f"image 1: {bad}: cannot be read as an image: "),
         (str(bad), f"image 1: {bad}: cannot be read as an image: "),
         (tmp_path / "nowhere.png", f"image 1: {tmp_path}/nowhere.png: no such file"),
-        (Image.open(bad), f"image 1: {bad}: cannot be read as an image: "),
         (
             Image.fromarray(np.zeros((4, 4), np.float32)),
             "image 1: the image: cannot be read as an image: floating-point",

@@ -17,7 +17,7 @@ from lib.config.options import Options
 from lib.config.parser import options_table, read_options
 from lib.method.diagnostics import FIGURES, QUANTILES, READING
 from lib.method.loss import LOSSES
-from models import NETWORKS, build
+from models import NETWORKS, build, package_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
@@ -102,7 +102,7 @@ def test_every_command_is_accepted_by_the_program(page: Path, monkeypatch: pytes
         except SystemExit as end:
             assert words == ["--help"] and not end.code
             continue
-        assert options.network in {*NETWORKS, *NEW_NAMES}
+        assert options.network in {*NETWORKS, *NEW_NAMES} or package_of(options.network)
         assert options.dataset in {*DATASETS, *NEW_NAMES}
         assert options.loss in {*LOSSES, *NEW_NAMES}
 

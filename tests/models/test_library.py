@@ -142,6 +142,12 @@ def test_a_transformer_is_built_for_the_size_of_the_images(name: str, patch: int
     assert network.has_fixed_size and not built(NAMES[1]).has_fixed_size
 
 
+def test_position_embeddings_of_another_size_are_named(tmp_path: Path) -> None:
+    torch.save(built("timm/test_vit", (64, 64)).state_dict(), tmp_path / "own.pth")
+    found = pretrained.load_pretrained(built("timm/test_vit", (32, 32)), tmp_path / "own.pth")
+    assert list(found.unexpected_keys) == found.missing_keys == ["backbone.pos_embed"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm/test_resnet", "timm/test_vit", "torchvision/resnet18"])
 def test_onnx_embeddings_equal_those_of_torch(name: str, tmp_path: Path) -> None:

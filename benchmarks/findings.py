@@ -78,7 +78,7 @@ def copy_image(kind: str, file: Path, copy: Path, rng: np.random.Generator) -> N
         return
     width, height = picture.size
     w, h = round(0.9 * width), round(0.9 * height)
-    x, y = rng.integers(width - w + 1), rng.integers(height - h + 1)
+    x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
     cropped = picture.crop((x, y, x + w, y + h)).resize((width, height), Image.Resampling.BICUBIC)
     cropped.save(copy, quality=90)
 

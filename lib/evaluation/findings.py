@@ -209,10 +209,11 @@ class ImageSet:
 
 
 def nearest_sets(found: Findings, count: int) -> list[ImageSet]:
-    """At most ``count`` sets of the most similar images, by single linkage over the pairs of neighbours.
+    """At most ``count`` sets of the most similar images: each image is joined with its nearest neighbour.
 
-    Pairs are joined from the most similar one on, until there are so many sets, so that ten copies of an image are one
-    set and not 45 pairs. Sets with identical images come first, the largest first.
+    The most similar pairs are joined first, until there are so many sets. So ten copies of an image are one set and not
+    45 pairs, and images that merely look alike do not grow into one large set, as they would if further neighbours were
+    joined, too. Sets with identical images come first, the largest first.
     """
     sets: dict[int, ImageSet] = {}  # by the first of their members
     set_of: dict[int, int] = {}
@@ -220,15 +221,14 @@ def nearest_sets(found: Findings, count: int) -> list[ImageSet]:
         members = np.flatnonzero(found.copies == first).tolist()
         sets[first] = ImageSet(members, 1.0, 1.0)
         set_of.update(dict.fromkeys(members, first))
-    size, cosines = found.neighbours.shape[1], found.similarities.ravel()
-    for pair in np.argsort(-cosines, kind="stable").tolist():
+    nearest, cosines = found.neighbours[:, :1].ravel(), found.similarities[:, :1].ravel()
+    for sample in np.argsort(-cosines, kind="stable").tolist():
         if len(sets) >= count:
             break
-        one, other = pair // size, int(found.neighbours.flat[pair])
-        one, other = set_of.get(one, one), set_of.get(other, other)
+        one, other = (set_of.get(each, each) for each in (sample, int(nearest[sample])))
         if one == other:
             continue
-        cosine = float(cosines[pair])
+        cosine = float(cosines[sample])
         parts = [sets.pop(first, ImageSet([first], 1.0, cosine)) for first in (one, other)]
         members = sorted(parts[0].members + parts[1].members)
         sets[members[0]] = ImageSet(members, cosine, max(part.greatest for part in parts))

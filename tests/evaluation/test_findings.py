@@ -1,11 +1,11 @@
-"""Findings of a set of embeddings, against plain loops and SciPy."""
+"""Findings of a set of embeddings, against plain loops."""
 
 from __future__ import annotations
 
+import networkx
 import numpy as np
 import pytest
 import torch
-from scipy.cluster.hierarchy import fcluster, linkage
 from sklearn.metrics import adjusted_rand_score
 
 import oracles
@@ -109,19 +109,22 @@ def test_label_disagreement_is_the_share_of_other_labels() -> None:
     assert found_in(rows).label_disagreement is None
 
 
-def test_nearest_sets_are_those_of_single_linkage() -> None:
+def test_nearest_sets_join_images_with_their_nearest_neighbour() -> None:
     rows, _ = embeddings()
     rows[[5, 50]] = rows[20]
     rows[[8, 9]] = rows[40]
     rows[11] = rows[12]
-    found = found_in(rows, neighbours=N - 1)
-    sets = findings.nearest_sets(found, 9)
+    sets = findings.nearest_sets(found_in(rows), 9)
     assert len(sets) == 9 and all(each.greatest == 1 for each in sets[:3])
     assert [set(each.members) >= few for each, few in zip(sets[:3], ({5, 20, 50}, {8, 9, 40}, {11, 12}), strict=True)]
     least = min(each.least for each in sets)
-    clusters = fcluster(linkage(rows.astype(float), "single"), np.sqrt(2 - 2 * least) + 1e-6, "distance")
-    expected = {tuple(np.flatnonzero(clusters == number)) for number in np.unique(clusters)}
-    assert {tuple(each.members) for each in sets} == {members for members in expected if len(members) > 1}
+    graph = networkx.Graph()
+    for sample in range(N):
+        near = oracles.neighbours(rows, sample, 1)[0]
+        if oracles.dot(rows[sample], rows[near]) >= least - 1e-6:
+            graph.add_edge(sample, near)
+    expected = {tuple(sorted(members)) for members in networkx.connected_components(graph)}
+    assert {tuple(each.members) for each in sets} == expected
     similar = [each.greatest for each in sets[3:]]
     assert similar == sorted(similar, reverse=True)
     for each in sets:
@@ -185,3 +188,8 @@ def test_blank_and_noisy_images_are_told_by_their_pixels() -> None:
     blank, noisy = findings.blank_and_noisy(statistics([*noise * 20, *blanks]))
     assert blank.sum() == 2 and not noisy.any()  # a set that is all like noise has no outliers of that kind
     assert findings.blank_and_noisy(statistics(blanks))[0].all()
+
+
+def test_images_that_merely_look_alike_do_not_become_one_set() -> None:
+    sets = findings.nearest_sets(found_in(embeddings()[0]), N)
+    assert len(sets) > 15 and max(len(each.members) for each in sets) < N / 3

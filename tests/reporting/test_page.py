@@ -437,7 +437,7 @@ def test_duplicates_are_named_with_the_number_to_remove() -> None:
     assert shown.found == "2 images could go without loss: identical to another one (1 set)."
     assert shown.rows[0].title == "3 images, identical" and numbers(shown.rows[0]) == [4, 7, 31]
     given = with_copies()
-    similarity = [float(row.title.partition("similarity ")[2]) for row in shown.rows[1:]]
+    similarity = [float(row.title.rpartition(" ")[2]) for row in shown.rows[1:]]
     assert similarity == sorted(similarity, reverse=True) and len(shown.rows) > 5
     first, second = numbers(shown.rows[1])[:2]
     best = max(
@@ -510,7 +510,7 @@ def test_findings_of_a_sample_name_the_images_of_the_sample(tmp_path: Path) -> N
         assert all(number % 2 for row in answer(title, given).rows for number in numbers(row)), title
     assert numbers(answer("Outliers", given).rows[0])[0] == searched[np.argmax(found.outlier_scores)]
     words = " ".join(Page(page.write(given, tmp_path)).parts["Findings"].split())
-    assert words.startswith("Findings Of 30 training images drawn at random from 60")
+    assert words.startswith("Of 30 training images drawn at random from 60")
 
 
 def test_the_map_data_hold_neighbours_names_and_groups(written: tuple[Path, Drawn]) -> None:

@@ -107,7 +107,8 @@ def run(arguments: Sequence[str]) -> None:
 def scores(embeddings: np.ndarray) -> dict[str, np.ndarray]:
     """Candidates for the outlier score (N,) by name; higher: belongs less."""
     entropy, _ = entropy_and_topk(torch.from_numpy(embeddings), temperature=0.1, size=K)
-    copies = findings.identical_images(embeddings, *findings.nearest_neighbours(embeddings, K))
+    near = findings.nearest_neighbours(embeddings, K)
+    copies = findings.identical_images(embeddings, *near)
     distinct, place = np.unique(copies, return_inverse=True)
     candidates = {"lowest entropy (tau = 0.1)": -entropy.numpy()}
     for among, chosen, back in (
@@ -127,7 +128,7 @@ def scores(embeddings: np.ndarray) -> dict[str, np.ndarray]:
         }.items():
             candidates[f"{name}, {among}"] = values[back]
     return candidates | {
-        "**simplified local outlier factor, distinct images**": findings.outlier_scores(embeddings, copies, K)
+        "**simplified local outlier factor, distinct images**": findings.outlier_scores(embeddings, copies, *near)
     }
 
 

@@ -91,7 +91,7 @@ def find(
         seed_agreement=float(np.mean([adjusted_rand_score(groups, found) for found in others])),
         resolution_range=(int(coarse.max()) + 1, int(fine.max()) + 1),
         copies=copies,
-        outlier_scores=outlier_scores(embeddings, copies, neighbours),
+        outlier_scores=outlier_scores(embeddings, copies, nearest, cosines),
         label_disagreement=None if labels is None else label_disagreement(nearest, labels),
     )
 
@@ -154,7 +154,7 @@ def label_disagreement(nearest: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return share
 
 
-def outlier_scores(embeddings: np.ndarray, copies: np.ndarray, neighbours: int) -> np.ndarray:
+def outlier_scores(embeddings: np.ndarray, copies: np.ndarray, nearest: np.ndarray, cosines: np.ndarray) -> np.ndarray:
     """How isolated each image is: the simplified local outlier factor among distinct images.
 
     The distance of an image to its K-th nearest neighbour, divided by the mean of the same distance of its K
@@ -165,13 +165,14 @@ def outlier_scores(embeddings: np.ndarray, copies: np.ndarray, neighbours: int) 
     Args:
         embeddings: (N, D), unit length.
         copies: (N,), as ``identical_images`` gives them.
-        neighbours: K, reduced to U - 1 if it is larger.
+        nearest, cosines: (N, K), as ``nearest_neighbours`` gives them. K is reduced to U - 1 if it is larger.
 
     Returns:
         (N,) float32, above 0, the same for all copies; zeros with a single distinct image.
     """
     distinct, place = np.unique(copies, return_inverse=True)  # (U,), (N,)
-    nearest, cosines = nearest_neighbours(embeddings[distinct], neighbours)
+    if len(distinct) < len(copies):
+        nearest, cosines = nearest_neighbours(embeddings[distinct], nearest.shape[1])
     if not nearest.size:
         return np.zeros(len(copies), np.float32)
     reach = np.maximum(1 - cosines[:, -1], 1 - IDENTICAL)  # (U,); rounding may make it 0

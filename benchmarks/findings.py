@@ -265,7 +265,7 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(argv)
     networks = {"Trained on these images": None}
     if given.checkpoint:
-        networks["Trained on all 50,000 photographs, none of them planted"] = given.checkpoint
+        networks["A network that saw none of the planted images (--checkpoint)"] = given.checkpoint
     parts = [f"# findings: {(__doc__ or '').splitlines()[0]}"]
     for title, checkpoint in networks.items():
         files = []

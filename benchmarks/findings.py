@@ -36,8 +36,8 @@ from lib.training import setup
 IMAGES, PLANTED, WRONG, K, TOP = 2000, 10, 0.05, 15, 20
 COPIES, OUTLIERS = ("same", "recompressed", "cropped"), ("noise", "black", "white")
 SCHEDULE = ("--max-round", "1", "--max-epoch", "60", "--lr-decay-offset", "24", "--lr-decay-step", "12")
-LEGEND = """n is the number of what was planted: 30 outliers, 100 wrong labels. The last three columns are the place in the
-list where only one image of each kind is among the photographs, the median of five such sets for each seed."""
+LEGEND = """n is the number of what was planted: 30 outliers, 100 wrong labels. The last three columns are the place in
+the list where only one image of each kind is among the photographs, the median of five such sets for each seed."""
 RESULT = Path(__file__).parent / "results" / "findings.md"
 
 

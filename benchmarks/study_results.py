@@ -103,7 +103,8 @@ def evaluate(context: setup.RunContext, network: torch.nn.Module, bank: torch.Te
 
 def network_width(network: torch.nn.Module) -> int:
     """Channels of the last stage."""
-    return int(network.linear.in_features)  # type: ignore[union-attr, arg-type]
+    head = network.linear
+    return int((head[0] if isinstance(head, torch.nn.Sequential) else head).in_features)  # type: ignore[union-attr, arg-type]
 
 
 def neighbour_figures(bank: torch.Tensor, labels: torch.Tensor, classes: int, temperature: float) -> Figures:

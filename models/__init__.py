@@ -62,7 +62,15 @@ def package_of(name: str) -> str | None:
     return package if slash and package in PACKAGES else None
 
 
-def build(name: str, *, low_dim: int, size: tuple[int, int] | None = None, pretrained: bool = False) -> nn.Module:
+def build(
+    name: str,
+    *,
+    low_dim: int,
+    size: tuple[int, int] | None = None,
+    pretrained: bool = False,
+    head: str = "linear",
+    stage: str = "fc",
+) -> nn.Module:
     """Builds a network with random weights.
 
     Args:
@@ -71,6 +79,8 @@ def build(name: str, *, low_dim: int, size: tuple[int, int] | None = None, pretr
         size: (H, W) of the input; if given, the network is checked with one image on the CPU. Some networks of other
             packages are built for one size.
         pretrained: download the weights that its package has for the network, all but those of the embedding layer.
+        head: ``linear``, or ``mlp`` for a hidden layer before the last one (``models.head.use_mlp``).
+        stage: a stage that the network must have; checked if ``size`` is given.
 
     Raises:
         KeyError: there is no such network.
@@ -84,12 +94,20 @@ def build(name: str, *, low_dim: int, size: tuple[int, int] | None = None, pretr
         network = NETWORKS[name.lower()](low_dim=low_dim)
     if not callable(getattr(network, "stages", None)):
         raise NetworkError(f"--network {name}: has no method stages(images); add it as described in models/__init__.py")
-    if size and (fault := _fault(network, low_dim, size)):
+    if head == "mlp":
+        from models.head import use_mlp  # imports PyTorch
+
+        if not use_mlp(network, low_dim):
+            raise NetworkError(
+                f"--head mlp: the network {name} does not end in a linear layer of --low-dim {low_dim} outputs; use "
+                "--head linear"
+            )
+    if size and (fault := _fault(network, low_dim, size, stage)):
         raise NetworkError(f"--network {name}: {fault}")
     return network
 
 
-def _fault(network: nn.Module, low_dim: int, size: tuple[int, int]) -> str | None:
+def _fault(network: nn.Module, low_dim: int, size: tuple[int, int], stage: str) -> str | None:
     """What is wrong with the outputs of a network, or None. The network is not modified."""
     import torch
 
@@ -114,4 +132,6 @@ def _fault(network: nn.Module, low_dim: int, size: tuple[int, int]) -> str | Non
         return "its stages(images) must return a dict of tensors by name"
     if "fc" not in stages or stages["fc"].shape != embedding.shape:
         return "its stages(images) must contain the embeddings as 'fc'"
+    if stage not in stages:
+        return f"has no stage {stage}; set --embed to one of {', '.join(stages)}"
     return None

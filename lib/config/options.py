@@ -214,6 +214,9 @@ class Options(BaseModel):
         "resnet18", "network", "name of the backbone; timm/NAME or torchvision/NAME: a network of that package"
     )
     low_dim: Integer = _option(128, "network", "embedding size D", ge=1, le=65536)
+    head: Annotated[Literal["linear", "mlp"], BeforeValidator(_lower)] = _option(
+        "linear", "network", "last layers of the network: one linear layer, or two with a ReLU between them"
+    )
     pretrained: OptionalPath = _option(
         None,
         "network",
@@ -339,6 +342,12 @@ class Options(BaseModel):
     )
     knn_sigma: Annotated[Positive | None, BeforeValidator(_number)] = _option(
         None, "evaluation", "temperature sigma of the kNN vote weights; not set: npc_temperature, as in the reference"
+    )
+    embed: Name = _option(
+        "fc",
+        "evaluation",
+        "features of an image for test runs, exports, reports and queries: the embeddings (fc), or a stage such as "
+        "conv5, pooled globally and scaled to unit length; training then also evaluates the stage after each round",
     )
     linear_layers: Annotated[tuple[str, ...], BeforeValidator(_words)] = _option(
         ("conv5",), "evaluation", "stages on which linear probes are trained, such as conv1 to conv5 and fc"

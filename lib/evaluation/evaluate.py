@@ -20,7 +20,7 @@ from lib.distributed.processes import Ranks
 from lib.distributed.sharded import ShardedRows
 from lib.errors import UsageError
 from lib.evaluation import clustering, features, graph_clustering, linear_probe
-from lib.evaluation.classifier import Evaluator
+from lib.evaluation.classifier import Accuracy, Evaluator
 from lib.method import diagnostics
 from lib.session.atomic_files import atomic_write
 from lib.session.console import logger, table
@@ -61,6 +61,7 @@ class EvaluationInputs:
         train_labels, test_labels: class indices (N,) and (M,), or None.
         classes: number of classes, 0 without labels.
         memory: (N, D), the memory bank of the checkpoint, or None; the values are needed on rank 0 only.
+        embed: the stage whose features are judged besides the embeddings, which are ``fc``.
         evaluators: kNN and NN evaluators, as the options ask for.
         seed: seed of the linear probe and of k-means.
         device: device of the network.
@@ -78,6 +79,7 @@ class EvaluationInputs:
     seed: int
     device: torch.device
     ranks: Ranks = field(default_factory=Ranks)
+    embed: str = "fc"
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,12 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> list[Row]:
     rows: list[Row] = []
     for evaluator in inputs.evaluators:
         rows += _knn_rows(inputs, evaluator, train["embedding"], test["embedding"])
+        if inputs.embed != "fc":
+            pooled = ShardedRows(train["chosen"], inputs.train.samples, inputs.ranks)
+            where = f"{inputs.embed}, pooled, {RECOMPUTED}"
+            rows.append(Row(evaluator.name, where, _figures(evaluator.classify(test["chosen"], pooled))))
     rows += [_linear_probe_row(inputs, layer, train[layer], test[layer]) for layer in probed]
-    rows += _label_free_rows(
-        inputs, options, ShardedRows(train["embedding"], inputs.train.samples, inputs.ranks), needing
-    )
+    rows += _label_free_rows(inputs, options, ShardedRows(train["chosen"], inputs.train.samples, inputs.ranks), needing)
     return rows
 
 
@@ -167,12 +171,18 @@ def _label_free_rows(
 
 
 def _features(inputs: EvaluationInputs, batches: Loader, layers: Sequence[str], what: str) -> dict[str, torch.Tensor]:
-    """Features of this rank's images: the stages by name, and ``embedding`` (the stage ``fc``)."""
-    if not layers:
-        return {"embedding": features.extract(inputs.network, batches, what)}
-    wanted = list(dict.fromkeys([*layers, "fc"]))
-    found = linear_probe.extract_stages(inputs.network, batches, wanted, what)
-    return {**found, "embedding": found["fc"].to(inputs.device).float()}
+    """Features of this rank's images: the stages by name, ``embedding`` (the stage ``fc``), and ``chosen``, those of
+    ``--embed``, for which a stage takes a forward pass of its own."""
+    found: dict[str, torch.Tensor] = {}
+    if layers:
+        found = linear_probe.extract_stages(inputs.network, batches, list(dict.fromkeys([*layers, "fc"])), what)
+        found["embedding"] = found["fc"].to(inputs.device).float()
+    else:
+        found["embedding"] = features.extract(inputs.network, batches, what)
+    found["chosen"] = found["embedding"]
+    if inputs.embed != "fc":
+        found["chosen"] = features.extract(features.embedder(inputs.network, inputs.embed), batches, what)
+    return found
 
 
 def _knn_rows(inputs: EvaluationInputs, evaluator: Evaluator, train: torch.Tensor, test: torch.Tensor) -> list[Row]:
@@ -181,10 +191,12 @@ def _knn_rows(inputs: EvaluationInputs, evaluator: Evaluator, train: torch.Tenso
         sources[BANK] = ShardedRows.scatter(inputs.memory, inputs.ranks, inputs.device)
     rows = []
     for source, train_features in sources.items():
-        accuracy = evaluator.classify(test, train_features)
-        figures = {"top1": accuracy.top1} if accuracy.top5 is None else {"top1": accuracy.top1, "top5": accuracy.top5}
-        rows.append(Row(evaluator.name, source, figures))
+        rows.append(Row(evaluator.name, source, _figures(evaluator.classify(test, train_features))))
     return rows
+
+
+def _figures(accuracy: Accuracy) -> dict[str, float]:
+    return {"top1": accuracy.top1} if accuracy.top5 is None else {"top1": accuracy.top1, "top5": accuracy.top5}
 
 
 def _linear_probe_row(inputs: EvaluationInputs, layer: str, train: torch.Tensor, test: torch.Tensor) -> Row:

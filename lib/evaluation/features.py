@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
 from lib.distributed.processes import Ranks
 from lib.session.console import progress
@@ -21,6 +22,36 @@ class Batches(Protocol):
         """Yields images (B, 3, h, w) and sample indices (B,), every sample of this rank once."""
 
     def __len__(self) -> int: ...
+
+
+class PooledStage(torch.nn.Module):
+    """Images -> features of a stage, averaged over all positions and scaled to unit length: (B, channels).
+
+    Args:
+        network: has a method ``stages``; this module has its training mode.
+        stage: name of the stage.
+    """
+
+    def __init__(self, network: torch.nn.Module, stage: str) -> None:
+        super().__init__()
+        self.network = network
+        self.stage = stage
+        self.training = network.training
+
+    def stages(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Those of the network."""
+        maps: dict[str, torch.Tensor] = self.network.stages(images)  # type: ignore[operator]
+        return maps
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, channels)."""
+        features = self.stages(images)[self.stage]
+        return F.normalize(features.flatten(2).mean(dim=2) if features.dim() == 4 else features, dim=1)
+
+
+def embedder(network: torch.nn.Module, stage: str) -> torch.nn.Module:
+    """What ``--embed`` asks for: the network itself for its embeddings (``fc``), or another stage, pooled."""
+    return network if stage == "fc" else PooledStage(network, stage)
 
 
 @torch.no_grad()

@@ -23,11 +23,12 @@ from lib.config import parser
 from lib.config.options import Options, height_and_width
 from lib.config.resolve import check_names
 from lib.errors import UsageError
+from lib.evaluation import features
 from lib.session.locate import folder_of
 from lib.training import checkpoint, pretrained
 
 Picture = Image.Image | np.ndarray | str | Path
-USE = ("dataset", "network", "low_dim", "resize", "size", "means", "stds")
+USE = ("dataset", "network", "low_dim", "head", "embed", "resize", "size", "means", "stds")
 """The options that an encoder needs; that of the data set if means or stds are not set."""
 
 
@@ -35,7 +36,7 @@ class Encoder(torch.nn.Module):
     """A network with its preprocessing.
 
     Attributes:
-        network: the network, images (B, 3, H, W) -> unit-length embeddings (B, D).
+        network: the network, images (B, 3, H, W) -> unit-length embeddings (B, D), or features of ``--embed``.
         transform: the test transform of the network, a PIL image -> float32 (3, H, W), normalised.
         low_dim: D.
     """
@@ -139,10 +140,16 @@ def load(weights: str | Path | None, given: dict[str, Any]) -> Encoder:
     with _as_value_errors():
         path = None if weights is None else Path(weights)
         options = _options_of(path, given)
-        network = models.build(options.network, low_dim=options.low_dim, size=height_and_width(options.size))
+        size = height_and_width(options.size)
+        network = models.build(
+            options.network, low_dim=options.low_dim, size=size, head=options.head, stage=options.embed
+        )
         if path:
             _load_all(network, path)
-        return Encoder(network, test_transform(options), options.low_dim).eval()
+        embedder = features.embedder(network.eval(), options.embed)
+        with torch.no_grad():
+            width = embedder(torch.zeros(1, 3, *size)).shape[1]
+        return Encoder(embedder, test_transform(options), width).eval()
 
 
 @contextmanager

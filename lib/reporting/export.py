@@ -24,14 +24,14 @@ import yaml
 
 from lib.config.options import Options, height_and_width
 from lib.errors import UsageError
-from lib.evaluation.features import Batches, extract
+from lib.evaluation.features import Batches, embedder, extract
 from lib.session.atomic_files import check_ending, check_place, new_files, reason
 from lib.session.console import SUMMARY, logger
 
 Colour = tuple[float, float, float]
 EXAMPLE = 64
 """Minimum edge of the example input, in pixels. If a map shrinks to 1, the exporter treats its size as a constant."""
-USE = ("network", "low_dim", "resize", "size", "means", "stds", "npc_temperature")
+USE = ("network", "low_dim", "head", "embed", "resize", "size", "means", "stds", "npc_temperature")
 """The options that are needed to use an exported network."""
 
 
@@ -120,8 +120,9 @@ def save_model(path: Path, network: torch.nn.Module, options: Options, *, means:
     """Writes the network, and next to it ``<stem>.yaml`` with the options that are needed to use it.
 
     ``.safetensors``: parameters and buffers by name, with ``network`` and ``low_dim`` as metadata. ``.onnx``:
-    ``images`` (B, 3, H, W) -> ``embeddings`` (B, D), including the weights, for any B and any H and W that the network
-    accepts: only those of the options where it was built for one size, as vision transformers are.
+    ``images`` (B, 3, H, W) -> ``embeddings`` (B, D), or the features of ``--embed``, including the weights, for any B
+    and any H and W that the network accepts: only those of the options where it was built for one size, as vision
+    transformers are.
 
     Args:
         path: the file; its ending selects the format.
@@ -195,7 +196,7 @@ def _onnx(network: torch.nn.Module, options: Options) -> bytes:
     try:
         with _quiet_exporter():
             program = torch.onnx.export(
-                _with_any_size(network),
+                _with_any_size(embedder(network, options.embed)),
                 (torch.zeros(2, 3, height, width),),  # the exporter would treat a batch size of 1 as a constant
                 dynamo=True,
                 input_names=["images"],

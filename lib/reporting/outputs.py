@@ -132,6 +132,7 @@ def _evaluation_inputs(context: RunContext) -> EvaluationInputs:
         seed=context.options.seed,
         device=context.device,
         ranks=context.ranks,
+        embed=context.options.embed,
     )
 
 
@@ -152,7 +153,7 @@ def write_report(context: RunContext, folder: Path, loaded: Checkpoint) -> None:
     compared = f"{evaluator.name} against training features, both computed with the test transform" if evaluator else ""
     tested = None
     if evaluator and test and test.labels is not None and train.labels is not None:
-        embeddings = features.extract(context.network, context.loader(test, train=False), "test features")
+        embeddings = features.extract(context.embedder, context.loader(test, train=False), "test features")
         tested = Tested(
             images=test.images,
             labels=test.labels,
@@ -184,7 +185,7 @@ def show_similar(context: RunContext) -> None:
     options = context.options
     queries = [(str(path), datasets.read_picture(path)) for path in options.query]
     pictures = context.loader(datasets.ImageSet([picture for _, picture in queries]), train=False)
-    embeddings = features.extract(context.network, pictures, "pictures")
+    embeddings = features.extract(context.embedder, pictures, "pictures")
     logger().info("similarity: cosine of the embeddings, computed with the test transform")
     indices, similarities = retrieval.query(embeddings, context.train_embeddings(), SIMILAR)
     train = context.splits.train
@@ -210,7 +211,7 @@ def export_results(context: RunContext, loaded: Checkpoint, folder: Path | None)
                 for name, split in (("train", splits.train), ("val", splits.val), ("test", splits.test))
                 if split
             ]
-            export.save_features(options.export_features, context.network, parts, classes=splits.train.classes)
+            export.save_features(options.export_features, context.embedder, parts, classes=splits.train.classes)
     with _collect(failures):
         if options.export_model:
             means, stds = context.means_and_stds
@@ -231,7 +232,7 @@ def _export_table(context: RunContext, loaded: Checkpoint, folder: Path | None, 
     for name, split in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
         if split:
             labels = np.full(len(split), table.NEVER) if split.labels is None else split.labels
-            found = features.extract(context.network, context.loader(split, train=False), f"{name} embeddings")
+            found = features.extract(context.embedder, context.loader(split, train=False), f"{name} embeddings")
             parts.append(table.Split(name, split, found.float().cpu().numpy(), labels))
     classes = splits.train.classes
     if splits.labelled is not None and splits.labelled.labels is not None:

@@ -76,6 +76,7 @@ def build_trainer(context: RunContext) -> Trainer:
         labels=None if labels is None else torch.from_numpy(labels).to(context.device),
         evaluate=evaluate,
         validate=context.evaluator(splits.val),
+        evaluate_stage=context.stage_evaluator(),
         signals=signals,
         ranks=ranks,
     )

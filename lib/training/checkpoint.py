@@ -8,7 +8,7 @@ as in a file with weights alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -367,6 +367,7 @@ def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> N
         if name.endswith(pretrained.COUNTER):
             state[name] = own[name]  # missing in files of PyTorch before 0.4.1; nothing depends on it
     if state.keys() != own.keys():
+        refuse_other_head(state.keys(), own.keys(), pretrained.head(network), where)
         name = f"network {loaded['network']}" if "network" in loaded else "another network"
         first = min(state.keys() ^ own.keys())
         side = "missing in the checkpoint" if first in own else "only in the checkpoint"
@@ -394,6 +395,25 @@ def load_network(network: torch.nn.Module, loaded: Checkpoint, where: Path) -> N
     if isinstance(memory, torch.Tensor) and memory.layout is torch.strided:
         pretrained.refuse_nonfinite({"the memory bank": memory}, where)
     network.load_state_dict(state)
+
+
+def refuse_other_head(there: Set[str], own: Set[str], head: str, where: Path) -> None:
+    """Raises UsageError if only the layers at the end of the network have other names in the checkpoint (``--head``).
+
+    Args:
+        there: names in the checkpoint.
+        own: names of the network's parameters and buffers.
+        head: name of the weight of the network's last layer.
+        where: the checkpoint, for the message.
+    """
+    last = head.removesuffix(".weight")
+    for stem, kind in ((last, "mlp"), (last.removesuffix(".2"), "linear")):
+        heads = {"linear": {f"{stem}.{part}" for part in ("weight", "bias")}}
+        heads["mlp"] = {f"{stem}.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")}
+        if there - own == heads[kind] and own - there == heads["linear" if kind == "mlp" else "mlp"]:
+            raise UsageError(
+                f"{where}: was trained with --head {kind}; set --head {kind}, or choose another checkpoint"
+            )
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], where: Path) -> None:

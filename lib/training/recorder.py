@@ -96,6 +96,8 @@ class Recorder:
             judged = f"  {self.protocol} {accuracy} (best top-1 {record['best_top1']:.2%})"
         if record["val_top1"] is not None:
             judged += f"  held out top-1 {record['val_top1']:.2%}"
+        if record["embed_top1"] is not None:
+            judged += f"  {self.options.embed}, recomputed, top-1 {record['embed_top1']:.2%}"
         logger().info(
             "round %d/%d epoch %d/%d  loss %.4f  lr %.4g  %.0f images/s%s",
             record["round"],
@@ -226,6 +228,7 @@ class Recorder:
             ("top-1 best", "best_top1", ".2%"),
             ("top-5 last", "top5", ".2%"),
             ("held-out last", "val_top1", ".2%"),
+            (f"{self.options.embed} last", "embed_top1", ".2%"),
         ]
         shown = [c for c in columns if any(row.get(c[1]) is not None for row in history)]
         rows = [["-" if row.get(key) is None else format(row[key], form) for _, key, form in shown] for row in history]

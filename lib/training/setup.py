@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,10 @@ from lib.data.augmentation import Augmentation, Colour
 from lib.data.loader import Loader
 from lib.distributed import consensus, device, launch
 from lib.distributed.processes import Ranks
+from lib.distributed.sharded import ShardedRows
 from lib.errors import UsageError
 from lib.evaluation import features
-from lib.evaluation.classifier import Evaluator
+from lib.evaluation.classifier import Accuracy, Evaluator
 from lib.seeding import Stream
 from lib.session.console import logger, progress
 from lib.session.locate import latest
@@ -101,8 +102,30 @@ class RunContext:
             labelled=self.loader(train, train=False) if self.splits.labelled else None,
         )
 
+    @property
+    def embedder(self) -> torch.nn.Module:
+        """Maps images to the features that ``--embed`` chooses; by default the network."""
+        return features.embedder(self.network, self.options.embed)
+
+    def stage_evaluator(self) -> Callable[[], Accuracy] | None:
+        """Accuracy of the test images by the stage of ``--embed``, recomputed for all images, as a test run does.
+
+        None for the embeddings, which every epoch evaluates against the memory bank, and without labels.
+        """
+        test, evaluator = self.splits.test, self.evaluator(self.splits.test)
+        if self.options.embed == "fc" or evaluator is None or test is None:
+            return None
+
+        def evaluate() -> Accuracy:
+            train = self.loader(self.splits.labelled or self.splits.train, train=False)
+            rows = features.extract(self.embedder, train, "training features")
+            queries = features.extract(self.embedder, self.loader(test, train=False), "test features")
+            return evaluator.classify(queries, ShardedRows(rows, train.samples, self.ranks))
+
+        return evaluate
+
     def train_embeddings(self) -> torch.Tensor:
-        """Embeddings (N, D) of the training images with the test transform. They are computed once and cached.
+        """Features (N, D) of the training images with the test transform. They are computed once and cached.
 
         The memory bank differs: its rows are running means over augmented views.
         """
@@ -115,7 +138,7 @@ class RunContext:
     def _embed(self) -> list[torch.Tensor]:
         if not self.embedded:
             train = self.loader(self.splits.train, train=False)
-            network = features.WithStatistics(self.network, self.means_and_stds[1])
+            network = features.WithStatistics(self.embedder, self.means_and_stds[1])
             found = features.extract(network, train, "training features")
             self.embedded.extend([found[:, :-2].contiguous(), found[:, -2:].contiguous()])
         return self.embedded
@@ -182,8 +205,14 @@ def build_network(options: Options, *, load: bool = True) -> torch.nn.Module:
             f"--pretrained {package}: {options.network} is not a network of {package}; set --network to "
             f"{package}/NAME, or give --pretrained a file"
         )
-    size = height_and_width(options.size)
-    network = models.build(options.network, low_dim=options.low_dim, size=size, pretrained=bool(package))
+    network = models.build(
+        options.network,
+        low_dim=options.low_dim,
+        size=height_and_width(options.size),
+        pretrained=bool(package),
+        head=options.head,
+        stage=options.embed,
+    )
     if package:
         logger().info("%s: loaded its weights of %s; the embedding layer is random", package, options.network)
     elif options.pretrained and load:

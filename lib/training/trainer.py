@@ -11,7 +11,7 @@ Letters: B images of a batch, b of them on this rank, V views of each, N samples
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -52,6 +52,7 @@ class Trainer:
         evaluate: accuracy on the test images; None without labels.
         validate: accuracy on held-out training images, which then choose the best epoch; None: the test images do, as
             in the reference.
+        evaluate_stage: accuracy by the stage of ``--embed``, after the last epoch of a round; None for the embeddings.
         signals: whether the run was asked to stop.
         ranks: the ranks that train together.
     """
@@ -65,6 +66,7 @@ class Trainer:
     labels: torch.Tensor | None = None
     evaluate: Evaluator | None = None
     validate: Evaluator | None = None
+    evaluate_stage: Callable[[], Accuracy] | None = None
     signals: StopSignals = field(default_factory=StopSignals)
     ranks: Ranks = field(default_factory=Ranks)
 
@@ -144,10 +146,13 @@ class Trainer:
         )
         accuracy = self.evaluate(state.network, bank) if self.evaluate else None
         held_out = self.validate(state.network, bank) if self.validate else None
+        ends_round = state.epoch + 1 == self.options.max_epoch
+        by_stage = self.evaluate_stage() if self.evaluate_stage and ends_round else None
         record = {
             "loss": state.total.item() / max(1, state.seen),
             "learning_rate": learning_rate,
             **health,
+            "embed_top1": by_stage.top1 if by_stage else None,
             "passes": state.passes / state.bank.samples,
             "images_per_s": (state.passes - passes) / (trained - started),
             "train_s": trained - started,

@@ -202,6 +202,8 @@ def test_nonfinite_number_in_a_list_is_refused(name: str, length: int, value: fl
 
 RANGES = {
     "batch_size": (2, [1, 0, -3, 2.5]),
+    "head": ("MLP", ["deep", None]),
+    "embed": ("conv5", [None, [1]]),
     "views": (16, [0, 17, 3, 2.5]),
     "view_loss": (0, [-1, 1]),
     "view_temperature": (1e-9, [0, -1]),

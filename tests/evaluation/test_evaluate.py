@@ -115,6 +115,26 @@ def test_every_protocol_gives_its_rows_from_one_pass_over_each_split() -> None:
     assert rows[7].figures == expected_groups.figures and "K=6" in rows[7].protocol
 
 
+def test_a_stage_is_judged_beside_the_embeddings() -> None:
+    inputs = subject_of(embed="conv1")
+    inputs = replace(inputs, evaluators=inputs.evaluators[:1])
+    rows = evaluate.evaluate(inputs, Options(protocol="knn"))
+    where = f"conv1, pooled, {RECOMPUTED}"
+    inputs.network.eval()
+    assert [row.features for row in rows] == [RECOMPUTED, BANK, where]
+    tables = [
+        inputs.network.stages(images)["conv1"].flatten(2).mean(dim=2)  # type: ignore[operator]
+        for batches in (inputs.train, inputs.test)
+        if batches
+        for images, _ in batches.epoch()
+    ]
+    pooled = torch.nn.functional.normalize(torch.cat(tables).double(), dim=1).numpy()
+    assert inputs.train_labels is not None and inputs.test_labels is not None
+    constants: dict[str, Any] = {"classes": CLASSES, "k": 20, "sigma": 0.1}
+    scores = [oracles.knn_scores(row, pooled[:150], inputs.train_labels, **constants) for row in pooled[150:]]
+    assert rows[2].figures["top1"] == pytest.approx(oracles.accuracy(np.array(scores), inputs.test_labels, 1))
+
+
 @pytest.mark.parametrize("memory", [None, torch.ones(149, 5), torch.ones(150, 6)])
 def test_a_bank_that_is_missing_or_of_other_images_is_left_out(memory: torch.Tensor | None) -> None:
     rows = evaluate.evaluate(subject_of(memory=memory), Options(protocol="knn"))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lib.evaluation.features import extract
+from lib.evaluation.features import embedder, extract
 
 SAMPLES = 11
 CPU = torch.device("cpu")
@@ -70,3 +70,26 @@ def test_features_carry_no_gradient() -> None:
     assert not extract(net, Shuffled(), "features").requires_grad
     assert all(parameter.grad is None for parameter in net.parameters())
     assert torch.is_grad_enabled()
+
+
+class Staged(torch.nn.Module):
+    """Stages that can be computed by hand."""
+
+    def stages(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"conv1": images.square(), "fc": images.flatten(1)}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_pooled_stage_is_its_mean_over_the_positions_with_unit_length(training: bool) -> None:
+    net, batches = Staged().train(training), Shuffled()
+    found = extract(embedder(net, "conv1"), batches, "features")
+    for image, row in zip(batches.images.double(), found, strict=True):
+        means = [sum(value.item() ** 2 for value in channel.flatten()) / 4 for channel in image]
+        length = sum(value**2 for value in means) ** 0.5
+        assert row.tolist() == pytest.approx([value / length for value in means], rel=1e-5)
+    assert net.training is training
+
+
+def test_the_embeddings_are_the_network_s_own() -> None:
+    net = network()
+    assert embedder(net, "fc") is net

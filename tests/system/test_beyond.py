@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_main import photos, start, tiny_network
 
 import main
+from lib.evaluation.evaluate import BANK, RECOMPUTED
 from lib.training.trainer import Trainer
 from runs import assert_alike, metrics
 
@@ -19,9 +22,12 @@ SCHEDULE = "--lr-policy cosine --lr-span run --lr-warmup-epochs 1"
 OPTIONS = {
     "schedule": SCHEDULE,
     "views": "--views 2",
+    "head and stage": "--head mlp --embed conv1",
     "view loss": f"--views 2 --view-loss 0.5 --random-horizontal-flip {SCHEDULE}",
 }
 REFUSED = {
+    "--embed conv9": "--network tiny: has no stage conv9; set --embed to one of conv1, fc",
+    "--head wide": "command line: head: input should be 'linear' or 'mlp', got 'wide'",
     "--views 3": "views: 3 views of each image do not fill a batch of 8",
     "--view-loss 1": "view_loss: compares views of the same image, and there is one view; set views to 2",
     "--views 8": "--batch-size 8: the batch is divided among 1 processes, and each needs at least two images with 8",
@@ -65,6 +71,37 @@ def test_values_that_do_not_fit_are_refused_at_once(
     shown = capsys.readouterr()
     assert REFUSED[words] in shown.err and shown.err.count("\n") == 1
     assert not (tmp_path / "sessions").exists()
+
+
+def test_a_test_run_shows_the_stage_beside_the_embeddings(
+    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main([*start, "--embed", "conv1", "--head", "mlp", "--session", "run"]) == 0
+    session = tmp_path / "sessions" / "run"
+    rows = metrics(session)
+    assert [row["embed_top1"] is None for row in rows] == [True, False] * 3  # after each round
+    capsys.readouterr()
+    features = tmp_path / "features.npz"
+    words = ["--resume", str(session), "--test-only", "--export-features", str(features)]
+    assert main.main(words) == 0
+    kept = json.loads((session / "evaluation.json").read_text(encoding="utf-8"))["results"]
+    assert [row["features"] for row in kept] == [RECOMPUTED, BANK, f"conv1, pooled, {RECOMPUTED}"]
+    assert (kept[1]["top1"], kept[2]["top1"]) == (rows[-1]["top1"], rows[-1]["embed_top1"])
+    with np.load(features) as arrays:
+        assert arrays["train_embeddings"].shape == (24, 4)  # the channels of the stage
+        assert np.linalg.norm(arrays["test_embeddings"], axis=1) == pytest.approx(np.ones(8), rel=1e-5)
+
+
+@pytest.mark.parametrize(("trained", "asked"), [("linear", "mlp"), ("mlp", "linear")])
+def test_a_checkpoint_with_another_head_is_refused_in_one_sentence(
+    trained: str, asked: str, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main([*start, "--max-round", "1", "--head", trained, "--session", "run"]) == 0
+    capsys.readouterr()
+    assert main.main(["--resume", str(tmp_path / "sessions" / "run"), "--head", asked, "--test-only"]) == 2
+    shown = capsys.readouterr().err
+    assert f"was trained with --head {trained}; set --head {trained}, or choose another checkpoint" in shown
+    assert shown.count("\n") == 1
 
 
 def test_image_passes_count_each_view(start: list[str], tmp_path: Path) -> None:

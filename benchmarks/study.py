@@ -197,9 +197,14 @@ class Study:
                 if status and not self.stopped_by:
                     self.failed[run.name] = status
                 self.log("end", run, status=status, epochs=len(rates), images_per_s=rate)
+                if self.is_done(run):
+                    self.finished(run)
                 self._changed.notify()
 
         threading.Thread(target=wait, daemon=True).start()
+
+    def finished(self, run: Run) -> None:
+        """Called when a run is done; does nothing here."""
 
     def log(self, event: str, run: Run, **what: object) -> None:
         """Adds a line to study.jsonl."""
@@ -247,34 +252,52 @@ class Study:
         return table(["run", "state", "kNN", "images/s"], rows)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Exit status: 0 all runs are done; 1 one failed; 2 input that cannot be used; 130, 143 stopped."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=(__doc__ or "").splitlines()[0])
+def parser_of(program: str, about: str | None, seeds: Sequence[int], arms: Sequence[str]) -> argparse.ArgumentParser:
+    """The command line of a study."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=(about or "").splitlines()[0])
     parser.add_argument("--data-root", type=Path, required=True, help="folder of train/<class>/ and test/<class>/")
     parser.add_argument("--sess-dir", type=Path, required=True, help="folder of the study's sessions")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each (default: 1)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds to run (default: 0 1 2)")
-    parser.add_argument("--arms", nargs="+", choices=NAMES, default=NAMES, help="arms to run (default: all)")
+    shown = " ".join(map(str, seeds))
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help=f"seeds to run (default: {shown})")
+    parser.add_argument("--arms", nargs="+", choices=arms, default=arms, help="arms to run (default: all)")
     parser.add_argument("--list", action="store_true", help="show how far each run has come, and stop")
-    given = parser.parse_args(argv)
+    return parser
+
+
+def carry_out(study: Study, jobs: int) -> int:
+    """Carries out a study at the lowest priority, unless another process does.
+
+    Returns:
+        Exit status: 0 all runs are done; 1 one failed; 130, 143 stopped.
+
+    Raises:
+        UsageError: another process carries out a study in its folder.
+    """
+    study.sess_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(study.sess_dir / ".study.lock", timeout=0):
+            os.nice(19)
+            for which in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(which, study.stop)
+            return study.carry_out(jobs)
+    except filelock.Timeout:
+        raise UsageError(f"{study.sess_dir}: another process carries out this study; wait for it, or stop it") from None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status as ``carry_out``, and 2 for input that cannot be used."""
+    given = parser_of("benchmarks.study", __doc__, SEEDS, NAMES).parse_args(argv)
     study = Study(given.data_root, given.sess_dir, plan(given.seeds, given.arms))
     if given.list:
         print(study.progress())
         return 0
-    if not (given.data_root / "train").is_dir():
-        print(f"error: {given.data_root}: has no folder train/; name the folder that holds it", file=sys.stderr)
-        return 2
-    given.sess_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with filelock.FileLock(given.sess_dir / ".study.lock", timeout=0):
-            os.nice(19)
-            for which in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(which, study.stop)
-            return study.carry_out(given.jobs)
-    except filelock.Timeout:
-        print(
-            f"error: {given.sess_dir}: another process carries out this study; wait for it, or stop it", file=sys.stderr
-        )
+        if not (given.data_root / "train").is_dir():
+            raise UsageError(f"{given.data_root}: has no folder train/; name the folder that holds it")
+        return carry_out(study, given.jobs)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
 
 

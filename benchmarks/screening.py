@@ -1,0 +1,238 @@
+"""Which options beyond the paper give better embeddings for the same number of image passes: a screening on a CPU.
+
+    python -m benchmarks.screening --data-root data/cifar10-images --sess-dir SCREEN --results RESULTS --jobs 2
+
+Short runs of ``configs/cifar10-cpu.yaml``: 30 image passes over 20,000 of the training images. 5,000 other training
+images judge them by kNN, so that settings are chosen without the test images. Both sets are the same for all runs:
+links to them lie in ``SCREEN/images``. Runs are stopped, resumed and listed as those of ``benchmarks/study.py``.
+
+``RESULTS/screening.jsonl`` gets one line for each finished run: kNN of the last epoch against the memory bank
+(``knn_bank``) and by recomputed conv5 features (``knn_conv5``), image passes, images/s, commit and host. Lines of other
+machines and commits stay. ``--table`` shows the mean over the seeds of each arm.
+
+Arms of one round of 30 passes, with instance loss only, that each change one thing of ``one-round``; ``round0`` is
+the first 18 passes of the arms that follow it and discover neighbourhoods in four more rounds of 3 passes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import table
+from benchmarks.study import Run, Study, carry_out, epochs_of, parser_of, schedule
+from lib.errors import UsageError
+from lib.session import metrics, provenance
+
+SEEDS = (0, 1, 2)
+PASSES = 30
+FIRST_EPOCHS, EPOCHS, ROUNDS = 18, 3, 5
+"""Epochs of round 0, epochs of each later round, and rounds, of the arms that discover neighbourhoods."""
+TRAIN, HELD_OUT = 20_000, 5_000
+"""Images that are trained on, and training images that judge."""
+COMMON = ("--embed", "conv5", "--keep", "last", "--log-tfb", "false")
+RESULTS = "screening.jsonl"
+FIGURES = {"knn_bank": "kNN, bank, %", "knn_conv5": "kNN, conv5, %", "images_per_s": "images/s"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting.
+
+    Attributes:
+        flags: what it changes.
+        views: image passes of an epoch.
+        rounds: of an arm that starts anew; its epochs are divided among them.
+        branches: whether it continues ``round0`` with the curriculum.
+        has_schedule: whether the flags set the learning rate schedule.
+    """
+
+    flags: tuple[str, ...] = ()
+    views: int = 1
+    rounds: int = 1
+    branches: bool = False
+    has_schedule: bool = False
+
+
+COSINE = ("--lr-policy", "cosine")
+ARMS: dict[str, Arm] = {
+    "one-round": Arm(),
+    "restarts": Arm(("--ANs-select-rate", "0"), branches=True),
+    "and": Arm(("--ANs-select-rate", "0.25"), branches=True),
+    "cosine": Arm(COSINE, has_schedule=True),
+    "flip": Arm(("--random-horizontal-flip",)),
+    "views": Arm(("--views", "2"), views=2),
+    "view-loss": Arm(("--views", "2", "--view-loss", "1"), views=2),
+    "mlp": Arm(("--head", "mlp")),
+    "cosine-warm-up": Arm((*COSINE, "--lr-warmup-epochs", "3"), has_schedule=True),
+    "and-cosine": Arm((*COSINE, "--lr-span", "run"), rounds=ROUNDS, has_schedule=True),
+}
+
+
+def plan(seeds: Sequence[int], arms: Sequence[str]) -> list[Run]:
+    """The runs of these arms, and ``round0`` where one branches from it, seed by seed."""
+
+    def run(name: str, seed: int) -> Run:
+        arm = ARMS[name]
+        if arm.branches:
+            flags = ("--max-round", str(ROUNDS), *schedule(EPOCHS), *arm.flags)
+            return Run(f"{name}-s{seed}", flags, f"round0-s{seed}", (ROUNDS - 1, EPOCHS - 1))
+        epochs = PASSES // (arm.views * arm.rounds)
+        learning_rate = ["--max-epoch", str(epochs)] if arm.has_schedule else schedule(epochs)
+        flags = ("--seed", str(seed), *COMMON, "--max-round", str(arm.rounds), *learning_rate, *arm.flags)
+        return Run(f"{name}-s{seed}", flags, None, (arm.rounds - 1, epochs - 1))
+
+    def round_0(seed: int) -> Run:
+        flags = ("--seed", str(seed), *COMMON, "--max-round", "1", *schedule(FIRST_EPOCHS))
+        return Run(f"round0-s{seed}", flags, None, (0, FIRST_EPOCHS - 1))
+
+    runs: list[Run] = []
+    for seed in seeds:
+        first = [round_0(seed)] if any(ARMS[name].branches for name in arms) else []
+        runs += [*first, *(run(name, seed) for name in arms)]
+    return runs
+
+
+def choose_images(data_root: Path, folder: Path, train: int = TRAIN, held_out: int = HELD_OUT) -> None:
+    """Makes ``folder`` with links to training images: ``train/<class>/`` to train on, ``test/<class>/`` to judge by.
+
+    Of each class the same share is drawn, with a fixed seed, from the names in order. A folder that is there stays.
+
+    Raises:
+        UsageError: there are too few images, or the folder cannot be written.
+    """
+    if folder.is_dir():
+        return
+    classes = {here.name: sorted(here.iterdir()) for here in sorted((data_root / "train").glob("*")) if here.is_dir()}
+    total = sum(map(len, classes.values()))
+    if total < train + held_out:
+        raise UsageError(
+            f"{data_root}: has {total} training images in folders train/<class>/, and the screening needs "
+            f"{train + held_out}; name the folder of another data set"
+        )
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    draw = np.random.default_rng(0)
+    for name, paths in classes.items():
+        order = draw.permutation(len(paths))
+        counts = [round(count * len(paths) / total) for count in (train, held_out)]
+        chosen = {"train": order[: counts[0]], "test": order[counts[0] : sum(counts)]}
+        for split, numbers in chosen.items():
+            (part / split / name).mkdir(parents=True)
+            for number in numbers:
+                (part / split / name / paths[number].name).symlink_to(paths[number].resolve())
+    part.rename(folder)
+
+
+def read_lines(results: Path) -> list[dict[str, Any]]:
+    """The lines of RESULTS/screening.jsonl; none without the file. An incomplete last line is left out."""
+    path = results / RESULTS
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+class Screening(Study):
+    """The runs of the screening; a finished one adds a line to the results.
+
+    Args:
+        data_root, sess_dir, runs: as of ``Study``.
+        results: folder of ``screening.jsonl``.
+    """
+
+    def __init__(self, data_root: Path, sess_dir: Path, runs: Sequence[Run], results: Path) -> None:
+        super().__init__(data_root, sess_dir, runs)
+        self.results = results
+
+    def line_of(self, run: Run) -> dict[str, Any]:
+        """What is kept of a finished run."""
+        rows, starts = epochs_of(self.sess_dir / run.name), metrics.starts(self.sess_dir / run.name)
+        last = rows[-1]
+        arm, _, seed = run.name.rpartition("-s")
+        return {
+            "arm": arm,
+            "seed": int(seed),
+            "passes": last["passes"],
+            "knn_bank": last["top1"],
+            "knn_conv5": last["embed_top1"],
+            "loss": last["loss"],
+            "consistency": last["consistency"],
+            "images_per_s": round(statistics.median(row["images_per_s"] for row in rows), 1),
+            "train_s": round(sum(row["train_s"] for row in rows), 1),
+            "flags": " ".join(run.flags),
+            "started": starts[0]["time"],
+            "commits": list(dict.fromkeys(start["commit"] for start in starts)),
+            "host": platform.node(),
+            "processor": provenance.processor(),
+        }
+
+    def finished(self, run: Run) -> None:
+        """Adds the line of a run, once."""
+        line = self.line_of(run)
+        key = ("arm", "seed", "started", "host")
+        if any(all(old[name] == line[name] for name in key) for old in read_lines(self.results)):
+            return
+        self.results.mkdir(parents=True, exist_ok=True)
+        with (self.results / RESULTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def add_missing(self) -> None:
+        """Adds the lines of runs that were done when an earlier screening was killed."""
+        for run in self.runs:
+            if self.is_done(run):
+                self.finished(run)
+
+
+def summary(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Mean and standard deviation of each arm over its runs, in Markdown, best ``knn_conv5`` first."""
+    arms: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        arms.setdefault(line["arm"], []).append(line)
+    rows = []
+    for arm, own in sorted(arms.items(), key=lambda item: -statistics.mean(line["knn_conv5"] for line in item[1])):
+        cells = []
+        for name in FIGURES:
+            values = [line[name] * (1 if name == "images_per_s" else 100) for line in own]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}")
+        rows.append((arm, len(own), f"{statistics.mean(line['passes'] for line in own):g}", *cells))
+    return table(["arm", "runs", "passes", *FIGURES.values()], rows)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status as ``benchmarks.study.carry_out``, and 2 for input that cannot be used."""
+    parser = parser_of("benchmarks.screening", __doc__, SEEDS, list(ARMS))
+    parser.add_argument("--results", type=Path, required=True, help="folder of screening.jsonl")
+    parser.add_argument("--table", action="store_true", help="show the mean of each arm, and stop")
+    given = parser.parse_args(argv)
+    if given.table:
+        print(summary(read_lines(given.results)))
+        return 0
+    images = given.sess_dir / "images"
+    screening = Screening(images, given.sess_dir, plan(given.seeds, given.arms), given.results)
+    if given.list:
+        print(screening.progress())
+        return 0
+    try:
+        given.sess_dir.mkdir(parents=True, exist_ok=True)
+        choose_images(given.data_root, images, TRAIN, HELD_OUT)
+        screening.add_missing()
+        return carry_out(screening, given.jobs)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -68,13 +68,18 @@ COSINE = ("--lr-policy", "cosine")
 ARMS: dict[str, Arm] = {
     "one-round": Arm(),
     "restarts": Arm(("--ANs-select-rate", "0"), branches=True),
-    "and": Arm(("--ANs-select-rate", "0.25"), branches=True),
+    "and": Arm(branches=True),
     "cosine": Arm(COSINE, has_schedule=True),
     "flip": Arm(("--random-horizontal-flip",)),
     "views": Arm(("--views", "2"), views=2),
     "view-loss": Arm(("--views", "2", "--view-loss", "1"), views=2),
     "mlp": Arm(("--head", "mlp")),
     "cosine-warm-up": Arm((*COSINE, "--lr-warmup-epochs", "3"), has_schedule=True),
+    "and-k5": Arm(("--ANs-size", "5"), branches=True),
+    "and-growing": Arm(("--ANs-size", "5", "--ANs-size-first", "1"), branches=True),
+    "and-reciprocal": Arm(("--ANs-reciprocal-first",), branches=True),
+    "and-every-epoch": Arm(("--ANs-every", "1"), branches=True),
+    "and-entropy": Arm(("--entropy-loss", "0.2"), branches=True),
     "and-cosine": Arm((*COSINE, "--lr-span", "run"), rounds=ROUNDS, has_schedule=True),
 }
 

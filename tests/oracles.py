@@ -40,6 +40,16 @@ def entropies(memory: Array, temperature: float) -> Array:
     return np.array([entropy(row, memory, temperature) for row in memory])
 
 
+def entropy_of_others(x: Array, memory: Array, own: int, temperature: float) -> float:
+    """The entropy without the row ``own`` of the memory."""
+    return entropy(x, np.delete(memory, own, axis=0), temperature)
+
+
+def is_reciprocal(memory: Array, sample: int, size: int) -> bool:
+    """Whether a sample is among the ``size`` neighbours of its nearest neighbour."""
+    return sample in neighbours(memory, neighbours(memory, sample, 1)[0], size)
+
+
 def anchor_count(samples: int, select_rate: float, round: int) -> int:
     """The whole part of N * select_rate * round, and never more than there are samples."""
     count = 0

@@ -238,8 +238,29 @@ class Options(BaseModel):
         0.25, "discovery", "fraction of the samples that become anchors in round 1; multiplied by the round", ge=0, le=1
     )
     ANs_size: Integer = _option(1, "discovery", "number k of neighbours of an anchor, not counting itself", ge=1)
+    ANs_size_first: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_number)] = _option(
+        None,
+        "discovery",
+        "number of neighbours in round 1, which grows linearly to ANs_size in the last round; not set: ANs_size in all "
+        "rounds",
+    )
+    ANs_reciprocal_first: Switch = _option(
+        False,
+        "discovery",
+        "choose anchors among the samples that are neighbours of their nearest neighbour before all others",
+    )
+    ANs_every: Integer = _option(
+        0, "discovery", "epochs between discoveries within a round; 0: at the start of a round only", ge=0
+    )
 
     loss: Name = _option("neighbourhood", "training", "name of the loss")
+    entropy_loss: Number = _option(
+        0.0,
+        "training",
+        "weight, times the round, of the entropy of each image's similarities to the memory bank without its own row, "
+        "added to the loss; 0: without",
+        ge=0,
+    )
     view_loss: Number = _option(
         0.0,
         "training",
@@ -463,6 +484,11 @@ class Options(BaseModel):
             raise ValueError(
                 f"views: {self.views} views of each image do not fill a batch of {self.batch_size}; set batch_size to "
                 f"a multiple of {self.views}"
+            )
+        if self.ANs_size_first is not None and self.ANs_size_first > self.ANs_size:
+            raise ValueError(
+                f"ANs_size_first: {self.ANs_size_first} neighbours cannot grow to ANs_size {self.ANs_size}; set it to "
+                f"{self.ANs_size} or less"
             )
         if self.view_loss and self.views == 1:
             raise ValueError("view_loss: compares views of the same image, and there is one view; set views to 2")

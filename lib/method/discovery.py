@@ -32,12 +32,16 @@ from lib.session.console import progress
 
 MAX_SPREAD = 60.0
 """Largest distance of a row's maximal logit from the common shift: exp(-60) is still a normal float32."""
+PARTNERS = 2**16
+"""Samples whose reciprocity is looked up at a time."""
 ROUNDING = 1e-6
 """Relative error of a similarity: the product and the squared norms are rounded separately."""
 
 
 @torch.no_grad()
-def discover(memory: torch.Tensor | ShardedRows, *, temperature: float, anchors: int, size: int) -> Neighbourhoods:
+def discover(
+    memory: torch.Tensor | ShardedRows, *, temperature: float, anchors: int, size: int, reciprocal_first: bool = False
+) -> Neighbourhoods:
     """Selects the anchors and finds their neighbours.
 
     The entropy is H_i = -sum_j p_ij log p_ij, p_ij = exp(m_i . m_j / tau) / sum_n exp(m_i . m_n / tau). The A samples
@@ -49,6 +53,8 @@ def discover(memory: torch.Tensor | ShardedRows, *, temperature: float, anchors:
         temperature: tau.
         anchors: A.
         size: K, reduced to N - 1 if it is larger.
+        reciprocal_first: whether samples that are among the K neighbours of their nearest neighbour come before all
+            others, both in order of entropy.
 
     Returns:
         Neighbourhoods without consistency, the same on every rank.
@@ -58,8 +64,22 @@ def discover(memory: torch.Tensor | ShardedRows, *, temperature: float, anchors:
     entropy, nearest = entropy_and_topk(bank, temperature=temperature, size=min(size, samples - 1))
     entropy = ranks.all_gather_batch(entropy, ranks.shard_sizes(samples))
     order = torch.sort(entropy, stable=True).indices
+    if reciprocal_first:
+        is_one_sided = ~is_reciprocal(ShardedRows(nearest, samples, ranks))[order]
+        order = order[torch.sort(is_one_sided, stable=True).indices]
     chosen = order[:anchors].clone()  # a view would store the whole of ``order`` in every checkpoint
     return Neighbourhoods.of_anchors(chosen, ShardedRows(nearest, samples, ranks).index_select(chosen), entropy)
+
+
+def is_reciprocal(nearest: ShardedRows) -> torch.Tensor:
+    """Whether each sample is among the K neighbours of its nearest neighbour: nearest (N, K) -> mask (N,)."""
+    samples, ranks = nearest.samples, nearest.ranks
+    if not nearest.shape[1]:
+        return torch.zeros(samples, dtype=torch.bool, device=nearest.device)
+    partners = ranks.all_gather_batch(nearest.local[:, 0], ranks.shard_sizes(samples))  # (N,)
+    own = torch.arange(samples, device=nearest.device)
+    blocks = zip(own.split(PARTNERS), partners.split(PARTNERS), strict=True)
+    return torch.cat([(nearest.index_select(partner) == each[:, None]).any(dim=1) for each, partner in blocks])
 
 
 def entropy_and_topk(

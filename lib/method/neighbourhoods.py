@@ -113,6 +113,20 @@ def num_anchors(samples: int, select_rate: float, round: int) -> int:
     return min(int(samples * select_rate * round), samples)
 
 
+def num_neighbours(size: int, first: int | None, round: int, rounds: int) -> int:
+    """Neighbours of an anchor in a round from 1 on: K = ``size``, or growing linearly to it from ``first`` in round 1.
+
+    Args:
+        size: in the last round.
+        first: in round 1; None: as in the last round.
+        round: from 1.
+        rounds: of the run, round 0 included.
+    """
+    if first is None or round >= rounds - 1:
+        return size
+    return first + (2 * (size - first) * (round - 1) + rounds - 2) // (2 * (rounds - 2))  # rounds halves up
+
+
 def _positions(anchors: torch.Tensor, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The position table (N,) and the instance samples (N - A,), by two indexed assignments."""
     is_instance = torch.ones(samples, dtype=torch.bool, device=anchors.device)

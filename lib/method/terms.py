@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from lib.config.options import Options
 from lib.config.parser import choose
 from lib.distributed.sharded import ShardedRows
+from lib.method.entropy_loss import entropy_loss
 from lib.method.loss import LOSSES, Loss, neighbourhood_loss
 from lib.method.view_loss import view_loss
 
@@ -31,12 +32,14 @@ class EmbeddedBatch:
         bank: (N, D), as it was before the batch.
         neighbourhoods: (B, 1 + K) sample indices; -1 marks an empty place.
         temperature: tau.
+        round: of the curriculum, from 0.
     """
 
     views: torch.Tensor
     bank: ShardedRows
     neighbourhoods: torch.Tensor
     temperature: float
+    round: int = 0
 
 
 Term = Callable[[EmbeddedBatch], torch.Tensor]
@@ -59,6 +62,19 @@ def over_bank(loss: Loss) -> Term:
     return term
 
 
+def entropy_of_others(weight: float) -> Term:
+    """``entropy_loss`` times a weight and the round: nothing in round 0, as in Super-AND."""
+
+    def term(batch: EmbeddedBatch) -> torch.Tensor:
+        if not batch.round:
+            return batch.views.new_zeros(())
+        own = batch.neighbourhoods[:, :1].expand(-1, batch.views.shape[1]).flatten()  # (B V,)
+        entropy = entropy_loss(batch.views.flatten(0, 1), batch.bank, own, temperature=batch.temperature)
+        return weight * batch.round * entropy
+
+    return term
+
+
 def between_views(weight: float, temperature: float) -> Term:
     """``view_loss`` times a weight."""
     return lambda batch: weight * view_loss(batch.views, temperature=temperature)
@@ -75,6 +91,8 @@ def build(options: Options) -> tuple[Term, ...]:
         UsageError: there is no loss of that name.
     """
     terms = [over_bank(choose(LOSSES, options.loss, "--loss"))]
+    if options.entropy_loss:
+        terms.append(entropy_of_others(options.entropy_loss))
     if options.view_loss:
         terms.append(between_views(options.view_loss, options.view_temperature))
     return tuple(terms)

@@ -28,7 +28,7 @@ from lib.errors import NonFiniteLossError
 from lib.evaluation.classifier import Accuracy, Evaluator
 from lib.method import diagnostics
 from lib.method.discovery import discover
-from lib.method.neighbourhoods import consistency, num_anchors
+from lib.method.neighbourhoods import consistency, num_anchors, num_neighbours
 from lib.method.terms import PAPER_TERMS, EmbeddedBatch, Term, mean_direction, total
 from lib.seeding import Stream, seed_for
 from lib.session.console import logger, progress
@@ -98,23 +98,36 @@ class Trainer:
         """Discovery, then the epochs that are left in the round."""
         state = self.state
         if state.epoch == state.step == 0:
+            state.acc = state.best_acc = None
             self.discover()
         self.recorder.round_started(state)
         while state.epoch < self.options.max_epoch:
             self.signals.raise_if_stopped()
+            if self.is_discovery_repeated():
+                self.discover()
             self.train_epoch()
         with self.signals.defer():
             self.recorder.round_finished(state)
             state.round, state.epoch = state.round + 1, 0
 
+    def is_discovery_repeated(self) -> bool:
+        """Whether ``--ANs-every`` asks for a discovery before the next step, which is not the first of the round."""
+        state, every = self.state, self.options.ANs_every
+        return every > 0 and state.epoch > 0 and state.step == 0 and state.epoch % every == 0
+
     def discover(self) -> None:
-        """Finds the anchors of the round and their neighbours; the best accuracy starts again."""
+        """Finds the anchors of the round and their neighbours."""
         state, options, started = self.state, self.options, time.perf_counter()
-        state.acc = state.best_acc = None
         if state.round == 0:
             return
         anchors = num_anchors(state.bank.samples, options.ANs_select_rate, state.round)
-        found = discover(state.bank.rows, temperature=state.bank.temperature, anchors=anchors, size=options.ANs_size)
+        found = discover(
+            state.bank.rows,
+            temperature=state.bank.temperature,
+            anchors=anchors,
+            size=num_neighbours(options.ANs_size, options.ANs_size_first, state.round, options.max_round),
+            reciprocal_first=options.ANs_reciprocal_first,
+        )
         if self.labels is not None:
             found = replace(found, consistency=consistency(found.anchors, found.neighbours, self.labels))
         state.neighbourhoods = found
@@ -298,7 +311,8 @@ def batch_loss(
         local = (network or state.network)(images)  # (b V, D), float32
     local = local.reshape(-1, views, local.shape[1])
     embeddings = ranks.all_gather_batch(local, ranks.local_batch_sizes(len(index)))  # (B, V, D)
-    batch = EmbeddedBatch(embeddings, state.bank.rows, state.neighbourhoods.of(index), state.bank.temperature)
+    neighbourhoods, temperature = state.neighbourhoods.of(index), state.bank.temperature
+    batch = EmbeddedBatch(embeddings, state.bank.rows, neighbourhoods, temperature, state.round)
     return total(terms, batch), mean_direction(embeddings.detach())
 
 

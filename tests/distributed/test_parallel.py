@@ -305,6 +305,8 @@ def test_a_training_run_equals_that_of_a_single_process(
 BEYOND: dict[str, dict[str, Any]] = {
     "views": {"views": 2},
     "view loss": {"views": 2, "view_loss": 0.5},
+    "entropy": {"entropy_loss": 0.2},
+    "neighbourhoods": {"ANs_size_first": 1, "ANs_reciprocal_first": True, "ANs_every": 1},
 }
 """Options of docs/beyond.md that change a step."""
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
+from lib.method import discovery
 from lib.method.discovery import discover
 from lib.method.entropy import entropy_from_statistics, softmax_statistics
 from lib.method.neighbourhoods import Neighbourhoods
@@ -38,6 +39,20 @@ def test_entropies_equal_the_oracle(memory: np.ndarray, temperature: float, bloc
     found = found_in(memory, temperature=temperature, anchors=0, size=1, block=block)
     expected = oracles.entropies(memory, temperature)
     np.testing.assert_allclose(found.entropy.numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+@many
+@given(memories(kinds=("random",), samples=3, low_dim=2), st.integers(0, 14), st.integers(1, 4), st.integers(1, 5))
+def test_reciprocal_samples_come_first_if_asked(memory: np.ndarray, anchors: int, size: int, partners: int) -> None:
+    samples, anchors = len(memory), min(anchors, len(memory))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(discovery, "PARTNERS", partners)
+        found = discover(torch.from_numpy(memory), temperature=0.2, anchors=anchors, size=size, reciprocal_first=True)
+    entropies = oracles.entropies(memory, 0.2)
+    size = min(size, samples - 1)
+    order = sorted(range(samples), key=lambda i: (not oracles.is_reciprocal(memory, i, size), entropies[i]))
+    assert found.anchors.tolist() == order[:anchors]
+    assert found.neighbours.tolist() == [oracles.neighbours(memory, anchor, size) for anchor in order[:anchors]]
 
 
 @many

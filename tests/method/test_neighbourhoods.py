@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import oracles
 from lib.method.discovery import discover
-from lib.method.neighbourhoods import Neighbourhoods, consistency, num_anchors
+from lib.method.neighbourhoods import Neighbourhoods, consistency, num_anchors, num_neighbours
 
 many = settings(max_examples=50, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -146,3 +146,20 @@ def contradictions() -> list[Any]:
 def test_inconsistent_state_is_refused(state: dict[str, torch.Tensor]) -> None:
     with pytest.raises(ValueError):
         Neighbourhoods.from_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("size", "first", "rounds", "expected"),
+    [
+        (3, None, 4, [3, 3, 3]),
+        (5, 2, 4, [2, 4, 5]),
+        (5, 1, 6, [1, 2, 3, 4, 5]),
+        (9, 1, 4, [1, 5, 9]),
+        (1, 1, 3, [1, 1]),
+        (7, 2, 2, [7]),
+    ],
+)
+def test_neighbourhoods_grow_linearly_to_their_size(
+    size: int, first: int | None, rounds: int, expected: list[int]
+) -> None:
+    assert [num_neighbours(size, first, round, rounds) for round in range(1, rounds)] == expected

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from lib.config.options import Options
 from lib.distributed.sharded import ShardedRows
 from lib.errors import UsageError
+from lib.method.entropy_loss import entropy_loss
 from lib.method.loss import neighbourhood_loss
 from lib.method.terms import PAPER_TERMS, EmbeddedBatch, build, mean_direction, total
 from lib.method.view_loss import view_loss
@@ -42,6 +45,15 @@ def test_the_terms_are_weighted_and_added() -> None:
     batch, options = batch_of(2), Options(views=2, view_loss=0.25, view_temperature=0.5)
     expected = total(PAPER_TERMS, batch) + 0.25 * view_loss(batch.views, temperature=0.5)
     torch.testing.assert_close(total(build(options), batch), expected)
+
+
+def test_entropy_of_others_grows_with_the_round() -> None:
+    batch, options = batch_of(2), Options(entropy_loss=0.2)
+    own = torch.tensor([0, 0, 1, 1, 2, 2])
+    entropy = entropy_loss(batch.views.flatten(0, 1), batch.bank, own, temperature=0.1)
+    for round in range(3):
+        found = total(build(options), replace(batch, round=round))
+        torch.testing.assert_close(found, total(PAPER_TERMS, batch) + 0.2 * round * entropy)
 
 
 def test_rows_move_to_the_direction_of_the_mean_view() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_main import photos, start, tiny_network
 
 import main
@@ -22,6 +23,8 @@ SCHEDULE = "--lr-policy cosine --lr-span run --lr-warmup-epochs 1"
 OPTIONS = {
     "schedule": SCHEDULE,
     "views": "--views 2",
+    "neighbourhoods": "--ANs-size 3 --ANs-size-first 1 --ANs-reciprocal-first --ANs-every 1 --max-epoch 3",
+    "entropy": "--entropy-loss 0.2 --views 2",
     "head and stage": "--head mlp --embed conv1",
     "view loss": f"--views 2 --view-loss 0.5 --random-horizontal-flip {SCHEDULE}",
 }
@@ -32,6 +35,7 @@ REFUSED = {
     "--view-loss 1": "view_loss: compares views of the same image, and there is one view; set views to 2",
     "--views 8": "--batch-size 8: the batch is divided among 1 processes, and each needs at least two images with 8",
     "--views 2 --batch-size 50": "24 training images with 2 views each are fewer than a batch of 50",
+    "--ANs-size 2 --ANs-size-first 3": "ANs_size_first: 3 neighbours cannot grow to ANs_size 2; set it to 2 or less",
     "--lr-warmup-epochs 2": "lr_warmup_epochs: 2 leave nothing of the schedule, which covers 2 epochs",
 }
 
@@ -48,6 +52,7 @@ def stopping_at(step: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Trainer, "backward", stopped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_stopped_and_resumed_run_ends_with_the_same_bits(name: str, start: list[str], tmp_path: Path) -> None:
     words = [*start, *OPTIONS[name].split()]
@@ -71,6 +76,25 @@ def test_values_that_do_not_fit_are_refused_at_once(
     shown = capsys.readouterr()
     assert REFUSED[words] in shown.err and shown.err.count("\n") == 1
     assert not (tmp_path / "sessions").exists()
+
+
+def test_discovery_is_repeated_and_neighbourhoods_grow(
+    start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[int, int, torch.Size]] = []
+    discover = Trainer.discover
+
+    def watched(trainer: Trainer) -> None:
+        discover(trainer)
+        state = trainer.state
+        found.append((state.round, state.epoch, state.neighbourhoods.neighbours.shape))
+
+    monkeypatch.setattr(Trainer, "discover", watched)
+    words = "--max-round 4 --max-epoch 5 --ANs-size 5 --ANs-size-first 2 --ANs-every 2 --ANs-select-rate 0.25".split()
+    assert main.main([*start, *words]) == 0
+    sizes = {1: (6, 2), 2: (12, 4), 3: (18, 5)}  # 24 images
+    rounds = [(round, epoch, size) for round, size in sizes.items() for epoch in (0, 2, 4)]
+    assert [entry for entry in found if entry[0]] == rounds
 
 
 def test_a_test_run_shows_the_stage_beside_the_embeddings(

@@ -140,6 +140,7 @@ def test_step_never_waits_for_the_gpu(
 BEYOND = {
     "views": {"views": 2},
     "view loss": {"views": 2, "view_loss": 0.5},
+    "entropy": {"entropy_loss": 0.2},
 }
 """Options of docs/beyond.md that change a step."""
 
@@ -205,9 +206,11 @@ def test_rehearsal_leaves_no_tensor_elsewhere(
     assert trace(work).result == "1.00 GiB at the peak of one step of 128 images"
 
 
+@pytest.mark.parametrize("reciprocal_first", [False, True])
 @pytest.mark.parametrize("size", [1, 5])
-def test_discovery_waits_for_the_gpu_twice(size: int, ranks: Ranks) -> None:
-    found = trace(lambda: discovery.discover(rows_of(20_000, ranks), temperature=0.1, anchors=5_000, size=size))
+def test_discovery_waits_for_the_gpu_twice(size: int, reciprocal_first: bool, ranks: Ranks) -> None:
+    options = {"temperature": 0.1, "anchors": 5_000, "size": size, "reciprocal_first": reciprocal_first}
+    found = trace(lambda: discovery.discover(rows_of(20_000, ranks), **options))
     assert found.waits == {
         "_local_scalar_dense at method/discovery.py entropy_and_topk": 2,  # one copy of two numbers
         "nonzero at method/neighbourhoods.py _positions": 1,

@@ -74,6 +74,7 @@ ARMS: dict[str, Arm] = {
     "views": Arm(("--views", "2"), views=2),
     "view-loss": Arm(("--views", "2", "--view-loss", "1"), views=2),
     "mlp": Arm(("--head", "mlp")),
+    "early-size": Arm(("--early-size", "12", "--early-share", "0.4")),
     "cosine-warm-up": Arm((*COSINE, "--lr-warmup-epochs", "3"), has_schedule=True),
     "and-k5": Arm(("--ANs-size", "5"), branches=True),
     "and-growing": Arm(("--ANs-size", "5", "--ANs-size-first", "1"), branches=True),

@@ -107,7 +107,17 @@ def build(
     return network
 
 
-def _fault(network: nn.Module, low_dim: int, size: tuple[int, int], stage: str) -> str | None:
+def check_size(network: nn.Module, name: str, *, low_dim: int, size: tuple[int, int]) -> None:
+    """Checks that a network accepts the images of the early epochs (``--early-size``), too.
+
+    Raises:
+        NetworkError: it does not.
+    """
+    if fault := _fault(network, low_dim, size, "fc", "--early-size"):
+        raise NetworkError(f"--network {name}: {fault}")
+
+
+def _fault(network: nn.Module, low_dim: int, size: tuple[int, int], stage: str, option: str = "--size") -> str | None:
     """What is wrong with the outputs of a network, or None. The network is not modified."""
     import torch
 
@@ -120,7 +130,9 @@ def _fault(network: nn.Module, low_dim: int, size: tuple[int, int], stage: str) 
         if "Allocator" in str(error):  # memory ran out
             raise
         why = str(error).partition("\n")[0][:200]
-        return f"does not accept images of {size[0]} x {size[1]} pixels ({why}); set --size higher if that is too small"
+        return (
+            f"does not accept images of {size[0]} x {size[1]} pixels ({why}); set {option} higher if that is too small"
+        )
     finally:
         network.train(was_training)
     if not isinstance(embedding, torch.Tensor) or embedding.shape != (1, low_dim):

@@ -59,6 +59,12 @@ def _size(value: Any) -> Any:
     return tuple(pair) if len(pair) == 2 else pair[0]
 
 
+def _optional_size(value: Any) -> Any:
+    """A size, or None."""
+    value = _unset(value)
+    return None if value is None else _size(value)
+
+
 def _gpus(value: Any) -> Any:
     """'', '0', '0,1', '(0, 1)', 0 or [0, 1]."""
     value = _unset(value)
@@ -186,6 +192,15 @@ class Options(BaseModel):
     )
     size: Size = _option(
         224, "transforms", "input size of the network in pixels: height and width, or one number for a square"
+    )
+    early_size: Annotated[int | tuple[int, int] | None, BeforeValidator(_optional_size)] = _option(
+        None,
+        "transforms",
+        "input size of the training images in the first epochs of the run (early_share), at most size; needs scale; "
+        "not set: size in all epochs",
+    )
+    early_share: Number = _option(
+        0.5, "transforms", "fraction of the epochs of the run that use early_size, rounded down", ge=0, le=1
     )
     scale: Pair = _option(
         None,
@@ -485,6 +500,12 @@ class Options(BaseModel):
                 f"views: {self.views} views of each image do not fill a batch of {self.batch_size}; set batch_size to "
                 f"a multiple of {self.views}"
             )
+        if self.early_size is not None:
+            early, size = height_and_width(self.early_size), height_and_width(self.size)
+            if early[0] > size[0] or early[1] > size[1]:
+                raise ValueError(f"early_size: {self.early_size} is larger than size: {self.size}; set it lower")
+            if self.scale is None:
+                raise ValueError("early_size: needs scale, because it changes the size of random resized crops")
         if self.ANs_size_first is not None and self.ANs_size_first > self.ANs_size:
             raise ValueError(
                 f"ANs_size_first: {self.ANs_size_first} neighbours cannot grow to ANs_size {self.ANs_size}; set it to "
@@ -511,6 +532,12 @@ class Options(BaseModel):
     def images_per_batch(self) -> int:
         """Distinct images of a training batch."""
         return self.batch_size // self.views
+
+    def size_of_epoch(self, round: int, epoch: int) -> tuple[int, int]:
+        """(height, width) of the training images in an epoch of a round."""
+        early = int(self.early_share * self.max_round * self.max_epoch)
+        is_early = round * self.max_epoch + epoch < early
+        return height_and_width(self.early_size if is_early and self.early_size is not None else self.size)
 
     @property
     def schedule_epochs(self) -> int:

@@ -10,7 +10,7 @@ Letters: B batch size, H x W input size, h x w output size, P = h w pixels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -75,6 +75,10 @@ class Augmentation:
             float32 (B, 3, h, w), normalised.
         """
         return self._adjust_colours(self._resample(images, random_numbers), random_numbers)
+
+    def to_size(self, size: tuple[int, int]) -> Augmentation:
+        """The same transform to another size (h, w)."""
+        return self if size == self.size else replace(self, size=size)
 
     def crop_on_worker(self, image: np.ndarray, random_numbers: np.ndarray) -> np.ndarray:
         """Crops and resizes one image of any size with Pillow, in a loader worker.

@@ -10,9 +10,9 @@ output size.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 
 import numpy as np
@@ -36,13 +36,17 @@ class BatchPlan:
         index: (B,) sample indices of the whole batch.
         own: (b V,) sample index of each of this rank's views.
         random_numbers: (b V, ``NUM_RANDOM``), uniform in [0, 1), for the augmentation of this rank's views.
+        size: (h, w) of the augmented images.
     """
 
     index: np.ndarray
     own: np.ndarray
     random_numbers: np.ndarray
+    size: tuple[int, int]
 
 
+SizeOfEpoch = Callable[[int, int], tuple[int, int]]
+"""Round and epoch -> (h, w) of the augmented images."""
 GRACE = 10
 """Seconds that a worker continues after SIGTERM."""
 
@@ -58,9 +62,13 @@ class _BatchPlans(Sampler[BatchPlan]):
         seed: seed of shuffling and augmentation; None: in order.
         ranks: the ranks of the run. With a seed each rank takes part of every batch, otherwise batches of its shard.
         views: V, with a seed.
+        size_of: of the augmented images, by epoch.
     """
 
-    def __init__(self, samples: int, batch_size: int, seed: int | None, ranks: Ranks, views: int) -> None:
+    def __init__(
+        self, samples: int, batch_size: int, seed: int | None, ranks: Ranks, views: int, size_of: SizeOfEpoch
+    ) -> None:
+        self.size_of = size_of
         self.samples = samples
         self.views = views
         self.ranks = ranks
@@ -76,15 +84,16 @@ class _BatchPlans(Sampler[BatchPlan]):
         if self.seed is None:
             for start, stop in self.bounds()[first:]:
                 index = np.arange(start, stop)
-                yield BatchPlan(index, index, np.zeros((stop - start, NUM_RANDOM)))
+                yield BatchPlan(index, index, np.zeros((stop - start, NUM_RANDOM)), self.size_of(round, epoch))
             return
+        size = self.size_of(round, epoch)
         order = np.random.default_rng(seed_for(self.seed, Stream.ORDER, round, epoch)).permutation(self.samples)
         for number, (start, stop) in list(enumerate(self.bounds()))[first:]:
             local = self.ranks.slice_in(self.ranks.local_batch_sizes(stop - start))
             seed = seed_for(self.seed, Stream.AUGMENTATION, round, epoch, number)
             random_numbers = np.random.default_rng(seed).random((stop - start, self.views, NUM_RANDOM))
             own = order[start:stop][local].repeat(self.views)
-            yield BatchPlan(order[start:stop], own, random_numbers[local].reshape(-1, NUM_RANDOM))
+            yield BatchPlan(order[start:stop], own, random_numbers[local].reshape(-1, NUM_RANDOM), size)
 
     def bounds(self) -> list[tuple[int, int]]:
         """Start and stop of each batch. A last batch of one image is merged into the previous one: batch normalisation
@@ -106,12 +115,12 @@ class _Cropped(Dataset[tuple[torch.Tensor, BatchPlan]]):
 
     def __getitem__(self, plan: BatchPlan) -> tuple[torch.Tensor, BatchPlan]:
         """uint8 (b V, h, w, 3), and the plan."""
-        cropped = np.empty((len(plan.own), *self.augmentation.size, 3), np.uint8)
+        cropped, augmentation = np.empty((len(plan.own), *plan.size, 3), np.uint8), self.augmentation.to_size(plan.size)
         places = enumerate(plan.own.tolist())
         for sample, views in groupby(places, key=lambda place: place[1]):  # each image is decoded once
             image = self.images[sample]
             for place, _ in views:
-                cropped[place] = self.augmentation.crop_on_worker(image, plan.random_numbers[place])
+                cropped[place] = augmentation.crop_on_worker(image, plan.random_numbers[place])
         return torch.from_numpy(cropped), plan
 
 
@@ -132,6 +141,7 @@ class Loader:
         compiled: whether a compiled network takes the batches. Their size is marked as dynamic then, so that a smaller
             last batch does not compile it again.
         views: V, augmented views of each image, with a seed; 1 otherwise.
+        size_of: size of the augmented images by epoch; None: that of ``augmentation``.
     """
 
     def __init__(
@@ -146,13 +156,16 @@ class Loader:
         ranks: Ranks | None = None,
         compiled: bool = False,
         views: int = 1,
+        size_of: SizeOfEpoch | None = None,
     ) -> None:
         self.samples = len(images)
         self.compiled = compiled
         self.ranks = ranks or Ranks()
         self.device = device
         self.augmentation = augmentation
-        self._plans = _BatchPlans(len(images), batch_size, seed, self.ranks, views)
+        self._plans = _BatchPlans(
+            len(images), batch_size, seed, self.ranks, views, size_of or partial(_same_size, augmentation.size)
+        )
         if isinstance(images, torch.Tensor):
             self._images: torch.Tensor | DataLoader[tuple[torch.Tensor, BatchPlan]] = images
         else:
@@ -193,7 +206,7 @@ class Loader:
         if isinstance(self._images, torch.Tensor):
             for plan in self._plans.of(round, epoch, first):
                 index, own = self._to_device(plan.index), self._to_device(plan.own)
-                yield self.augmentation(self._images[own], plan.random_numbers), index
+                yield self.augmentation.to_size(plan.size)(self._images[own], plan.random_numbers), index
             return
         self._plans.next = round, epoch, first
         for cropped, plan in self._images:
@@ -202,6 +215,10 @@ class Loader:
 
     def _to_device(self, samples: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(samples).to(self.device, non_blocking=True)
+
+
+def _same_size(size: tuple[int, int], round: int, epoch: int) -> tuple[int, int]:
+    return size
 
 
 def mark_batch_size_dynamic(images: torch.Tensor) -> torch.Tensor:

@@ -74,6 +74,7 @@ class RunContext:
             ranks=self.ranks,
             compiled=self.options.compile,
             views=self.options.views if train else 1,
+            size_of=self.options.size_of_epoch if train else None,
         )
 
     def placed(self, images: Sequence[np.ndarray] | np.ndarray) -> Sequence[np.ndarray] | torch.Tensor:
@@ -213,6 +214,8 @@ def build_network(options: Options, *, load: bool = True) -> torch.nn.Module:
         head=options.head,
         stage=options.embed,
     )
+    if options.early_size is not None:
+        models.check_size(network, options.network, low_dim=options.low_dim, size=height_and_width(options.early_size))
     if package:
         logger().info("%s: loaded its weights of %s; the embedding layer is random", package, options.network)
     elif options.pretrained and load:

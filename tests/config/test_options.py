@@ -205,6 +205,7 @@ RANGES = {
     "head": ("MLP", ["deep", None]),
     "embed": ("conv5", [None, [1]]),
     "ANs_size_first": (1, [0, 2]),
+    "early_share": (1, [-0.1, 1.1]),
     "ANs_every": (0, [-1]),
     "entropy_loss": (0, [-1]),
     "views": (16, [0, 17, 3, 2.5]),
@@ -272,12 +273,21 @@ def test_range_limits_are_exact(name: str) -> None:
         ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "nesterov"),
         ({"restart": True}, "resume"),
         ({"max_epoch": 5, "lr_warmup_epochs": 5}, "lr_warmup_epochs"),
+        ({"early_size": 32}, "scale"),
+        ({"early_size": (32, 300), "scale": (0.2, 1)}, "early_size: .* larger"),
         ({"max_epoch": 5, "max_round": 2, "lr_span": "run", "lr_warmup_epochs": 10}, "lr_warmup_epochs"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(changes: dict[str, Any], word: str) -> None:
     with pytest.raises(ValidationError, match=word):
         Options(**changes)
+
+
+def test_first_epochs_of_the_run_have_the_early_size() -> None:
+    options = Options(early_size=(12, 10), early_share=0.5, size=16, scale=(0.2, 1), max_round=3, max_epoch=3)
+    sizes = [options.size_of_epoch(round, epoch) for round in range(3) for epoch in range(3)]
+    assert sizes == [(12, 10)] * 4 + [(16, 16)] * 5
+    assert Options(size=16).size_of_epoch(0, 0) == (16, 16)
 
 
 def test_nesterov_needs_momentum_only_with_sgd() -> None:

@@ -86,6 +86,19 @@ def test_views_of_an_image_follow_one_another_and_differ(in_memory: bool) -> Non
     assert same(batches[1:], list(loader.epoch(1, 2, first=1)))
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_each_epoch_has_its_size(in_memory: bool) -> None:
+    """As an augmentation of that size gives them."""
+    sizes = {(0, 0): (2, 3), (0, 1): (4, 4), (1, 0): (1, 1)}
+    wide = replace(NOISY, scale=(0.2, 1.0))
+    loader = loader_of(6, wide, in_memory=in_memory, size_of=lambda round, epoch: sizes[round, epoch])
+    for (round, epoch), size in sizes.items():
+        batches = list(loader.epoch(round, epoch))
+        assert {tuple(pixels.shape[2:]) for pixels, _ in batches} == {size}
+        alone = loader_of(6, replace(wide, size=size), in_memory=in_memory)
+        assert same(batches, list(alone.epoch(round, epoch)))
+
+
 def test_images_are_decoded_once_for_all_views() -> None:
     class Counting(list[np.ndarray]):
         def __getitem__(self, sample: Any) -> Any:

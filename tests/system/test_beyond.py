@@ -24,6 +24,7 @@ OPTIONS = {
     "schedule": SCHEDULE,
     "views": "--views 2",
     "neighbourhoods": "--ANs-size 3 --ANs-size-first 1 --ANs-reciprocal-first --ANs-every 1 --max-epoch 3",
+    "early size": "--early-size 6 --early-share 0.4",
     "entropy": "--entropy-loss 0.2 --views 2",
     "head and stage": "--head mlp --embed conv1",
     "view loss": f"--views 2 --view-loss 0.5 --random-horizontal-flip {SCHEDULE}",
@@ -36,6 +37,8 @@ REFUSED = {
     "--views 8": "--batch-size 8: the batch is divided among 1 processes, and each needs at least two images with 8",
     "--views 2 --batch-size 50": "24 training images with 2 views each are fewer than a batch of 50",
     "--ANs-size 2 --ANs-size-first 3": "ANs_size_first: 3 neighbours cannot grow to ANs_size 2; set it to 2 or less",
+    "--early-size 9": "early_size: 9 is larger than size: 8; set it lower",
+    "--early-size 2": "--network tiny: does not accept images of 2 x 2 pixels",
     "--lr-warmup-epochs 2": "lr_warmup_epochs: 2 leave nothing of the schedule, which covers 2 epochs",
 }
 

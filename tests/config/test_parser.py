@@ -19,7 +19,7 @@ from lib.errors import UsageError
 
 THIS_RUN = set(
     "cfgs session resume restart test_only debug brief print_args download export_features export_model compare "
-    "report export_neighbourhoods query".split()
+    "report export_table export_thumbnails query".split()
 )
 """Options that say what to do now; a repeated run does not repeat them."""
 

@@ -1,10 +1,7 @@
-"""The tables and pictures of who resembles whom, read back and held against plain loops."""
+"""The training images that resemble a picture: held against plain loops, and drawn."""
 
 from __future__ import annotations
 
-import csv
-import io
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,34 +17,18 @@ from PIL import Image
 import oracles
 from datasets import ImageSet
 from lib.errors import UsageError
-from lib.method.discovery import discover
-from lib.method.neighbourhoods import Neighbourhoods
 from lib.reporting import retrieval
 from lib.reporting.retrieval import (
     LINE,
-    NEVER,
     TILE,
-    became_anchor,
     describe,
     draw,
     query,
-    save_neighbourhoods,
 )
 from patches import blocks_of
 
 many = settings(max_examples=40, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
-ODD = [
-    "a,b.png",
-    'say "x".png',
-    "new\nline.png",
-    "cr\r.png",
-    "b/\udcff raw.png",
-    "=1+1.png",
-    "é 狗.png",
-    " ",
-    "x" * 200,
-]
 
 
 def images_of(
@@ -63,184 +44,13 @@ def dummies(samples: int, **known: Any) -> ImageSet:
     return ImageSet([np.zeros((2, 2, 3), np.uint8)] * samples, **known)
 
 
-def written(
-    path: Path, memory: np.ndarray, size: int, rounds: list[int], train: ImageSet, block: int = 2**20
-) -> list[list[str]]:
-    bank = torch.from_numpy(memory)
-    with blocks_of(block):
-        save_neighbourhoods(path, embeddings=bank, temperature=0.2, size=size, rounds=torch.tensor(rounds), train=train)
-    return list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8"), newline=""), strict=True))
-
-
-# The table of all.
-
-
-@many
-@given(st.integers(1, 12), st.integers(2, 5), seeds, st.integers(1, 15), st.integers(1, 60))
-def test_table_equals_plain_loops(
-    tmp_path_factory: pytest.TempPathFactory, samples: int, low_dim: int, seed: int, size: int, block: int
-) -> None:
-    memory = oracles.rows("random", samples, low_dim, seed)
-    rounds = [number % 4 - 1 for number in range(samples)]
-    path = tmp_path_factory.mktemp("table") / "out.csv"
-    header, *lines = written(path, memory, size, rounds, dummies(samples), block)
-    near = min(size, samples - 1)
-    columns = [f"{what}_{number}" for number in range(1, near + 1) for what in ("neighbour", "similarity")]
-    assert header == ["index", "entropy", "round", *columns]
-    assert [line[0] for line in lines] == [str(sample) for sample in range(samples)]
-    for sample, (_, entropy, round, *found) in enumerate(lines):
-        assert float(entropy) == pytest.approx(oracles.entropy(memory[sample], memory, 0.2), abs=1e-6)
-        assert round == ("" if rounds[sample] == -1 else str(rounds[sample]))
-        nearest = oracles.neighbours(memory, sample, size)
-        assert [int(cell) for cell in found[::2]] == nearest
-        similar = [oracles.dot(memory[sample], memory[j]) for j in nearest]
-        assert [float(cell) for cell in found[1::2]] == pytest.approx(similar, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("samples", "size", "message"), [(3, 1, "3 images, 1 neighbour"), (1200, 2, "1,200 images, 2 neighbours")]
-)
-def test_the_log_counts_images_and_neighbours(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    samples: int,
-    size: int,
-    message: str,
-) -> None:
-    monkeypatch.setattr(logging.getLogger("and"), "propagate", True)
-    caplog.set_level(logging.INFO, "and")
-    path = tmp_path / "out.csv"
-    written(path, oracles.rows("random", samples, 4, 0), size, [NEVER] * samples, dummies(samples))
-    assert caplog.messages == [f"neighbourhoods: {path} ({message} each; {path.stat().st_size:,} bytes)"]
-
-
-def test_file_and_class_names_of_any_script_are_shown(tmp_path: Path) -> None:
-    labels = np.array([2, 0, 1, 1, 0, 2, 2, 0, 1])
-    classes = ("=cmd", "b,é", 'c"\n')
-    train = dummies(9, names=ODD, labels=labels, classes=classes)
-    memory = oracles.rows("random", 9, 4, seed=1)
-    header, *lines = written(tmp_path / "out.csv", memory, 2, [NEVER] * 9, train)
-    assert header[:5] == ["index", "file", "class", "entropy", "round"]
-    escaped = {"=1+1.png": "'=1+1.png", "=cmd": "'=cmd"}  # no formulas to a spreadsheet
-    assert [line[1] for line in lines] == [escaped.get(name, name.replace("\udcff", "\\udcff")) for name in ODD]
-    assert [line[2] for line in lines] == [escaped.get(classes[label], classes[label]) for label in labels]
-    assert all(len(line) == len(header) for line in lines)
-
-
-def test_csv_follows_rfc_4180(tmp_path: Path) -> None:
-    memory = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, -0.8]])
-    written(tmp_path / "out.csv", memory, 2, [1, 0, NEVER], dummies(3, names=["a", "b", 'c"']))
-    first, *lines = (tmp_path / "out.csv").read_bytes().split(b"\r\n")
-    assert first.startswith(b'"index","file","entropy"') and lines.pop() == b""
-    assert lines[0].startswith(b'0,"a",') and lines[0].endswith(b",1,2,0.6,1,0.0")
-    assert lines[1].startswith(b'1,"b",') and lines[1].endswith(b",0,0,0.0,2,-0.8")
-    assert lines[2].startswith(b'2,"c""",') and lines[2].endswith(b',"",0,0.6,1,-0.8')
-
-
-@pytest.mark.parametrize("kind", ["equal", "zero"])
-def test_equal_and_zero_rows_have_neighbours(kind: str, tmp_path: Path) -> None:
-    memory = oracles.rows("equal", 5, 3, seed=1) * (kind == "equal")
-    _, *lines = written(tmp_path / "out.csv", memory, 9, [NEVER] * 5, dummies(5))
-    for sample, (_, entropy, _, *found) in enumerate(lines):
-        assert float(entropy) == pytest.approx(np.log(5), abs=1e-6)
-        assert sorted([str(sample), *found[::2]]) == list("01234")
-        assert {float(cell) for cell in found[1::2]} == {float(kind == "equal")}
-
-
-def test_neighbours_equal_those_of_a_discovery(tmp_path: Path) -> None:
-    """In float32, as in training."""
-    memory = oracles.rows("duplicates", 40, 6, seed=1).astype(np.float32)
-    _, *lines = written(tmp_path / "out.csv", memory, 1, [NEVER] * 40, dummies(40))
-    found = discover(torch.from_numpy(memory), temperature=0.2, anchors=20, size=1)
-    for anchor, near in zip(found.anchors.tolist(), found.neighbours[:, 0].tolist(), strict=True):
-        assert int(lines[anchor][3]) == near
-
-
-def test_failed_write_leaves_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Failing(list[str]):
-        def __getitem__(self, index: Any) -> Any:
-            if index == 3:
-                raise KeyboardInterrupt
-            return super().__getitem__(index)
-
-    memory = oracles.rows("random", 5, 3, seed=1)
-    with pytest.raises(KeyboardInterrupt):
-        written(tmp_path / "out.csv", memory, 1, [NEVER] * 5, dummies(5, names=Failing("abcde")))
-    assert list(tmp_path.iterdir()) == []
-
-    def full(descriptor: int) -> None:
-        assert next(tmp_path.glob("out.csv.*.part")).stat().st_size > 100 and not (tmp_path / "out.csv").exists()
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UsageError, match=r"out.csv: cannot be written: No space left on device; choose another path$"):
-        written(tmp_path / "out.csv", memory, 1, [NEVER] * 5, dummies(5))
-    assert list(tmp_path.iterdir()) == []
-
-
-# Where it may go.
-
-
-def test_check_accepts_a_valid_path_and_writes_nothing(tmp_path: Path) -> None:
-    for name in ("out.csv", "OUT.CSV", "\udcff.csv"):
-        retrieval.check(tmp_path / name)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("out.txt", r"--export-neighbourhoods .*out.txt: the file name must end in .csv$"),
-        ("csv", r"must end in .csv$"),
-        ("taken.csv", r"taken.csv: already exists; choose another name, or move the file away$"),
-        ("link.csv", r"link.csv: already exists"),
-        ("no/out.csv", r"the folder .*no does not exist; create it, or choose another folder$"),
-        ("x" * 252 + ".csv", r"cannot be written: File name too long; choose another name$"),
-        ("a\0b.csv", r"cannot be written: .*null"),
-    ],
-)
-def test_invalid_path_is_refused_in_a_sentence(name: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / "taken.csv").write_text("mine")
-    (tmp_path / "link.csv").symlink_to("nowhere")
-    with pytest.raises(UsageError, match=words):
-        retrieval.check(tmp_path / name)
-    assert (tmp_path / "taken.csv").read_text() == "mine"
-
-
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    memory = oracles.rows("random", 3, 3, seed=1)
-    for name in ("out.csv", "out.png"):
-        (tmp_path / name).write_text("mine")
-    with pytest.raises(UsageError, match=r"out.csv: already exists"):
-        written(tmp_path / "out.csv", memory, 1, [NEVER] * 3, dummies(3))
+def test_no_picture_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "out.png").write_text("mine")
     with pytest.raises(UsageError, match=r"out.png: already exists"):
         retrieval.save_picture(tmp_path / "out.png", Image.new("RGB", (2, 2)))
-    assert sorted(p.name for p in tmp_path.iterdir() if p.read_text() == "mine") == ["out.csv", "out.png"]
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["mine"]
 
 
-# The round of each anchor.
-
-
-def found(anchors: list[int], samples: int) -> Neighbourhoods:
-    others = [sample for sample in range(samples) if sample not in anchors]
-    position = torch.tensor(oracles.positions(anchors, samples))
-    near = torch.zeros(len(anchors), 1, dtype=torch.long)
-    return Neighbourhoods(torch.tensor(anchors), torch.tensor(others), position, near, torch.zeros(samples))
-
-
-@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2]])
-def test_first_round_as_an_anchor_is_reported(order: list[int]) -> None:
-    rounds = {0: [], 1: [4, 2], 2: [0, 2], 3: [1, 0, 4]}
-    nothing = Neighbourhoods.none(6)
-    given = [(round, found(rounds[round], 6) if rounds[round] else nothing) for round in order]
-    assert became_anchor(iter(given), 6).tolist() == [2, 3, 1, NEVER, 1, NEVER]
-    assert became_anchor([], 3).tolist() == [NEVER] * 3
-
-
-def test_anchors_of_other_data_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"^round 2: its anchors are of 5 samples, not 6; choose the data .*$"):
-        became_anchor([(1, found([1], 6)), (2, found([1], 5))], 6)
 
 
 # Looking up.
@@ -439,25 +249,3 @@ def test_the_picture_is_written_as_png(tmp_path: Path) -> None:
         assert read.format == "PNG" and read.mode == "RGB"
         assert read.tobytes() == picture.tobytes()
     assert [path.name for path in tmp_path.iterdir()] == ["found.png"]
-
-
-def test_names_in_the_table_are_no_spreadsheet_formulas(tmp_path: Path) -> None:
-    formulas = ["=1+1.png", "+a.png", "-a.png", "@a.png", "\ta.png", "\ra.png", "-inf", "+nan", "-1_0", "-5\n"]
-    names = [*formulas, "a=b.png", "-5", "1e5", "+.5E-3", "inf", "ü日本", 'a,"b"', "line\nbreak"]
-    bank = measure_rows(len(names))
-    images = np.zeros((len(names), 2, 2, 3), np.uint8)
-    train = images_of(images, names, np.arange(len(names)) % 2, ("=SUM(A1)", "plain"))
-    path = tmp_path / "table.csv"
-    rounds = torch.full((len(names),), retrieval.NEVER)
-    retrieval.save_neighbourhoods(path, embeddings=bank, temperature=0.1, size=1, rounds=rounds, train=train)
-    assert not path.read_bytes().startswith(b"\xef\xbb\xbf")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    escaped = [row["file"] for row in rows]
-    assert escaped == ["'" + name for name in formulas] + names[len(formulas) :]
-    assert [row["class"] for row in rows[:2]] == ["'=SUM(A1)", "plain"]
-
-
-def measure_rows(count: int) -> torch.Tensor:
-    rows = torch.randn(count, 4, generator=torch.Generator().manual_seed(0))
-    return torch.nn.functional.normalize(rows, dim=1)

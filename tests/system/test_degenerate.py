@@ -60,7 +60,7 @@ def test_degenerate_data_can_be_trained_on(
             Image.fromarray(draw(number)).save(path)
     session, out = tmp_path / "run", tmp_path / "neighbours.csv"
     words = [*RUN.split(), "--data-root", str(tmp_path / "photos"), "--sess-dir", str(tmp_path)]
-    assert main.main([*words, "--session", "run", "--export-neighbourhoods", str(out)]) == 0, capsys.readouterr().err
+    assert main.main([*words, "--session", "run", "--export-table", str(out)]) == 0, capsys.readouterr().err
     test = ["--resume", str(session), "--test-only", "--export-features", str(tmp_path / "all.npz")]
     assert main.main([*test, *([] if labelled else ["--protocol", "cluster", "graph"])]) == 0, capsys.readouterr().err
     shown = capsys.readouterr()

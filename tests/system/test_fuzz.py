@@ -270,7 +270,7 @@ MODES: list[dict[str, Any]] = [
     {"resume": "zip.ckpt"},
     {"resume": "session", "query": ["picture.png"]},
     {"test_only": True, "pretrained": "model.safetensors"},
-    {"export_features": "out.npz", "export_model": "out.safetensors", "export_neighbourhoods": "out.csv"},
+    {"export_features": "out.npz", "export_model": "out.safetensors", "export_table": "out.csv"},
 ]
 
 

@@ -286,7 +286,7 @@ LATEST_TWO = {"latest.ckpt", "previous.ckpt"}
 )
 def test_kept_checkpoints_follow_the_option(keep: str, kept: set[str], start: list[str], tmp_path: Path) -> None:
     table, again = tmp_path / "all.csv", tmp_path / "again.csv"
-    assert main.main([*start, "--session", "all", "--export-neighbourhoods", str(table)]) == 0
+    assert main.main([*start, "--session", "all", "--export-table", str(table)]) == 0
     assert main.main([*start, "--session", "kept", "--keep", keep]) == 0
     whole, session = (tmp_path / "sessions" / name for name in ("all", "kept"))
     assert {path.name for path in (session / "checkpoint").iterdir()} == LATEST_TWO | kept
@@ -294,7 +294,7 @@ def test_kept_checkpoints_follow_the_option(keep: str, kept: set[str], start: li
     for name in sorted(LATEST_TWO | kept):  # whatever is kept can be tested
         assert main.main(["--resume", str(session / "checkpoint" / name), "--test-only"]) == 0
     # reports and tables know the discoveries of all rounds
-    assert main.main(["--resume", str(session), "--test-only", "--export-neighbourhoods", str(again)]) == 0
+    assert main.main(["--resume", str(session), "--test-only", "--export-table", str(again)]) == 0
     assert again.read_bytes() == table.read_bytes()
     found = [checkpoint.discoveries(folder, content(folder), 24) for folder in (whole, session)]
     assert [number for number, _ in found[1]] == [1, 2]
@@ -439,8 +439,8 @@ def test_report_is_written_at_the_end_and_for_any_session(
 
 
 def test_exports_with_held_out_images_use_data_set_indices(start: list[str], photos: Path, tmp_path: Path) -> None:
-    features, table = tmp_path / "features.npz", tmp_path / "neighbours.csv"
-    words = ["--val-fraction", "0.25", "--export-features", str(features), "--export-neighbourhoods", str(table)]
+    features, table = tmp_path / "features.npz", tmp_path / "table.csv"
+    words = ["--val-fraction", "0.25", "--export-features", str(features), "--export-table", str(table)]
     assert main.main([*start, *words]) == 0
     names = sorted(str(path.relative_to(photos)) for path in photos.glob("train/*/*"))
     with np.load(features) as saved:
@@ -451,9 +451,11 @@ def test_exports_with_held_out_images_use_data_set_indices(start: list[str], pho
         assert len(saved["val_embeddings"]) == len(saved["val_labels"]) == len(val)
     with table.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["index"]) for row in rows] == train
-    assert all(row["file"] == names[int(row["index"])] for row in rows)
-    assert {int(row["neighbour_1"]) for row in rows} <= set(train)
+    split = {name: [row for row in rows if row["split"] == name] for name in ("train", "val", "test")}
+    assert [int(row["index"]) for row in split["train"]] == train
+    assert [int(row["index"]) for row in split["val"]] == val and len(split["test"]) == 8
+    assert all(row["file"] == names[int(row["index"])] for row in split["train"] + split["val"])
+    assert {id for row in rows for id in json.loads(row["neighbours"])} <= set(range(len(train)))
 
 
 class DeviceTensor(torch.Tensor):
@@ -479,8 +481,8 @@ def test_a_run_on_a_gpu_ends_with_its_report_and_exports(
     monkeypatch.setattr(
         outputs, "finish", lambda context, recorder, final, *more: finish(context, recorder, on_device(final), *more)
     )
-    out = [tmp_path / name for name in ("features.npz", "net.safetensors", "neighbours.csv")]
-    exports = ["--export-features", "--export-model", "--export-neighbourhoods"]
+    out = [tmp_path / name for name in ("features.npz", "net.safetensors", "table.csv")]
+    exports = ["--export-features", "--export-model", "--export-table"]
     words = [word for pair in zip(exports, map(str, out), strict=True) for word in pair]
     assert main.main([*start, "--report", *words]) == 0
     assert (session_in(tmp_path) / "report.html").is_file() and all(path.is_file() for path in out)
@@ -509,13 +511,16 @@ def test_identical_images_are_found_by_query_and_in_the_table(
             twin = path.with_name(f"twin-of-{path.name}")
             shutil.copy(path, twin)
             pairs |= {path: twin, twin: path}
-    out = tmp_path / "neighbours.csv"
-    assert main.main([*start, "--export-neighbourhoods", str(out)]) == 0
+    out = tmp_path / "table.csv"
+    assert main.main([*start, "--export-table", str(out)]) == 0
     with out.open(newline="", encoding="utf-8") as file:
-        rows = {row["index"]: row for row in csv.DictReader(file)}
-    nearest = {row["file"]: (rows[row["neighbour_1"]]["file"], float(row["similarity_1"])) for row in rows.values()}
+        rows = list(csv.DictReader(file))
+    of_file = {row["file"]: row for row in rows}
     for path, twin in pairs.items():
-        assert nearest[str(path.relative_to(photos))] == (str(twin.relative_to(photos)), pytest.approx(1, abs=1e-5))
+        row, other = (of_file[str(image.relative_to(photos))] for image in (path, twin))
+        assert rows[json.loads(row["neighbours"])[0]] is other
+        assert float(row["nearest_distance"]) == pytest.approx(0, abs=1e-5)
+        assert (row["copy_of"] or row["id"]) == (other["copy_of"] or other["id"])
     capsys.readouterr()
     assert main.main(["--resume", str(session_in(tmp_path)), "--query", *map(str, pairs)]) == 0
     tables = capsys.readouterr().out.split("\n\n")
@@ -555,20 +560,22 @@ def test_failed_export_does_not_prevent_the_others(
 
     monkeypatch.setattr(export, "save_features", fail)
     features, weights, table = tmp_path / "a.npz", tmp_path / "a.safetensors", tmp_path / "a.csv"
-    words = ["--export-features", features, "--export-model", weights, "--export-neighbourhoods", table]
+    words = ["--export-features", features, "--export-model", weights, "--export-table", table]
     assert "the features cannot be written" in refused([*start, *map(str, words)], capsys)
     assert weights.is_file() and table.is_file() and not features.exists()
 
 
-def test_neighbourhoods_are_exported_and_pictures_are_queried(
+def test_the_table_knows_the_rounds_and_pictures_are_looked_up(
     photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "neighbours.csv"
-    assert main.main([*start, "--export-neighbourhoods", str(out)]) == 0
+    out = tmp_path / "table.csv"
+    assert main.main([*start, "--export-table", str(out)]) == 0
     session = session_in(tmp_path)
     with out.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        everything = list(csv.DictReader(file))
+    rows = [row for row in everything if row["split"] == "train"]
     assert [row["file"] for row in rows] == sorted(str(p.relative_to(photos)) for p in photos.glob("train/*/*"))
+    assert all(row["round"] == "" for row in everything[len(rows) :]) and len(everything) == len(rows) + 8
     found = {
         kept["round"]: set(kept["ANs_discovery"]["anchor_indexes"].tolist())
         for path in (session / "checkpoint").glob("0*.ckpt")
@@ -579,7 +586,7 @@ def test_neighbourhoods_are_exported_and_pictures_are_queried(
         assert row["round"] == (str(rounds[0]) if rounds else "")
     assert len({row["round"] for row in rows}) > 1
     again = tmp_path / "again.csv"
-    assert main.main(["--resume", str(session), "--test-only", "--export-neighbourhoods", str(again)]) == 0
+    assert main.main(["--resume", str(session), "--test-only", "--export-table", str(again)]) == 0
     assert again.read_bytes() == out.read_bytes()
     picture = photos / "test" / "dark" / "0.png"
     capsys.readouterr()

@@ -232,11 +232,14 @@ def _export_table(context: RunContext, loaded: Checkpoint, folder: Path | None, 
     for name, split in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
         if split:
             labels = np.full(len(split), table.NEVER) if split.labels is None else split.labels
-            found = features.extract(context.embedder, context.loader(split, train=False), f"{name} embeddings")
+            if split is splits.train:
+                found = context.train_embeddings()
+            else:
+                found = features.extract(context.embedder, context.loader(split, train=False), f"{name} embeddings")
             parts.append(table.Split(name, split, found.float().cpu().numpy(), labels))
-    classes = splits.train.classes
-    if splits.labelled is not None and splits.labelled.labels is not None:
-        parts[0].labels[splits.labelled.indices], classes = splits.labelled.labels, splits.labelled.classes
+    classes = next((s.classes for s in (splits.train, splits.labelled, splits.test) if s and s.classes), ())
+    if splits.labelled is not None:
+        parts[0].labels[splits.labelled.indices] = splits.labelled.labels
     rounds = table.became_anchor(checkpoint.discoveries(folder, loaded, len(splits.train)), len(splits.train))
     images = [part.images.images for part in parts] if context.options.export_thumbnails else None
     table.save(path, table.columns(parts, classes, rounds, context.options), images)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,8 +48,6 @@ def test_no_picture_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"out.png: already exists"):
         retrieval.save_picture(tmp_path / "out.png", Image.new("RGB", (2, 2)))
     assert [p.read_text() for p in tmp_path.iterdir()] == ["mine"]
-
-
 
 
 # Looking up.

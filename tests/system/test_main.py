@@ -129,6 +129,7 @@ def test_a_run_leaves_the_documented_files(
         assert line in log
 
 
+@pytest.mark.slow
 def test_partly_labelled_images_are_trained_on_and_evaluated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -141,7 +141,8 @@ def save_model(path: Path, network: torch.nn.Module, options: Options, *, means:
     with new_files(_configuration(path), path) as (configuration, model):
         configuration.write(text.encode("utf-8"))
         model.write(content)
-    _report("model", path, f"{options.network}, embedding size {options.low_dim}")
+    stage = "" if options.embed == "fc" else f", for --embed {options.embed}"
+    _report("model", path, f"{options.network}, embedding size {options.low_dim}{stage}")
     _report("options of the model", _configuration(path), "for --cfgs")
 
 

@@ -80,7 +80,7 @@ class Staged(torch.nn.Module):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_pooled_stage_is_its_mean_over_the_positions_with_unit_length(training: bool) -> None:
+def test_pooled_stage_is_its_mean_over_positions_with_unit_length(training: bool) -> None:
     net, batches = Staged().train(training), Shuffled()
     found = extract(embedder(net, "conv1"), batches, "features")
     for image, row in zip(batches.images.double(), found, strict=True):

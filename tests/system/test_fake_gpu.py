@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,24 +14,30 @@ import torch
 import torch.distributed as dist
 
 import models
+from datasets import ImageSet, Splits
 from fake_cuda import CUDA, Trace, trace
 from lib.config.options import Options
 from lib.data import loader as loader_module
-from lib.data.augmentation import Augmentation
+from lib.data.augmentation import Augmentation, for_testing
 from lib.data.loader import Loader
 from lib.distributed import data_parallel
 from lib.distributed.processes import Ranks
 from lib.distributed.sharded import ShardedRows
 from lib.distributed.signals import GPU_STEPS
-from lib.evaluation import classifier, features, knn, linear_probe
+from lib.evaluation import classifier, clustering, evaluate, features, knn, linear_probe
+from lib.evaluation.evaluate import EvaluationInputs
 from lib.method import diagnostics, discovery
 from lib.method.memory_bank import MemoryBank
 from lib.method.neighbourhoods import Neighbourhoods, consistency
 from lib.method.terms import PAPER_TERMS, build
-from lib.reporting import retrieval
+from lib.reporting import outputs, page, retrieval, session_data
+from lib.reporting.report_data import ReportData
+from lib.session import metrics
+from lib.training import checkpoint
 from lib.training.checkpoint import TrainingState
 from lib.training.optim import build_optimizer
 from lib.training.rehearsal import rehearse
+from lib.training.setup import RunContext
 from lib.training.trainer import NonFiniteCheck, Trainer
 
 SAMPLES, LOW_DIM, BATCH = 50_000, 128, 128
@@ -64,13 +71,15 @@ def rows_of(samples: int, ranks: Ranks) -> ShardedRows:
     return ShardedRows(empty(ranks.shard_sizes(samples)[ranks.rank], LOW_DIM), samples, ranks)
 
 
-def state_of(ranks: Ranks, *, anchors: int = SAMPLES // 4, optimizer: str = "SGD", **options: Any) -> TrainingState:
+def state_of(
+    ranks: Ranks, *, anchors: int = SAMPLES // 4, samples: int = SAMPLES, optimizer: str = "SGD", **options: Any
+) -> TrainingState:
     with torch.device(CUDA):
         network = models.build("resnet18", low_dim=LOW_DIM)
-    bank = MemoryBank(SAMPLES, LOW_DIM, temperature=0.1, momentum=0.5, seed=0, device=CUDA, ranks=ranks)
+    bank = MemoryBank(samples, LOW_DIM, temperature=0.1, momentum=0.5, seed=0, device=CUDA, ranks=ranks)
     long = partial(empty, dtype=torch.long)
     neighbourhoods = Neighbourhoods(
-        long(anchors), long(SAMPLES - anchors), long(SAMPLES), long(anchors, 1), empty(SAMPLES)
+        long(anchors), long(samples - anchors), long(samples), long(anchors, 1), empty(samples)
     )
     stepper = getattr(torch.optim, optimizer)(network.parameters(), lr=0.03, **options)
     return TrainingState(network, stepper, bank, neighbourhoods, 0, round=1, total=torch.zeros((), device=CUDA))
@@ -295,6 +304,119 @@ def test_linear_probe_waits_only_for_accuracies(monkeypatch: pytest.MonkeyPatch)
 def test_queries_come_to_the_host_once() -> None:
     found = trace(lambda: retrieval.query(empty(3, LOW_DIM), empty(SAMPLES, LOW_DIM), 10))
     assert found.waits == {"cuda to cpu at reporting/retrieval.py query": 2}  # indices and similarities
+
+
+TRAIN, TESTS, CLASSES = 400, 120, 10
+
+
+@pytest.fixture
+def on_host(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the tensors that became arrays: fake ones, without values, which have to be on the host."""
+    shapes: list[tuple[int, ...]] = []
+
+    def array(tensor: torch.Tensor) -> np.ndarray:
+        assert tensor.device.type == "cpu"
+        shapes.append(tuple(tensor.shape))
+        return np.zeros(tensor.shape, np.float32 if tensor.is_floating_point() else np.int64)
+
+    monkeypatch.setattr(torch.Tensor, "numpy", array)
+    monkeypatch.setattr(linear_probe, "STEPS", (1, 8))
+    monkeypatch.setattr("lib.data.loader._prefetch", lambda batches, *arguments: batches)
+    monkeypatch.setattr(dist, "send", lambda *arguments: None)
+    return shapes
+
+
+def context_of(options: Options, ranks: Ranks, *, labels: bool = True, memory: Any = None) -> RunContext:
+    """As ``prepare`` makes it: images and labels are arrays; a checkpoint's memory bank is in host memory."""
+    draw = np.random.default_rng(0)
+    train, test = (
+        ImageSet(
+            draw.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8),
+            draw.integers(0, CLASSES, count) if labels else None,
+            tuple("abcdefghij") if labels else (),
+        )
+        for count in (TRAIN, TESTS)
+    )
+    with torch.device(CUDA):
+        network = models.build("resnet10-w16", low_dim=LOW_DIM)
+    colours = (0.5,) * 3, (0.2,) * 3
+    augmentations = AUGMENTATION, for_testing(options, *colours)
+    loaded = {"npc": {"memory": memory}} if memory is not None else {}
+    return RunContext(options, Splits(train, test), colours, augmentations, CUDA, network, None, loaded, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", [True, False])
+def test_evaluation_waits_for_features_and_accuracies_only(
+    labels: bool, ranks: Ranks, on_host: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All protocols. k-means runs on the host: its input is an array."""
+    clustered: list[tuple[int, ...]] = []
+
+    def cluster(embeddings: np.ndarray, *arguments: Any, **named: Any) -> clustering.Clustering:
+        clustered.append(embeddings.shape)
+        return clustering.Clustering("k-means", np.zeros(len(embeddings)), {})
+
+    monkeypatch.setattr(clustering, "cluster", cluster)
+    ranks = ranks if ranks.size == 1 else Ranks(0, ranks.size)  # rank 0, which clusters
+    monkeypatch.setattr(dist, "recv", lambda *arguments: None)
+    protocols = ("knn", "nn", "linear", "cluster") if labels else ("cluster", "knn")
+    options = Options(protocol=protocols, linear_layers=("conv5", "fc"), seed=0, size=32, resize=32)
+
+    def given() -> EvaluationInputs:
+        memory = torch.empty(TRAIN, LOW_DIM)
+        context = context_of(options, ranks, labels=labels, memory=memory)
+        return outputs._evaluation_inputs(context)
+
+    found = trace(lambda inputs: evaluate.evaluate(inputs, options), given)
+    gathering = "evaluation/evaluate.py evaluate" if ranks.size == 1 else "distributed/sharded.py gather_to_rank0"
+    bank = "scatter" if ranks.size == 1 else "copy_from_rank0"
+    expected = {
+        "cuda to cpu at evaluation/linear_probe.py extract_stages",  # the features of each batch
+        "cpu to cuda at evaluation/evaluate.py _features",  # the embeddings among them
+        f"cpu to cuda at distributed/sharded.py {bank}",  # the checkpoint's memory bank
+        "_local_scalar_dense at evaluation/knn.py top_k_accuracy",
+        "cpu to cuda at evaluation/linear_probe.py <genexpr>",  # mean and deviation
+        "cpu to cuda at evaluation/linear_probe.py probe",  # its batches
+        "cpu to cuda at evaluation/linear_probe.py _accuracy",
+        "cuda to cpu at evaluation/linear_probe.py _accuracy",
+    }
+    health = {wait for wait in found.waits if "method/diagnostics.py" in wait}  # a test of their own
+    assert bool(health) is not labels
+    assert set(found.waits) - health == {f"cuda to cpu at {gathering}", *(expected if labels else ())}
+    assert clustered == [(TRAIN, LOW_DIM)]
+    assert len(found.result) == (7 if labels else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_final", [False, True])
+def test_report_gets_arrays_of_the_host(
+    is_final: bool, on_host: list[tuple[int, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a checkpoint that was read, and after training from the state itself, which is on the GPU."""
+    written: list[ReportData] = []
+    monkeypatch.setattr(page, "write", lambda data, folder: written.append(data))
+    monkeypatch.setattr(metrics, "read", lambda folder: [{"round": 0, "epoch": 0}])
+    monkeypatch.setattr(session_data, "find_collapse", lambda *arguments, **named: "")
+    options = Options(seed=0, size=32, resize=32)
+
+    def given() -> tuple[RunContext, dict[str, Any]]:
+        context = context_of(options, Ranks())
+        state = state_of(Ranks(), anchors=100, samples=TRAIN)
+        state.epoch = 1
+        content = state.checkpoint("resnet18", "")
+        return context, content if is_final else checkpoint.copy_to_host(content)
+
+    found = trace(lambda both: outputs.write_report(both[0], tmp_path, both[1]), given)
+    assert found.waits == {
+        "cpu to cuda at training/setup.py placed": 2,  # training and test images
+        "cpu to cuda at evaluation/classifier.py __init__": 2,  # their labels
+        "cuda to cpu at reporting/outputs.py write_report": 2,  # their embeddings
+        **({"cuda to cpu at method/neighbourhoods.py <genexpr>": 5} if is_final else {}),  # what a discovery found
+    }
+    (data,) = written
+    assert data.tested and isinstance(data.features, np.ndarray) and isinstance(data.rounds[0].neighbours, np.ndarray)
+    assert {(TRAIN, LOW_DIM), (TESTS, LOW_DIM), (100, 1)} <= set(on_host)
 
 
 def test_prefetching_uses_one_stream_in_all_epochs(monkeypatch: pytest.MonkeyPatch) -> None:

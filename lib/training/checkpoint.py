@@ -75,10 +75,7 @@ class TrainingState:
         """The state as tensors and plain containers. Call it on every rank; only rank 0's has the memory bank."""
         device = self.bank.memory.device
         return {
-            "net": {
-                saved_name(name, network_name, device): value.contiguous()
-                for name, value in self.network.state_dict().items()
-            },
+            "net": {saved_name(name, network_name, device): value for name, value in self.network.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "ANs_discovery": self.neighbourhoods.state_dict(),
             "npc": self.bank.state_dict(),
@@ -176,11 +173,15 @@ def saved_name(name: str, network_name: str, device: torch.device) -> str:
 def save(content: Checkpoint, path: Path) -> None:
     """Writes a checkpoint atomically and appends its checksum. An existing latest.ckpt becomes previous.ckpt.
 
+    Weights are written in the contiguous layout, as the reference has them. That is done here and not for each copy
+    in memory, most of which are never written.
+
     Raises:
         OSError: the file cannot be written.
     """
     if path.name == LATEST and path.exists():
         hard_link(path, path.with_name(PREVIOUS))
+    content = {**content, "net": {name: value.contiguous() for name, value in content["net"].items()}}
     with atomic_write(path) as file:
         try:
             # the only format that PyTorch 1.0, which the reference uses, can read

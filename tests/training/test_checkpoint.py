@@ -855,7 +855,12 @@ def test_saved_loss_scale_is_ignored_without_mixed_precision(tmp_path: Path) -> 
     assert not restored.scaler.is_enabled()
 
 
-def test_pretrained_are_saved_contiguous_whatever_their_layout() -> None:
-    state = state_of()
+def test_weights_are_saved_contiguous_whatever_their_layout(tmp_path: Path) -> None:
+    state, path = state_of(), tmp_path / "a.ckpt"
     state.network.to(memory_format=torch.channels_last)
-    assert all(value.is_contiguous() for value in state.checkpoint("small", "")["net"].values())
+    content = state.checkpoint("small", "")
+    assert not all(value.is_contiguous() for value in content["net"].values())
+    for each in (content, checkpoint.copy_to_host(content)):
+        checkpoint.save(each, path)
+        saved = checkpoint.load(path)["net"]
+        assert all(value.is_contiguous() and torch.equal(value, content["net"][name]) for name, value in saved.items())

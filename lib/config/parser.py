@@ -21,6 +21,8 @@ from lib.config.options import Options
 from lib.errors import UsageError
 
 T = TypeVar("T")
+NUMBERS_OF_VALUES = {"missing": "too few values", "too_long": "too many values"}
+"""Type of pydantic's error -> what is wrong."""
 
 
 def flag(name: str) -> str:
@@ -214,7 +216,7 @@ def validated(values: Mapping[str, Any], origin: Mapping[str, str]) -> Options:
         problems: dict[str, list[str]] = {}
         for error in failure.errors():
             name = str(error["loc"][0]) if error["loc"] else ""
-            text = error["msg"].removeprefix("Value error, ")
+            text = NUMBERS_OF_VALUES.get(error["type"], error["msg"]).removeprefix("Value error, ")
             text = text if name == "" else text[:1].lower() + text[1:]
             if text not in problems.setdefault(name, []):
                 problems[name].append(text)

@@ -541,3 +541,9 @@ def test_help_shows_choices_without_python_types() -> None:
     text = parser().format_help()
     assert "--amp {bf16,fp16}" in text and "--lr-policy {step,fixed,multistep,cosine}" in text
     assert "typing." not in text and "<class" not in text
+
+
+@pytest.mark.parametrize(("words", "wrong"), [(".4 .4 .4", "too few values"), (".4 .4 .4 .4 .4", "too many values")])
+def test_wrong_number_of_strengths_is_named_with_what_they_are(words: str, wrong: str) -> None:
+    with pytest.raises(UsageError, match=f"colorjitter: {wrong}, got .* brightness, contrast, saturation and hue"):
+        read_options(["--colorjitter", *words.split()])

@@ -21,7 +21,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +69,24 @@ def pool(maps: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
+def check_stages(network: torch.nn.Module, layers: Sequence[str], size: tuple[int, int]) -> None:
+    """Raises UsageError if the network, on the CPU, has no stage of one of the names ``layers``.
+
+    It embeds one black image of ``size`` (h, w).
+    """
+    was_training = network.training
+    network.eval()
+    stages = network.stages(torch.zeros(1, 3, *size))  # type: ignore[operator]
+    network.train(was_training)
+    _check_names(layers, stages)
+
+
+def _check_names(layers: Sequence[str], stages: Iterable[str]) -> None:
+    if missing := [layer for layer in layers if layer not in stages]:
+        raise UsageError(f"--linear-layers: the network has no stage {missing[0]}; its stages are {', '.join(stages)}")
+
+
+@torch.no_grad()
 def extract_stages(
     network: torch.nn.Module, batches: Batches, layers: Sequence[str], what: str
 ) -> dict[str, torch.Tensor]:
@@ -94,10 +112,7 @@ def extract_stages(
     try:
         for images, index in progress(batches.epoch(), what, "batch", total=len(batches)):
             stages = stages_of(images)
-            if missing := [layer for layer in layers if layer not in stages]:
-                raise UsageError(
-                    f"--linear-layers: the network has no stage {missing[0]}; its stages are {', '.join(stages)}"
-                )
+            _check_names(layers, stages)
             for layer in layers:
                 features = pool(stages[layer]).float().cpu()
                 if layer not in found:

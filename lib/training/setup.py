@@ -28,7 +28,7 @@ from lib.distributed import consensus, device, launch
 from lib.distributed.processes import Ranks
 from lib.distributed.sharded import ShardedRows
 from lib.errors import UsageError
-from lib.evaluation import features
+from lib.evaluation import features, linear_probe
 from lib.evaluation.classifier import Accuracy, Evaluator
 from lib.seeding import Stream
 from lib.session.console import logger, progress
@@ -182,6 +182,8 @@ def assemble(
     assert options.seed is not None
     torch.manual_seed(seeding.seed_for(options.seed, Stream.WEIGHTS))  # for the initial weights
     network = build_network(options, load=not source)
+    if "linear" in options.protocol:  # here, and not at the test after days of training
+        linear_probe.check_stages(network, options.linear_layers, height_and_width(options.size))
     splits = load_data(options)
     means_and_stds = options.means or data_source.means, options.stds or data_source.stds
     layout = device.memory_format(options, place)

@@ -1,13 +1,17 @@
 """Operations that one training step would launch on a GPU: ResNet18 at 32x32, batch 128.
 
 At 32 pixels a GPU computes faster than the host can launch kernels, so their number counts. Views are left out. The
-operations are counted on a CPU, so the numbers are the same on every machine; ``--compile`` fuses those of the network.
+operations are counted on a CPU, so the numbers are the same everywhere. ``--compile`` fuses them: then the loops and
+library calls are counted that PyTorch's compiler plans for a CPU; the loops are left empty.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -17,6 +21,7 @@ import models
 from benchmarks import measure
 from benchmarks.augmentation import PAPER
 from lib.data.augmentation import NUM_RANDOM
+from lib.data.compiled_augmentation import CompiledAugmentation
 from lib.method.loss import neighbourhood_loss
 from lib.method.memory_bank import MemoryBank
 
@@ -32,24 +37,65 @@ def run(repeats: int, device: torch.device) -> str:
     network, index = models.build("resnet18", low_dim=LOW_DIM), torch.arange(BATCH)
     bank = MemoryBank(SAMPLES, LOW_DIM, temperature=TAU, momentum=0.5, seed=0, device="cpu")
     neighbourhoods = torch.stack([index, index.flip(0)], dim=1)
-    rows = []
+    plain, compiled = Counter[str](), Counter[str]()
 
-    def count(part: str, work: Callable[[], Any]) -> Any:
-        with _Counter() as counter:
+    def step(
+        found: Counter[str],
+        counter: Any,
+        augment: Callable[..., Any],
+        embed: Callable[..., Any],
+        loss: Callable[..., Any],
+    ) -> None:
+        def count(part: str, work: Callable[[], Any]) -> Any:
+            before = counter.operations
             result = work()
-        rows.append((part, counter.operations))
-        return result
+            found[part] += counter.operations - before
+            return result
 
-    inputs = count("augmentation", lambda: PAPER(images, draw.random((BATCH, NUM_RANDOM))))
-    embeddings = count("network, forward", lambda: network(inputs))
-    loss = count("loss", lambda: neighbourhood_loss(embeddings, bank.rows, neighbourhoods, temperature=TAU))
-    count("backward", loss.backward)
-    count("bank update", lambda: bank.update(embeddings.detach(), index))
+        both = "network, forward and backward"
+        inputs = count("augmentation", lambda: augment(images, draw.random((BATCH, NUM_RANDOM))))
+        embeddings = count(both, lambda: embed(inputs))
+        value = count("loss", lambda: loss(embeddings, bank.rows, neighbourhoods, temperature=TAU))
+        count(both, value.backward)
+
+    with _Counter() as counter:
+        step(plain, counter, PAPER, network, neighbourhood_loss)
+    with _Planned() as planned:
+        parts = CompiledAugmentation(**vars(PAPER)), torch.compile(network), torch.compile(neighbourhood_loss)
+        step(compiled, planned, *parts)
+    rows_of_batch = torch.randn(BATCH, LOW_DIM)
+    with _Counter() as counter:
+        bank.update(rows_of_batch, index)
+    plain["bank update"] = counter.operations
     for name, fused in (("optimiser, fused as on a GPU", True), ("optimiser, not fused", False)):
         optimizer = torch.optim.SGD(network.parameters(), lr=0.03, momentum=0.9, nesterov=True, fused=fused)
         optimizer.step()
-        count(name, optimizer.step)
-    return measure.table(["part of a step", "operations"], rows)
+        with _Counter() as counter:
+            optimizer.step()
+        plain[name] = counter.operations
+    rows = [(part, operations, compiled.get(part, operations)) for part, operations in plain.items()]
+    return measure.table(["part of a step", "operations", "with `--compile`"], rows)
+
+
+class _Planned(ExitStack):
+    """Counts what PyTorch's compiler plans, loops and library calls; the loops that it makes do nothing."""
+
+    def __init__(self) -> None:
+        from torch._inductor import config
+        from torch._inductor.async_compile import AsyncCompile
+        from torch._inductor.scheduler import NopKernelSchedulerNode, Scheduler
+
+        super().__init__()
+        self.operations = 0
+        codegen = Scheduler.codegen
+
+        def counted(scheduler: Scheduler) -> None:
+            self.operations += sum(not isinstance(node, NopKernelSchedulerNode) for node in scheduler.nodes)
+            codegen(scheduler)
+
+        self.enter_context(config.patch(force_disable_caches=True))
+        self.enter_context(mock.patch.object(Scheduler, "codegen", counted))
+        self.enter_context(mock.patch.object(AsyncCompile, "cpp_pybinding", lambda *code: lambda *arguments: None))
 
 
 class _Counter(TorchDispatchMode):

@@ -322,7 +322,9 @@ class Options(BaseModel):
     )
     tf32: Switch = _option(False, "training", "allow TF32 in matrix products and convolutions on GPUs that support it")
     compile: Switch = _option(
-        False, "training", "compile the network with torch.compile: a slower start, and faster steps on most GPUs"
+        False,
+        "training",
+        "compile augmentation, network and loss with torch.compile: a slower start, and faster steps on most GPUs",
     )
     deterministic: Switch = _option(
         False,

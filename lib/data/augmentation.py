@@ -29,7 +29,7 @@ GREY, FLIP = 30, 31
 """Which of the random numbers are used for what."""
 LUMA = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in greyscale, as in torchvision."""
-SECTORS = np.array([[5 / 6 + 1], [3 / 6 + 1], [1 / 6 + 1]])
+SECTORS = (5 / 6 + 1, 3 / 6 + 1, 1 / 6 + 1)
 """n / 6 + 1 of red, green and blue in ``shift_hue``."""
 CONTRAST, SATURATION, HUE = 1, 2, 3  # adjustments in torchvision's order; 0 is brightness
 
@@ -165,14 +165,19 @@ class Augmentation:
         if is_identity and not flipped.any():
             return images.permute(0, 3, 1, 2).float().div_(255).contiguous()
         numbers = to_device(np.concatenate([windows.reshape(batch, 8), flipped[:, None]], axis=1), images)
+        return self._sample(images, numbers, flips=bool(flipped.any()))
+
+    def _sample(self, images: torch.Tensor, numbers: torch.Tensor, *, flips: bool) -> torch.Tensor:
+        """The two products of ``_resample``: ``numbers`` (B, 9) are the windows and, where ``flips``, the flips."""
+        batch, height, width, _ = images.shape
         if height == width and self.size[0] == self.size[1]:  # half of the operations
             both = _weights(numbers[:, :8].reshape(2 * batch, 4), height, self.size[0])
             down, across = both.view(batch, 2, self.size[0], height).unbind(1)
         else:
             down = _weights(numbers[:, :4], height, self.size[0])  # (B, h, H)
             across = _weights(numbers[:, 4:8], width, self.size[1])  # (B, w, W)
-        down.div_(255)
-        if flipped.any():
+        down = down / 255  # not in place: for a view of varying size torch.compile would fix the size
+        if flips:
             across = torch.where(numbers[:, 8, None, None] > 0, across.flip(1), across)
         rows = torch.bmm(down, images.float().reshape(batch, height, width * 3))  # (B, h, W * 3)
         rows = rows.view(batch, self.size[0], width, 3).permute(0, 3, 1, 2)  # (B, 3, h, W)
@@ -279,15 +284,36 @@ def jitter_of(
     return low + random_numbers[:, FACTORS] * (high - low), random_numbers[:, ORDER].argsort(axis=1)
 
 
+def mixing_weights(
+    strengths: tuple[float, float, float, float], random_numbers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The colour jitter as weights of ``mix``.
+
+    Brightness, contrast and saturation follow one formula: clamp(f * colour + (1 - f) * other, 0, 1), where other is
+    black, the mean grey of the image, or the grey of the pixel.
+
+    Args:
+        strengths: s of brightness, contrast, saturation and hue.
+        random_numbers: (B, ``NUM_RANDOM``), uniform in [0, 1).
+
+    Returns:
+        (B, 3, 3) for each of these three adjustments, in the order of application, the weights of colour, mean grey
+        and grey; (B, 1) the hue shift; (B,) the number q of the three that come before it.
+    """
+    values, order = jitter_of(strengths, random_numbers)
+    kind = order[order != HUE].reshape(len(order), 3)  # (B, 3), in the order of application
+    factor = np.take_along_axis(values, kind, axis=1)
+    mixed = np.stack([factor, (1 - factor) * (kind == CONTRAST), (1 - factor) * (kind == SATURATION)], axis=2)
+    return mixed, values[:, HUE:], (order == HUE).argmax(axis=1)
+
+
 def jitter(
     images: torch.Tensor, strengths: tuple[float, float, float, float], random_numbers: np.ndarray
 ) -> torch.Tensor:
     """Adjusts brightness, contrast, saturation and hue in a random order per image, as torchvision's ``ColorJitter``.
 
-    Brightness, contrast and saturation follow one formula: clamp(f * colour + (1 - f) * other, 0, 1), where other is
-    black, the mean grey of the image, or the grey of the pixel. The images are sorted by the number q of these three
-    adjustments that come before the hue shift. So each adjustment runs on consecutive images, and the hue shift on all
-    of them at once: few operations, which a GPU at small images needs.
+    The images are sorted by the number q of adjustments that come before the hue shift. So each adjustment runs on
+    consecutive images, and the hue shift on all of them at once: few operations, which a GPU at small images needs.
 
     Args:
         images: RGB (B, 3, P) in [0, 1].
@@ -297,32 +323,28 @@ def jitter(
     Returns:
         (B, 3, P); ``images`` stays as it is.
     """
-    values, order = jitter_of(strengths, random_numbers)
-    before_hue = (order == HUE).argmax(axis=1)  # (B,), q
+    mixed, hue, before_hue = mixing_weights(strengths, random_numbers)
     by_q = before_hue.argsort(kind="stable")
     first_with = np.searchsorted(before_hue[by_q], np.arange(4))  # the first image with q or more
-    kind = order[order != HUE].reshape(len(order), 3)[by_q]  # (B, 3), in the order of application
-    factor = np.take_along_axis(values[by_q], kind, axis=1)
-    mixed = np.stack([factor, (1 - factor) * (kind == CONTRAST), (1 - factor) * (kind == SATURATION)])  # (3, B, 3)
-    numbers = to_device(np.concatenate([mixed.transpose(1, 2, 0).reshape(-1, 9), values[by_q, HUE:]], axis=1), images)
+    numbers = to_device(np.concatenate([mixed.reshape(-1, 9), hue], axis=1)[by_q], images)
     images = images[to_device(by_q, images)]
     for number in range(3):
-        _mix(images[first_with[number + 1] :], numbers[first_with[number + 1] :, 3 * number : 3 * number + 3])
+        mix(images[first_with[number + 1] :], numbers[first_with[number + 1] :, 3 * number : 3 * number + 3])
     if strengths[HUE]:
-        images = shift_hue(images, numbers[:, 9:])
+        images = shift_hue(images, numbers[:, 9:], to_device(np.array(SECTORS), images))
     for number in range(3):
-        _mix(images[: first_with[number + 1]], numbers[: first_with[number + 1], 3 * number : 3 * number + 3])
+        mix(images[: first_with[number + 1]], numbers[: first_with[number + 1], 3 * number : 3 * number + 3])
     return images[to_device(by_q.argsort(), images)]
 
 
-def _mix(images: torch.Tensor, weights: torch.Tensor) -> None:
+def mix(images: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Images (b, 3, P) weighted with their mean grey and grey: weights (b, 3) of the three; in place."""
     if not len(images):
-        return
+        return images
     own, of_mean, of_grey = weights[:, :, None, None].unbind(1)  # (b, 1, 1)
     grey = luma(images)  # (b, 1, P)
     mean = grey.mean(dim=2, keepdim=True)
-    images.mul_(own).add_(grey.mul_(of_grey).add_(mean.mul_(of_mean))).clamp_(0, 1)
+    return images.mul_(own).add_(grey.mul_(of_grey).add_(mean.mul_(of_mean))).clamp_(0, 1)
 
 
 def to_device(numbers: np.ndarray, like: torch.Tensor) -> torch.Tensor:
@@ -331,12 +353,12 @@ def to_device(numbers: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     return (tensor.float() if tensor.is_floating_point() else tensor).to(like.device, non_blocking=True)
 
 
-def shift_hue(images: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+def shift_hue(images: torch.Tensor, shifts: torch.Tensor, sectors: torch.Tensor) -> torch.Tensor:
     """Shifts the hue of RGB (B, 3, P) in [0, 1] in HSV space by ``shifts`` (B, 1), in fractions of the hue circle.
 
     With the hue h in sixths of the circle, a channel is v - c * clamp(min(k, 4 - k), 0, 1), k = (n + h) mod 6 and
     n = 5, 3, 1 for red, green, blue (value v, chroma c):
-    https://en.wikipedia.org/wiki/HSL_and_HSV, "HSV to RGB alternative".
+    https://en.wikipedia.org/wiki/HSL_and_HSV, "HSV to RGB alternative". ``sectors`` (3,) is ``SECTORS`` on the device.
     """
     red, green, blue = images.unbind(1)
     value = images.amax(dim=1)  # (B, P)
@@ -345,7 +367,7 @@ def shift_hue(images: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
     hue = torch.lerp((blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4), not_green)
     hue = torch.lerp(green - blue, hue, not_red).div_(chroma.clamp(min=1e-12))  # any hue will do where chroma is 0
     hue.div_(6).add_(shifts)
-    sector = hue[:, None] + to_device(SECTORS, hue)  # (B, 3, P), k / 6, all positive
+    sector = hue[:, None] + sectors[:, None]  # (B, 3, P), k / 6, all positive
     sector.frac_().sub_(1 / 3).abs_().mul_(-6).add_(2).clamp_(0, 1)
     return torch.addcmul(value[:, None], chroma[:, None], sector, value=-1)
 

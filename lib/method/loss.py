@@ -21,6 +21,11 @@ import torch
 from lib.distributed.sharded import ShardedRows
 from lib.method.chunking import block_size
 
+COMPILED_BATCH = 256
+"""Batch size by which compiled code chooses its blocks."""
+COMPILED_BLOCKS = 16
+"""Largest number of blocks of compiled code."""
+
 
 def neighbourhood_loss(
     embeddings: torch.Tensor, memory: torch.Tensor | ShardedRows, neighbourhoods: torch.Tensor, *, temperature: float
@@ -99,7 +104,7 @@ def _statistics_over_bank(scaled: torch.Tensor, memory: torch.Tensor, with_rows:
     running_max = scaled.new_full((batch, 1), -torch.inf)
     total = scaled.new_zeros(batch, 1)
     weighted_rows = torch.zeros_like(scaled)
-    for rows in memory.split(max(1, block_size(memory.device) // batch)) if len(memory) else ():  # (R, D)
+    for rows in memory.split(_rows_of_block(batch, memory)) if len(memory) else ():  # (R, D)
         logits = scaled @ rows.t()  # (B, R)
         previous_max, running_max = running_max, torch.maximum(running_max, logits.amax(dim=1, keepdim=True))
         weights = logits.sub_(running_max).exp_()
@@ -108,6 +113,14 @@ def _statistics_over_bank(scaled: torch.Tensor, memory: torch.Tensor, with_rows:
         if with_rows:
             weighted_rows.mul_(rescale).addmm_(weights, rows)
     return running_max.squeeze(1), total.squeeze(1), weighted_rows
+
+
+def _rows_of_block(batch: int, memory: torch.Tensor) -> int:
+    """R. Compiled code has the loop unrolled: there R is the same for every batch, and the blocks are few."""
+    block = block_size(memory.device)
+    if torch.compiler.is_compiling():
+        return max(block // COMPILED_BATCH, -(-len(memory) // COMPILED_BLOCKS))
+    return max(1, block // batch)
 
 
 def _statistics_over_neighbourhood(

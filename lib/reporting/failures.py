@@ -52,7 +52,7 @@ def explain(error: Exception) -> tuple[int, str] | None:
     if isinstance(error, NonFiniteLossError):
         return 1, str(error) if IS_RANK0 else ""  # it is raised on every rank
     if isinstance(error, torch._dynamo.exc.TorchDynamoException):
-        return 2, f"--compile: PyTorch cannot compile the network on this machine ({reason(error)}); drop --compile"
+        return 2, f"--compile: PyTorch cannot compile on this machine ({reason(error)}); drop --compile"
     if is_out_of_memory(error):
         advice = "set --batch-size or --size lower, or choose a smaller --network"
         return 2, f"memory ran out{_on_rank()}; {advice}{gpus.memory_of_others()}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 
@@ -10,6 +12,8 @@ import torch
 from lib import seeding
 from lib.config import parser
 from lib.config.options import height_and_width
+from lib.data.compiled_augmentation import CompiledAugmentation
+from lib.data.loader import mark_batch_size_dynamic
 from lib.distributed import launch
 from lib.distributed.consensus import run_on_all_ranks
 from lib.distributed.device import PRECISIONS
@@ -19,6 +23,7 @@ from lib.evaluation import features
 from lib.method import terms
 from lib.method.memory_bank import MemoryBank
 from lib.method.neighbourhoods import Neighbourhoods
+from lib.method.terms import EmbeddedBatch, Term
 from lib.seeding import Stream
 from lib.session import provenance
 from lib.session.console import logger
@@ -42,6 +47,8 @@ def build_trainer(context: RunContext) -> Trainer:
     learning_rate = run_on_all_ranks(ranks, lambda: optim.build_schedule(options))
     loss = run_on_all_ranks(ranks, lambda: terms.build(options))
     run_on_all_ranks(ranks, lambda: check_sizes(context))
+    if options.compile:
+        context, loss = compiled(context), compiled_loss(loss)
     state = build_state(context)
     if context.source:
         batches = context.loader(splits.train, train=False)
@@ -80,6 +87,24 @@ def build_trainer(context: RunContext) -> Trainer:
         signals=signals,
         ranks=ranks,
     )
+
+
+def compiled(context: RunContext) -> RunContext:
+    """The context with the training transform compiled. The network is compiled already, for every kind of run."""
+    training, testing = context.augmentations
+    return replace(context, augmentations=(CompiledAugmentation(**vars(training)), testing))
+
+
+def compiled_loss(parts: Sequence[Term]) -> tuple[Term, ...]:
+    """The sum of the terms and its gradient as one term, compiled once for all batch sizes."""
+    run = torch.compile(partial(terms.total, parts))
+
+    def of_any_batch_size(batch: EmbeddedBatch) -> torch.Tensor:
+        mark_batch_size_dynamic(batch.views)
+        mark_batch_size_dynamic(batch.neighbourhoods)
+        return run(batch)
+
+    return (of_any_batch_size,)
 
 
 def check_sizes(context: RunContext) -> None:

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import oracles
+from lib.data.loader import mark_batch_size_dynamic
 from lib.method import chunking
 from lib.method.loss import neighbourhood_loss
 
@@ -141,3 +142,24 @@ def test_a_gradient_from_above_scales_the_gradient() -> None:
         (factor * neighbourhood_loss(leaf, memory, torch.tensor([[1], [4]]), temperature=0.5)).backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(gradients[1], -2.5 * gradients[0])
+
+
+@pytest.mark.slow
+def test_compiled_loss_is_the_same_for_any_batch_without_recompiling(block: None) -> None:
+    torch.compiler.reset()
+    run, draw = torch.compile(neighbourhood_loss, backend="aot_eager", fullgraph=True), torch.Generator().manual_seed(0)
+    memory = torch.nn.functional.normalize(torch.randn(50, 4, generator=draw), dim=1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (16, 16, 7, 12):
+            x = torch.nn.functional.normalize(torch.randn(batch, 4, generator=draw), dim=1)
+            own = torch.randint(50, (batch, 3), generator=draw)
+            own[::2, 1:] = -1
+            found = []
+            for loss in (neighbourhood_loss, run):
+                leaf = x.clone().requires_grad_()
+                for tensor in (leaf, own):
+                    mark_batch_size_dynamic(tensor)
+                value = loss(leaf, memory, own, temperature=0.1)
+                value.backward()
+                found.append((value.detach(), leaf.grad))
+            torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +29,7 @@ import runs
 import synthetic
 from datasets import files
 from lib.config.options import Options
+from lib.data import compiled_augmentation
 from lib.errors import UsageError
 from lib.evaluation import linear_probe
 from lib.reporting import export, outputs
@@ -1168,14 +1169,47 @@ def test_closed_pipe_ends_printing_without_an_error(words: list[str]) -> None:
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
+DIGITS = "--cfgs configs/base.yaml configs/digits.yaml --network resnet10-w16"
+
+
+HIDDEN = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile does not show it
+
+
+@HIDDEN
+@pytest.mark.slow
 def test_compile_has_no_graph_break_and_no_recompilation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
+    from torch._dynamo.utils import counters
 
-    counter, compile = CompileCounterWithBackend("eager"), torch.compile  # type: ignore[no-untyped-call]
+    counter, compile = CompileCounterWithBackend("aot_eager"), torch.compile  # type: ignore[no-untyped-call]
     monkeypatch.setattr(torch, "compile", partial(compile, backend=counter, fullgraph=True))
+    monkeypatch.setattr(compiled_augmentation, "_compiled", cache(compiled_augmentation._compiled.__wrapped__))
     torch.compiler.reset()
-    words = "--cfgs configs/base.yaml configs/digits.yaml --network resnet10-w16 --max-round 3 --max-epoch 2 --debug"
-    assert main.main([*words.split(), "--compile", "--batch-size", "512"]) == 0  # batches of 512, 512 and 413
-    assert counter.frame_count == 2  # in training and in evaluation
+    counters.clear()
+    words = f"{DIGITS} --max-round 3 --max-epoch 2 --debug --compile --batch-size 512"  # batches of 512, 512 and 413
+    assert main.main(words.split()) == 0
+    # the network in training and in evaluation, the augmentation, the loss without and with neighbours
+    assert counter.frame_count == 5
+    assert not counters["graph_break"]
+
+
+@HIDDEN
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="PyTorch compiles for CPUs by g++")
+def test_compiled_steps_differ_by_rounding_only(tmp_path: Path) -> None:
+    """The mean loss of three steps; later ones amplify the rounding."""
+    losses = []
+    for more in ("", "--compile"):
+        words = f"{DIGITS} --max-round 1 --max-epoch 1 --batch-size 512 --seed 0 --sess-dir {tmp_path}"
+        assert main.main([*words.split(), "--session", f"run{more}", *more.split()]) == 0
+        losses += [row["loss"] for row in metrics(tmp_path / f"run{more}")]
+    assert len(losses) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_unknown_stage_is_refused_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"{DIGITS} --protocol knn linear --linear-layers conv9 --sess-dir {tmp_path / 'sessions'}"
+    assert main.main(words.split()) == 2
+    assert "--linear-layers: the network has no stage conv9; its stages are conv1," in capsys.readouterr().err
+    assert not (tmp_path / "sessions").exists()

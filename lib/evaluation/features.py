@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from lib.data.augmentation import to_device
 from lib.distributed.processes import Ranks
 from lib.session.console import progress
 
@@ -98,7 +100,7 @@ class WithStatistics(torch.nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, h, w) -> (B, D + 2)."""
-        scaled = images.float() * images.new_tensor(self.stds).float()[:, None, None]
+        scaled = images.float() * to_device(np.array(self.stds), images)[:, None, None]
         variance = scaled.var(dim=(2, 3), correction=0).mean(dim=1)  # (B,)
         steps = torch.stack([scaled.diff(dim=dim).square().mean(dim=(1, 2, 3)) for dim in (2, 3)]).nanmean(dim=0)
         smoothness = 1 - torch.where(variance > 0, steps / (2 * variance), 0).nan_to_num()

@@ -24,7 +24,7 @@ from lib.distributed import data_parallel
 from lib.distributed.processes import Ranks
 from lib.distributed.sharded import ShardedRows
 from lib.distributed.signals import GPU_STEPS
-from lib.evaluation import classifier, clustering, evaluate, features, knn, linear_probe
+from lib.evaluation import classifier, clustering, evaluate, features, graph_clustering, knn, linear_probe
 from lib.evaluation.evaluate import EvaluationInputs
 from lib.method import diagnostics, discovery
 from lib.method.memory_bank import MemoryBank
@@ -350,7 +350,7 @@ def context_of(options: Options, ranks: Ranks, *, labels: bool = True, memory: A
 def test_evaluation_waits_for_features_and_accuracies_only(
     labels: bool, ranks: Ranks, on_host: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All protocols. k-means runs on the host: its input is an array."""
+    """The clusterings run on the host: their input is an array."""
     clustered: list[tuple[int, ...]] = []
 
     def cluster(embeddings: np.ndarray, *arguments: Any, **named: Any) -> clustering.Clustering:
@@ -358,6 +358,7 @@ def test_evaluation_waits_for_features_and_accuracies_only(
         return clustering.Clustering("k-means", np.zeros(len(embeddings)), {})
 
     monkeypatch.setattr(clustering, "cluster", cluster)
+    monkeypatch.setattr(graph_clustering, "cluster_graph", cluster)
     ranks = ranks if ranks.size == 1 else Ranks(0, ranks.size)  # rank 0, which clusters
     monkeypatch.setattr(dist, "recv", lambda *arguments: None)
     protocols = ("knn", "nn", "linear", "cluster") if labels else ("cluster", "knn")
@@ -369,7 +370,9 @@ def test_evaluation_waits_for_features_and_accuracies_only(
         return outputs._evaluation_inputs(context)
 
     found = trace(lambda inputs: evaluate.evaluate(inputs, options), given)
-    gathering = "evaluation/evaluate.py evaluate" if ranks.size == 1 else "distributed/sharded.py gather_to_rank0"
+    gathering = (
+        "evaluation/evaluate.py _label_free_rows" if ranks.size == 1 else "distributed/sharded.py gather_to_rank0"
+    )
     bank = "scatter" if ranks.size == 1 else "copy_from_rank0"
     expected = {
         "cuda to cpu at evaluation/linear_probe.py extract_stages",  # the features of each batch
@@ -381,11 +384,11 @@ def test_evaluation_waits_for_features_and_accuracies_only(
         "cpu to cuda at evaluation/linear_probe.py _accuracy",
         "cuda to cpu at evaluation/linear_probe.py _accuracy",
     }
-    health = {wait for wait in found.waits if "method/diagnostics.py" in wait}  # a test of their own
+    health = {wait for wait in found.waits if " at method/" in wait}  # a test of their own
     assert bool(health) is not labels
     assert set(found.waits) - health == {f"cuda to cpu at {gathering}", *(expected if labels else ())}
-    assert clustered == [(TRAIN, LOW_DIM)]
-    assert len(found.result) == (7 if labels else 2)
+    assert clustered == [(TRAIN, LOW_DIM)] * (1 if labels else 2)  # without labels also on the graph
+    assert len(found.result) == (7 if labels else 3)
 
 
 @pytest.mark.slow
@@ -411,7 +414,7 @@ def test_report_gets_arrays_of_the_host(
     assert found.waits == {
         "cpu to cuda at training/setup.py placed": 2,  # training and test images
         "cpu to cuda at evaluation/classifier.py __init__": 2,  # their labels
-        "cuda to cpu at reporting/outputs.py write_report": 2,  # their embeddings
+        "cuda to cpu at reporting/outputs.py write_report": 3,  # embeddings of both, statistics of the training images
         **({"cuda to cpu at method/neighbourhoods.py <genexpr>": 5} if is_final else {}),  # what a discovery found
     }
     (data,) = written

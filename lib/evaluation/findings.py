@@ -11,9 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from sklearn.metrics import adjusted_rand_score
 
 from lib.errors import UsageError
 from lib.evaluation.graph_clustering import communities
@@ -74,6 +71,8 @@ def find(
     Raises:
         UsageError: an embedding is NaN or infinite, or the package for the communities is missing.
     """
+    from sklearn.metrics import adjusted_rand_score  # the import takes a second
+
     if not np.isfinite(embeddings).all():
         raise UsageError("some embeddings are NaN or infinite, so they have no neighbours; choose another checkpoint")
     nearest, cosines = nearest_neighbours(embeddings, neighbours)
@@ -127,6 +126,9 @@ def identical_images(embeddings: np.ndarray, nearest: np.ndarray, cosines: np.nd
     Returns:
         (N,) int64, its own index if there is no other.
     """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     samples = len(nearest)
     row, column = np.nonzero(cosines >= IDENTICAL)
     one, other = [row], [nearest[row, column]]

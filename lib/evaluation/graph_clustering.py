@@ -10,15 +10,18 @@ Letters: N samples, n samples of this rank, D embedding size, K neighbours.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy import sparse
 
 from lib.distributed.sharded import ShardedRows
 from lib.errors import UsageError
 from lib.evaluation.clustering import Clustering, scores, silhouette
 from lib.method.discovery import entropy_and_topk
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 ITERATIONS = 5
 """Times that Leiden goes over the graph, each time from the partition of the time before. On 50,000 embeddings the
@@ -143,6 +146,8 @@ def _check_finite(embeddings: np.ndarray) -> None:
 
 def _graph(neighbours: np.ndarray, similarities: np.ndarray | None) -> sparse.csr_array:
     """The symmetric adjacency matrix (N, N), float64, without a diagonal."""
+    from scipy import sparse
+
     samples, size = neighbours.shape
     rows, columns = np.repeat(np.arange(samples), size), neighbours.ravel()
     weights = np.ones(len(rows)) if similarities is None else similarities.ravel().astype(np.float64)

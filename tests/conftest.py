@@ -25,12 +25,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def log_of_its_own() -> Iterator[None]:
-    """A log of its own: what one test lets the program say does not show in the next."""
+    """A log of its own: what one test lets the program say does not show in the next.
+
+    A fixture of a module may have started the log, which ends propagation. Newer versions of pytest then add their
+    handlers to this logger, too, and a test that turns propagation on would see each message twice.
+    """
     log = logger()
-    before = list(log.handlers), log.level, log.propagate
+    before = [handler for handler in log.handlers if type(handler).__module__ != "_pytest.logging"], log.level
     log.handlers.clear()
+    log.propagate = True
     yield
-    log.handlers[:], log.propagate = before[0], before[2]
+    log.handlers[:], log.propagate = before[0], True
     log.setLevel(before[1])
 
 

@@ -190,5 +190,5 @@ def test_stopped_session_is_continued(photos: Path, tmp_path: Path) -> None:
     assert after[: len(before)] == before and len(metrics.starts(out / "cifar10")) == 2
     assert [(row["round"], row["epoch"]) for row in after] == [(r, e) for r in (0, 1) for e in range(100)]
     page = (out / "gpu.md").read_text()
-    assert "| augmentation |" in page and "of the rate with a constant batch" in page.lower()
+    assert "| augmentation |" in page and "of that with a constant batch" in page
     assert "| 1 | 100 | 25 |" in (out / "cifar10-gpu.md").read_text()

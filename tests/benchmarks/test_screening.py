@@ -100,7 +100,7 @@ def test_finished_runs_add_a_line_each_to_the_results(config: Path, photos: Path
         assert (line["knn_bank"], line["knn_conv5"]) == (last["top1"], last["embed_top1"])
         assert line["passes"] == (2 if line["arm"] == "round0" else 4)
         assert line["host"] and line["commits"] and line["images_per_s"] > 0
-    assert metrics.read(sessions / "and-s5")[-1]["anchors"] == 30
+    assert metrics.read(sessions / "and-s5")[-1]["anchors"] == 60
 
     (results / "screening.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
     process = start(*words, program=("-c", SMALL))  # adds the line that is missing, and trains nothing

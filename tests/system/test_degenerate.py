@@ -69,7 +69,14 @@ def test_degenerate_data_can_be_trained_on(
     assert "nan" not in shown.out.lower().split() and shown.err == ""
     rows = [json.loads(line) for line in (session / "metrics.jsonl").read_text().splitlines()]
     unknown = {name for row in rows for name, value in row.items() if value is None}
-    expected = {"consistency", "kept", "drift", "val_top1", "embed_top1", *(() if labelled else ("top1", "top5", "best_top1"))}
+    expected = {
+        "consistency",
+        "kept",
+        "drift",
+        "val_top1",
+        "embed_top1",
+        *(() if labelled else ("top1", "top5", "best_top1")),
+    }
     assert len(rows) == 3 and unknown <= expected
     assert rows[-1]["drift"] is not None and (rows[-1]["consistency"] is not None) == labelled
     saved = torch.load(session / "checkpoint" / "latest.ckpt", weights_only=True)

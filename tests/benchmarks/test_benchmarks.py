@@ -40,6 +40,7 @@ def test_every_benchmark_has_a_small_size_for_tests() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")  # caches are off while operations are counted
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile does not show it
 @pytest.mark.parametrize("name", SMALL)
 def test_every_benchmark_runs_and_reports_the_hardware(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any

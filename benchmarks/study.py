@@ -31,6 +31,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -123,6 +124,15 @@ def epochs_of(session: Path) -> list[dict[str, Any]]:
         return []
 
 
+def give_way(pid: int) -> None:
+    """Gives a process that leads a session of its own the lowest priority among the sessions of the machine.
+
+    Where the Linux kernel groups processes by session, ``nice`` counts within a session only.
+    """
+    with suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text("19", encoding="ascii")
+
+
 class Study:
     """The runs of the study, and how far they have come.
 
@@ -185,6 +195,7 @@ class Study:
             start_new_session=True,  # Ctrl-C reaches it through ``stop`` alone
         )
         output.close()
+        give_way(process.pid)
         self.running[run.name] = process
         self.log("start", run, command=command[1:], commit=provenance.commit(), processor=provenance.processor())
 

@@ -26,7 +26,6 @@ import torch
 
 import datasets
 from benchmarks import measure
-from benchmarks.study_results import mean_and_deviation
 from lib.errors import UsageError
 from lib.evaluation import clustering, graph_clustering
 from lib.session import provenance
@@ -122,7 +121,7 @@ def compare(sets: Sequence[tuple[np.ndarray, np.ndarray]], most: int) -> list[li
                 seconds = time.process_time() - start
                 for figure, value in {**judge(labels[chosen], clusters), "CPU seconds": seconds}.items():
                     figures.setdefault(figure, []).append(value)
-            lines.append([f"{size:,}", name, *(mean_and_deviation(values) for values in figures.values())])
+            lines.append([f"{size:,}", name, *(measure.mean_and_deviation(values) for values in figures.values())])
             print(*lines[-1], sep=" | ", file=sys.stderr, flush=True)
     return lines
 

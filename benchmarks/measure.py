@@ -112,3 +112,11 @@ def unit_rows(samples: int, low_dim: int, device: torch.device, seed: int = 0) -
     centres = torch.randn(50, low_dim, generator=draw)
     rows = centres[torch.randint(50, (samples,), generator=draw)] + torch.randn(samples, low_dim, generator=draw)
     return torch.nn.functional.normalize(rows, dim=1).to(device)
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation; '-' without values."""
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"

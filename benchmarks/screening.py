@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import table
+from benchmarks.measure import mean_and_deviation, table
 from benchmarks.study import Run, Study, carry_out, epochs_of, parser_of, schedule
 from lib.errors import UsageError
 from lib.session import metrics, provenance
@@ -209,9 +209,7 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> str:
     for arm, own in sorted(arms.items(), key=lambda item: -statistics.mean(line["knn_conv5"] for line in item[1])):
         cells = []
         for name in FIGURES:
-            values = [line[name] * (1 if name == "images_per_s" else 100) for line in own]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}")
+            cells.append(mean_and_deviation([line[name] * (1 if name == "images_per_s" else 100) for line in own]))
         rows.append((arm, len(own), f"{statistics.mean(line['passes'] for line in own):g}", *cells))
     return table(["arm", "runs", "passes", *FIGURES.values()], rows)
 

@@ -211,7 +211,7 @@ class Results:
             ends = [{row["round"]: row[figure] for row in rows} for rows in seeds.values()]
             columns = [[100 * end[number] for end in ends if end.get(number) is not None] for number in range(ROUNDS)]
             if any(columns):
-                rows.append((arm, len(ends), *map(mean_and_deviation, columns)))
+                rows.append((arm, len(ends), *map(measure.mean_and_deviation, columns)))
         header = ["arm", "seeds", *(f"round {number}" for number in range(ROUNDS))]
         return f"{title}\n\n{measure.table(header, rows)}"
 
@@ -219,7 +219,7 @@ class Results:
         rows = []
         for arm, seeds in self.figures.items():
             columns = [[100 * own[name] for own in seeds.values() if own.get(name) is not None] for name in TITLES]
-            rows.append((arm, len(seeds), *map(mean_and_deviation, columns)))
+            rows.append((arm, len(seeds), *map(measure.mean_and_deviation, columns)))
         return f"last epoch, %\n\n{measure.table(['arm', 'seeds', *TITLES.values()], rows)}"
 
     def _differences(self, figure: str) -> str:
@@ -245,12 +245,12 @@ class Results:
             values = [own for own in seeds.values() if "consistency_by_quartile" in own]
             if values:
                 quartiles = zip(*(own["consistency_by_quartile"] for own in values), strict=True)
-                correlation = mean_and_deviation([own["rank_correlation"] for own in values])
+                correlation = measure.mean_and_deviation([own["rank_correlation"] for own in values])
                 rows.append(
                     (
                         arm,
                         len(values),
-                        *(mean_and_deviation([100 * value for value in part]) for part in quartiles),
+                        *(measure.mean_and_deviation([100 * value for value in part]) for part in quartiles),
                         correlation,
                     )
                 )
@@ -329,14 +329,6 @@ class Results:
 
 def _bits(text: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
     return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8)).astype(bool)
-
-
-def mean_and_deviation(values: Sequence[float]) -> str:
-    """Mean ± sample standard deviation; '-' without values."""
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
 
 
 def interval(values: Sequence[float]) -> tuple[str, str]:

@@ -22,9 +22,9 @@ IDENTICAL = 1 - 1e-5
 BLANK, NOISY = 0.01, 0.45
 """Contrast below which an image is blank, and smoothness below which it may be noise."""
 SEEDS = 4
-"""Further seeds of the grouping, for ``Findings.seed_agreement`` and ``seed_range``."""
+"""Further seeds of the grouping, for ``Certainty.seed_agreement`` and ``seed_range``."""
 RESOLUTION_FACTORS = (0.5, 2.0)
-"""Of the resolution, for ``Findings.resolution_range``."""
+"""Of the resolution, for ``Certainty.resolution_range``."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,7 @@ class Findings:
         similarities: (N, K) float32, their cosines.
         groups: (N,) int64, communities of the neighbour graph; 0 is the largest.
         modularity: of the groups.
-        seed_range: smallest and largest number of groups over this and ``SEEDS`` other seeds.
-        seed_agreement: mean adjusted Rand index of the groups with those of the other seeds; 1: the same groups.
-        resolution_range: number of groups at half and at twice the resolution.
+        resolution, seed: that the groups were found with.
         copies: (N,) int64, lowest index among the images with the same embedding; its own index if there is no other.
         outlier_scores: (N,) float32, see ``outlier_scores``; higher: belongs less.
         label_disagreement: (N,) float32, share of the neighbours that have another label; None without labels.
@@ -48,12 +46,41 @@ class Findings:
     similarities: np.ndarray
     groups: np.ndarray
     modularity: float
-    seed_range: tuple[int, int]
-    seed_agreement: float
-    resolution_range: tuple[int, int]
+    resolution: float
+    seed: int
     copies: np.ndarray
     outlier_scores: np.ndarray
     label_disagreement: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Certainty:
+    """How sure the number of groups is.
+
+    Attributes:
+        seed_range: smallest and largest number of groups over the seed of the findings and ``SEEDS`` others.
+        seed_agreement: mean adjusted Rand index of the groups with those of the other seeds; 1: the same groups.
+        resolution_range: number of groups at half and at twice the resolution.
+    """
+
+    seed_range: tuple[int, int]
+    seed_agreement: float
+    resolution_range: tuple[int, int]
+
+
+def certainty(found: Findings) -> Certainty:
+    """Finds the groups again with other seeds and resolutions: six times the work of the groups."""
+    from sklearn.metrics import adjusted_rand_score  # the import takes a second
+
+    nearest, resolution, seed = found.neighbours, found.resolution, found.seed
+    others = [communities(nearest, resolution=resolution, seed=seed + number)[0] for number in range(1, SEEDS + 1)]
+    coarse, fine = (communities(nearest, resolution=resolution * factor, seed=seed)[0] for factor in RESOLUTION_FACTORS)
+    counts = [int(groups.max()) + 1 for groups in (found.groups, *others)]
+    return Certainty(
+        seed_range=(min(counts), max(counts)),
+        seed_agreement=float(np.mean([adjusted_rand_score(found.groups, groups) for groups in others])),
+        resolution_range=(int(coarse.max()) + 1, int(fine.max()) + 1),
+    )
 
 
 def find(
@@ -71,24 +98,18 @@ def find(
     Raises:
         UsageError: an embedding is NaN or infinite, or the package for the communities is missing.
     """
-    from sklearn.metrics import adjusted_rand_score  # the import takes a second
-
     if not np.isfinite(embeddings).all():
         raise UsageError("some embeddings are NaN or infinite, so they have no neighbours; choose another checkpoint")
     nearest, cosines = nearest_neighbours(embeddings, neighbours)
     copies = identical_images(embeddings, nearest, cosines)
     groups, modularity = communities(nearest, resolution=resolution, seed=seed)
-    others = [communities(nearest, resolution=resolution, seed=seed + number)[0] for number in range(1, SEEDS + 1)]
-    coarse, fine = (communities(nearest, resolution=resolution * factor, seed=seed)[0] for factor in RESOLUTION_FACTORS)
-    counts = [int(found.max()) + 1 for found in (groups, *others)]
     return Findings(
         neighbours=nearest,
         similarities=cosines,
         groups=groups,
         modularity=modularity,
-        seed_range=(min(counts), max(counts)),
-        seed_agreement=float(np.mean([adjusted_rand_score(groups, found) for found in others])),
-        resolution_range=(int(coarse.max()) + 1, int(fine.max()) + 1),
+        resolution=resolution,
+        seed=seed,
         copies=copies,
         outlier_scores=outlier_scores(embeddings, copies, nearest, cosines),
         label_disagreement=None if labels is None else label_disagreement(nearest, labels),
@@ -203,7 +224,7 @@ def blank_and_noisy(statistics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class ImageSet:
+class SimilarImages:
     """Images that are copies of each other or look alike: their indices, ascending, and the cosines that join them."""
 
     members: list[int]
@@ -211,18 +232,18 @@ class ImageSet:
     greatest: float
 
 
-def nearest_sets(found: Findings, count: int) -> list[ImageSet]:
+def nearest_sets(found: Findings, count: int) -> list[SimilarImages]:
     """At most ``count`` sets of the most similar images: each image is joined with its nearest neighbour.
 
     The most similar pairs are joined first, until there are so many sets. So ten copies of an image are one set and not
     45 pairs, and images that merely look alike do not grow into one large set, as they would if further neighbours were
     joined, too. Sets with identical images come first, the largest first.
     """
-    sets: dict[int, ImageSet] = {}  # by the first of their members
+    sets: dict[int, SimilarImages] = {}  # by the first of their members
     set_of: dict[int, int] = {}
     for first in np.flatnonzero(np.bincount(found.copies) > 1).tolist():
         members = np.flatnonzero(found.copies == first).tolist()
-        sets[first] = ImageSet(members, 1.0, 1.0)
+        sets[first] = SimilarImages(members, 1.0, 1.0)
         set_of.update(dict.fromkeys(members, first))
     nearest, cosines = found.neighbours[:, :1].ravel(), found.similarities[:, :1].ravel()
     for sample in np.argsort(-cosines, kind="stable").tolist():
@@ -232,9 +253,9 @@ def nearest_sets(found: Findings, count: int) -> list[ImageSet]:
         if one == other:
             continue
         cosine = float(cosines[sample])
-        parts = [sets.pop(first, ImageSet([first], 1.0, cosine)) for first in (one, other)]
+        parts = [sets.pop(first, SimilarImages([first], 1.0, cosine)) for first in (one, other)]
         members = sorted(parts[0].members + parts[1].members)
-        sets[members[0]] = ImageSet(members, cosine, max(part.greatest for part in parts))
+        sets[members[0]] = SimilarImages(members, cosine, max(part.greatest for part in parts))
         set_of.update(dict.fromkeys(members, members[0]))
     order = sorted(sets.values(), key=lambda each: (-min(each.greatest, IDENTICAL), -len(each.members), each.members))
     return order[:count]

@@ -108,8 +108,9 @@ def _groups(material: ReportData, found: Findings) -> Answer:
 
 def _sure(found: Findings) -> str:
     """How sure the number of groups is, in a sentence."""
-    (low, high), (coarse, fine) = found.seed_range, found.resolution_range
-    agreement, (half, twice) = found.seed_agreement, RESOLUTION_FACTORS
+    sure = findings.certainty(found)
+    (low, high), (coarse, fine) = sure.seed_range, sure.resolution_range
+    agreement, (half, twice) = sure.seed_agreement, RESOLUTION_FACTORS
     stable = "stable" if agreement >= STABLE else "fairly stable" if agreement >= FAIR else "uncertain"
     return (
         f"The groups are {stable}: with {SEEDS} other random seeds there are "

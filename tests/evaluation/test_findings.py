@@ -51,10 +51,11 @@ def test_groups_are_the_communities_and_their_number_has_a_range() -> None:
     assert adjusted_rand_score(groups, found.groups) > 0.6
     others = [communities(found.neighbours, resolution=1.0, seed=seed)[0] for seed in range(1, findings.SEEDS + 1)]
     counts = [len(set(each.tolist())) for each in (expected, *others)]
-    assert found.seed_range == (min(counts), max(counts))
-    assert found.seed_agreement == pytest.approx(np.mean([adjusted_rand_score(expected, each) for each in others]))
+    sure = findings.certainty(found)
+    assert sure.seed_range == (min(counts), max(counts))
+    assert sure.seed_agreement == pytest.approx(np.mean([adjusted_rand_score(expected, each) for each in others]))
     ends = [communities(found.neighbours, resolution=factor, seed=0)[0] for factor in (0.5, 2.0)]
-    assert found.resolution_range == tuple(len(set(each.tolist())) for each in ends)
+    assert sure.resolution_range == tuple(len(set(each.tolist())) for each in ends)
 
 
 def test_copies_point_to_the_first_of_them() -> None:

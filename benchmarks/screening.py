@@ -7,8 +7,8 @@ images judge them by kNN, so that settings are chosen without the test images. B
 links to them lie in ``SCREEN/images``. Runs are stopped, resumed and listed as those of ``benchmarks/study.py``.
 
 ``RESULTS/screening.jsonl`` gets one line for each finished run: kNN of the last epoch against the memory bank
-(``knn_bank``) and by recomputed conv5 features (``knn_conv5``), image passes, images/s, commit and host. Lines of other
-machines and commits stay. ``--table`` shows the mean over the seeds of each arm.
+(``knn_bank``) and by recomputed conv5 features (``knn_conv5``), image passes, images/s, commit and processor. Lines of
+other machines and commits stay. ``--table`` shows the mean over the seeds of each arm.
 
 Arms of one round of 30 passes, with instance loss only, that each change one thing of ``one-round``; ``round0`` is
 the first 18 passes of the arms that follow it and discover neighbourhoods in four more rounds of 3 passes.
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -79,6 +78,7 @@ ARMS: dict[str, Arm] = {
     "and-k5": Arm(("--ANs-size", "5"), branches=True),
     "and-growing": Arm(("--ANs-size", "5", "--ANs-size-first", "1"), branches=True),
     "and-reciprocal": Arm(("--ANs-reciprocal-first",), branches=True),
+    "and-weighted": Arm(("--ANs-size", "5", "--loss", "similarity-weighted"), branches=True),
     "and-every-epoch": Arm(("--ANs-every", "1"), branches=True),
     "and-entropy": Arm(("--entropy-loss", "0.2"), branches=True),
     "and-cosine": Arm((*COSINE, "--lr-span", "run"), rounds=ROUNDS, has_schedule=True),
@@ -177,14 +177,13 @@ class Screening(Study):
             "flags": " ".join(run.flags),
             "started": starts[0]["time"],
             "commits": list(dict.fromkeys(start["commit"] for start in starts)),
-            "host": platform.node(),
             "processor": provenance.processor(),
         }
 
     def finished(self, run: Run) -> None:
         """Adds the line of a run, once."""
         line = self.line_of(run)
-        key = ("arm", "seed", "started", "host")
+        key = ("arm", "seed", "started")
         if any(all(old[name] == line[name] for name in key) for old in read_lines(self.results)):
             return
         self.results.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,25 @@ def neighbourhood_loss(
     Returns:
         Scalar, the same on every rank.
     """
-    loss: torch.Tensor = _Loss.apply(embeddings, ShardedRows.of(memory), neighbourhoods, temperature)
+    loss: torch.Tensor = _Loss.apply(embeddings, ShardedRows.of(memory), neighbourhoods, temperature, None)
+    return loss
+
+
+def similarity_weighted_loss(
+    embeddings: torch.Tensor, memory: torch.Tensor | ShardedRows, neighbourhoods: torch.Tensor, *, temperature: float
+) -> torch.Tensor:
+    """``neighbourhood_loss`` in which a neighbour counts as much as it is similar to the anchor.
+
+    loss_i = -log sum_{j in N(i)} w_ij p_ij with w_ij = max(0, m_i . m_j) by the rows of the memory bank, and w_ii = 1.
+    An instance sample has the same loss as there. This is beyond the paper (docs/beyond.md).
+
+    Args and returns as of ``neighbourhood_loss``. The ranks also exchange the (B, 1 + K, D) rows of the neighbourhoods.
+    """
+    bank = ShardedRows.of(memory)
+    members = bank.index_select(neighbourhoods.clamp(min=0).flatten()).reshape(*neighbourhoods.shape, -1)
+    weights = (members @ members[:, 0, :, None]).squeeze(2).clamp_(min=0)  # (B, 1 + K)
+    weights[:, 0] = 1
+    loss: torch.Tensor = _Loss.apply(embeddings, bank, neighbourhoods, temperature, weights.log_())
     return loss
 
 
@@ -61,13 +79,18 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, embeddings: torch.Tensor, bank: ShardedRows, neighbourhoods: torch.Tensor, temperature: float
+        ctx: Any,
+        embeddings: torch.Tensor,
+        bank: ShardedRows,
+        neighbourhoods: torch.Tensor,
+        temperature: float,
+        log_weights: torch.Tensor | None,
     ) -> torch.Tensor:
         scaled = embeddings / temperature
         needs_gradient = ctx.needs_input_grad[0]
         statistics = [
             _statistics_over_bank(scaled, bank.local, needs_gradient),
-            _statistics_over_neighbourhood(scaled, bank, neighbourhoods, needs_gradient),
+            _statistics_over_neighbourhood(scaled, bank, neighbourhoods, log_weights, needs_gradient),
         ]
         local_max, total = (torch.stack([each[i] for each in statistics], dim=1) for i in (0, 1))  # (B, 2) each
         global_max = bank.ranks.all_reduce_max(local_max.clone())
@@ -83,9 +106,9 @@ class _Loss(torch.autograd.Function):
         return (over_bank - over_neighbourhood).mean()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0], None, None, None
+        return gradient * gradients[0], None, None, None, None
 
 
 SoftmaxStatistics = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -124,14 +147,29 @@ def _rows_of_block(batch: int, memory: torch.Tensor) -> int:
 
 
 def _statistics_over_neighbourhood(
-    scaled: torch.Tensor, bank: ShardedRows, neighbourhoods: torch.Tensor, with_rows: bool
+    scaled: torch.Tensor,
+    bank: ShardedRows,
+    neighbourhoods: torch.Tensor,
+    log_weights: torch.Tensor | None,
+    with_rows: bool,
 ) -> SoftmaxStatistics:
-    """Statistics over the members of each neighbourhood that are rows of this rank."""
+    """Statistics over the members of each neighbourhood that are rows of this rank.
+
+    Args:
+        scaled: (B, D) embeddings divided by tau.
+        bank: (N, D).
+        neighbourhoods: (B, 1 + K).
+        log_weights: (B, 1 + K), added to the logits; None: all weights are 1.
+        with_rows: as of ``_statistics_over_bank``.
+    """
     position, is_local = bank.local_positions(neighbourhoods)  # an empty place (-1) is local to no rank
     if not len(bank.local):
         return scaled.new_full((len(scaled),), -torch.inf), scaled.new_zeros(len(scaled)), torch.zeros_like(scaled)
     members = bank.local[position]  # (B, 1 + K, D)
-    logits = (members @ scaled[:, :, None]).squeeze(2).masked_fill_(~is_local, -torch.inf)  # (B, 1 + K)
+    logits = (members @ scaled[:, :, None]).squeeze(2)  # (B, 1 + K)
+    if log_weights is not None:
+        logits += log_weights
+    logits.masked_fill_(~is_local, -torch.inf)
     local_max = logits.amax(dim=1)
     weights = (logits - torch.where(local_max.isfinite(), local_max, 0)[:, None]).exp_()
     weighted_rows = (weights[:, None] @ members).squeeze(1) if with_rows else torch.zeros_like(scaled)
@@ -140,5 +178,5 @@ def _statistics_over_neighbourhood(
 
 Loss = Callable[..., torch.Tensor]
 """Signature of ``neighbourhood_loss``: (embeddings, memory, neighbourhoods, *, temperature) -> scalar."""
-LOSSES: dict[str, Loss] = {"neighbourhood": neighbourhood_loss}
+LOSSES: dict[str, Loss] = {"neighbourhood": neighbourhood_loss, "similarity-weighted": similarity_weighted_loss}
 """``--loss``: name -> function."""

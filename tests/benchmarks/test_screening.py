@@ -83,7 +83,7 @@ def test_summary_has_mean_and_deviation_of_each_arm() -> None:
 def test_finished_runs_add_a_line_each_to_the_results(config: Path, photos: Path, tmp_path: Path) -> None:
     sessions, results = tmp_path / "sessions", tmp_path / "results"
     results.mkdir()
-    other = {"arm": "and", "seed": 5, "started": "2020-01-01", "host": "another machine", "passes": 4, "knn_bank": 0.5}
+    other = {"arm": "and", "seed": 5, "started": "2020-01-01", "passes": 4, "knn_bank": 0.5}
     other |= {"knn_conv5": 0.5, "images_per_s": 1}
     (results / "screening.jsonl").write_text(json.dumps(other) + "\n")
     words = [str(config), "--data-root", str(photos), "--sess-dir", str(sessions), "--results", str(results)]
@@ -99,7 +99,7 @@ def test_finished_runs_add_a_line_each_to_the_results(config: Path, photos: Path
         last = metrics.read(sessions / f"{line['arm']}-s5")[-1]
         assert (line["knn_bank"], line["knn_conv5"]) == (last["top1"], last["embed_top1"])
         assert line["passes"] == (2 if line["arm"] == "round0" else 4)
-        assert line["host"] and line["commits"] and line["images_per_s"] > 0
+        assert line["processor"] and line["commits"] and line["images_per_s"] > 0
     assert metrics.read(sessions / "and-s5")[-1]["anchors"] == 60
 
     (results / "screening.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))

@@ -306,6 +306,7 @@ BEYOND: dict[str, dict[str, Any]] = {
     "views": {"views": 2},
     "view loss": {"views": 2, "view_loss": 0.5},
     "entropy": {"entropy_loss": 0.2},
+    "similarity-weighted": {"loss": "similarity-weighted"},
     "neighbourhoods": {"ANs_size_first": 1, "ANs_reciprocal_first": True, "ANs_every": 1},
 }
 """Options of docs/beyond.md that change a step."""

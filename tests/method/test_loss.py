@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import oracles
 from lib.data.loader import mark_batch_size_dynamic
 from lib.method import chunking
-from lib.method.loss import neighbourhood_loss
+from lib.method.loss import LOSSES, Loss, neighbourhood_loss, similarity_weighted_loss
 
 many = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 seeds = st.integers(0, 2**32 - 1)
@@ -74,6 +74,35 @@ def test_the_gradient_is_the_oracles(case: Case, temperature: float) -> None:
     assert leaf.grad is not None
     expected = oracles.gradient(x, memory, own, temperature)
     np.testing.assert_allclose(leaf.grad.numpy(), expected, rtol=1e-8, atol=1e-11)
+
+
+@many
+@given(cases(), st.sampled_from([0.05, 0.1, 1.0, 5.0]))
+def test_similarity_weighted_loss_and_gradient_equal_the_oracle(case: Case, temperature: float) -> None:
+    x, memory, own = case
+    leaf = torch.from_numpy(x).requires_grad_()
+    loss = similarity_weighted_loss(leaf, torch.from_numpy(memory), padded(own), temperature=temperature)
+    loss.backward()
+    expected = torch.from_numpy(x).requires_grad_()
+    total = torch.zeros((), dtype=torch.float64)
+    for embedding, (sample, *others) in zip(expected, own, strict=True):
+        p = (torch.from_numpy(memory) @ embedding / temperature).softmax(dim=0)
+        total -= (p[sample] + sum(max(0, memory[sample] @ memory[j]) * p[j] for j in others)).log() / len(x)
+    total.backward()
+    assert leaf.grad is not None and expected.grad is not None
+    torch.testing.assert_close(loss.detach(), total.detach())
+    torch.testing.assert_close(leaf.grad, expected.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_similarity_weighted_loss_leaves_out_opposite_neighbours() -> None:
+    memory = torch.tensor([[1.0, 0], [-1, 0], [0.6, 0.8]])
+    x = torch.tensor([[0.8, 0.6]])
+    alone = neighbourhood_loss(x, memory, torch.tensor([[0]]), temperature=0.5)
+    with_opposite = similarity_weighted_loss(x, memory, torch.tensor([[0, 1]]), temperature=0.5)
+    with_similar = similarity_weighted_loss(x, memory, torch.tensor([[0, 2]]), temperature=0.5)
+    with_both = neighbourhood_loss(x, memory, torch.tensor([[0, 2]]), temperature=0.5)
+    assert with_opposite == pytest.approx(alone.item())
+    assert with_both < with_similar < alone
 
 
 @many
@@ -145,9 +174,10 @@ def test_a_gradient_from_above_scales_the_gradient() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_loss_is_the_same_for_any_batch_without_recompiling(block: None) -> None:
+@pytest.mark.parametrize("plain", LOSSES.values(), ids=LOSSES)
+def test_compiled_loss_is_the_same_for_any_batch_without_recompiling(plain: Loss, block: None) -> None:
     torch.compiler.reset()
-    run, draw = torch.compile(neighbourhood_loss, backend="aot_eager", fullgraph=True), torch.Generator().manual_seed(0)
+    run, draw = torch.compile(plain, backend="aot_eager", fullgraph=True), torch.Generator().manual_seed(0)
     memory = torch.nn.functional.normalize(torch.randn(50, 4, generator=draw), dim=1)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch in (16, 16, 7, 12):
@@ -155,7 +185,7 @@ def test_compiled_loss_is_the_same_for_any_batch_without_recompiling(block: None
             own = torch.randint(50, (batch, 3), generator=draw)
             own[::2, 1:] = -1
             found = []
-            for loss in (neighbourhood_loss, run):
+            for loss in (plain, run):
                 leaf = x.clone().requires_grad_()
                 for tensor in (leaf, own):
                     mark_batch_size_dynamic(tensor)

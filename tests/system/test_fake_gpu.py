@@ -150,6 +150,7 @@ BEYOND = {
     "views": {"views": 2},
     "view loss": {"views": 2, "view_loss": 0.5},
     "entropy": {"entropy_loss": 0.2},
+    "similarity-weighted": {"loss": "similarity-weighted"},
 }
 """Options of docs/beyond.md that change a step."""
 

@@ -2,12 +2,13 @@
 
     python -m benchmarks.study --data-root data/cifar10-images --sess-dir STUDY --jobs 2
 
-Each run is a session in ``STUDY``, in a process of its own with one thread and at the lowest priority. The study can be
-stopped at any time (Ctrl-C, SIGTERM) and started again by the same command: a run that is done is left alone, one that
-was stopped is resumed. Where all processes are killed, an epoch of each is lost. ``STUDY/study.jsonl`` has a line for
-each start and end of a run, with the commit, the processor and the images/s. ``--list`` shows how far each run is;
-``benchmarks/study_results.py`` evaluates the finished runs. ``--seeds 0 --arms and`` trains the paper's curriculum
-alone, in an evening.
+Each run is a session in ``STUDY``, in a process of its own with one thread. The study can be stopped at any time
+(Ctrl-C, SIGTERM) and started again by the same command: a run that is done is left alone, one that was stopped is
+resumed. Where all processes are killed, an epoch of each is lost. ``nice -n 19`` in front lets other programs go first.
+
+``STUDY/study.jsonl`` has a line for each start and end of a run, with the commit, the processor and the images/s.
+``--list`` shows how far each run is; ``benchmarks/study_results.py`` evaluates the finished runs. ``--seeds 0 --arms
+and`` trains the paper's curriculum alone, in an evening.
 
 Arms, each branched from the last checkpoint of its seed's round 0 (instance loss), optimiser and bank included:
 
@@ -31,7 +32,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -124,15 +124,6 @@ def epochs_of(session: Path) -> list[dict[str, Any]]:
         return []
 
 
-def give_way(pid: int) -> None:
-    """Gives a process that leads a session of its own the lowest priority among the sessions of the machine.
-
-    Where the Linux kernel groups processes by session, ``nice`` counts within a session only.
-    """
-    with suppress(OSError):
-        Path(f"/proc/{pid}/autogroup").write_text("19", encoding="ascii")
-
-
 class Study:
     """The runs of the study, and how far they have come.
 
@@ -195,7 +186,6 @@ class Study:
             start_new_session=True,  # Ctrl-C reaches it through ``stop`` alone
         )
         output.close()
-        give_way(process.pid)
         self.running[run.name] = process
         self.log("start", run, command=command[1:], commit=provenance.commit(), processor=provenance.processor())
 
@@ -277,7 +267,7 @@ def parser_of(program: str, about: str | None, seeds: Sequence[int], arms: Seque
 
 
 def carry_out(study: Study, jobs: int) -> int:
-    """Carries out a study at the lowest priority, unless another process does.
+    """Carries out a study, unless another process does.
 
     Returns:
         Exit status: 0 all runs are done; 1 one failed; 130, 143 stopped.
@@ -288,7 +278,6 @@ def carry_out(study: Study, jobs: int) -> int:
     study.sess_dir.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(study.sess_dir / ".study.lock", timeout=0):
-            os.nice(19)
             for which in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(which, study.stop)
             return study.carry_out(jobs)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,16 +138,6 @@ def test_a_second_study_in_the_same_folder_is_refused(photos: Path, tmp_path: Pa
 def test_a_folder_without_training_images_is_refused(tmp_path: Path, capsys: Any) -> None:
     assert study.main(["--data-root", str(tmp_path), "--sess-dir", str(tmp_path / "study")]) == 2
     assert "has no folder train/" in capsys.readouterr().err and not (tmp_path / "study").exists()
-
-
-@pytest.mark.skipif(not Path("/proc/self/autogroup").is_file(), reason="the kernel does not group processes by session")
-def test_run_gives_way_to_other_sessions() -> None:
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
-    with process:
-        study.give_way(process.pid)
-        assert Path(f"/proc/{process.pid}/autogroup").read_text().split()[-1] == "19"
-        process.communicate(b"\n")
-    study.give_way(process.pid)  # it has ended
 
 
 def test_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ links to them lie in ``SCREEN/images``. Runs are stopped, resumed and listed as 
 (``knn_bank``) and by recomputed conv5 features (``knn_conv5``), image passes, images/s, commit and processor. Lines of
 other machines and commits stay. ``--table`` shows the mean over the seeds of each arm.
 
-Arms of one round of 30 passes, with instance loss only, that each change one thing of ``one-round``; ``round0`` is
-the first 18 passes of the arms that follow it and discover neighbourhoods in four more rounds of 3 passes.
+Most arms have one round of 30 passes, with instance loss, and change one thing of ``one-round``; those named after two
+options have both, and ``together`` has several. ``round0`` is the first 18 passes of the arms that follow it and
+discover neighbourhoods in four more rounds of 3 passes. ``and-cosine`` and ``together-and`` have five rounds of 6
+passes, with one schedule over all of them.
 """
 
 from __future__ import annotations
@@ -64,15 +66,18 @@ class Arm:
 
 
 COSINE = ("--lr-policy", "cosine")
+FLIP = ("--random-horizontal-flip",)
+VIEW_LOSS = ("--views", "2", "--view-loss", "1")
+MLP = ("--head", "mlp")
 ARMS: dict[str, Arm] = {
     "one-round": Arm(),
     "restarts": Arm(("--ANs-select-rate", "0"), branches=True),
     "and": Arm(branches=True),
     "cosine": Arm(COSINE, has_schedule=True),
-    "flip": Arm(("--random-horizontal-flip",)),
+    "flip": Arm(FLIP),
     "views": Arm(("--views", "2"), views=2),
-    "view-loss": Arm(("--views", "2", "--view-loss", "1"), views=2),
-    "mlp": Arm(("--head", "mlp")),
+    "view-loss": Arm(VIEW_LOSS, views=2),
+    "mlp": Arm(MLP),
     "early-size": Arm(("--early-size", "12", "--early-share", "0.4")),
     "cosine-warm-up": Arm((*COSINE, "--lr-warmup-epochs", "3"), has_schedule=True),
     "and-k5": Arm(("--ANs-size", "5"), branches=True),
@@ -82,6 +87,13 @@ ARMS: dict[str, Arm] = {
     "and-every-epoch": Arm(("--ANs-every", "1"), branches=True),
     "and-entropy": Arm(("--entropy-loss", "0.2"), branches=True),
     "and-cosine": Arm((*COSINE, "--lr-span", "run"), rounds=ROUNDS, has_schedule=True),
+    "view-loss-flip": Arm((*VIEW_LOSS, *FLIP), views=2),
+    "view-loss-mlp": Arm((*VIEW_LOSS, *MLP), views=2),
+    "view-loss-cosine": Arm((*VIEW_LOSS, *COSINE), views=2, has_schedule=True),
+    "together": Arm((*VIEW_LOSS, *FLIP, *MLP, *COSINE), views=2, has_schedule=True),
+    "together-and": Arm(
+        (*VIEW_LOSS, *FLIP, *MLP, *COSINE, "--lr-span", "run"), views=2, rounds=ROUNDS, has_schedule=True
+    ),
 }
 
 

@@ -8,7 +8,12 @@ links to them lie in ``SCREEN/images``. Runs are stopped, resumed and listed as 
 
 ``RESULTS/screening.jsonl`` gets one line for each finished run: kNN of the last epoch against the memory bank
 (``knn_bank``) and by recomputed conv5 features (``knn_conv5``), image passes, images/s, commit and processor. Lines of
-other machines and commits stay. ``--table`` shows the mean over the seeds of each arm.
+other machines and commits stay. ``--evaluate`` adds the linear probe and the graph clustering of conv5 to the lines of
+finished runs, and a line for each ``SCREEN/simclr-sN``, which one trains with
+
+    python -m benchmarks.simclr --data-root SCREEN/images --out SCREEN/simclr-s0 --seed 0 --passes 30
+
+``--table`` shows the mean over the seeds of each arm.
 
 Most arms have one round of 30 passes, with instance loss, and change one thing of ``one-round``; those named after two
 options have both, and ``together`` has several. ``round0`` is the first 18 passes of the arms that follow it and
@@ -19,9 +24,9 @@ passes, with one schedule over all of them.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,9 +36,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import mean_and_deviation, table
-from benchmarks.study import Run, Study, carry_out, epochs_of, parser_of, schedule
+from benchmarks.study import CFGS, ROOT, Run, Study, carry_out, epochs_of, parser_of, schedule
 from lib.errors import UsageError
 from lib.session import metrics, provenance
+from lib.session.atomic_files import atomic_write
 
 SEEDS = (0, 1, 2)
 PASSES = 30
@@ -43,7 +49,14 @@ TRAIN, HELD_OUT = 20_000, 5_000
 """Images that are trained on, and training images that judge."""
 COMMON = ("--embed", "conv5", "--keep", "last", "--log-tfb", "false")
 RESULTS = "screening.jsonl"
-FIGURES = {"knn_bank": "kNN, bank, %", "knn_conv5": "kNN, conv5, %", "images_per_s": "images/s"}
+FIGURES = {
+    "knn_bank": "kNN, bank, %",
+    "knn_conv5": "kNN, conv5, %",
+    "linear": "linear, conv5, %",
+    "graph_nmi": "graph, NMI, %",
+    "images_per_s": "images/s",
+}
+"""Figure of a line -> column title."""
 
 
 @dataclass(frozen=True)
@@ -193,22 +206,58 @@ class Screening(Study):
         }
 
     def finished(self, run: Run) -> None:
-        """Adds the line of a run, once."""
-        line = self.line_of(run)
-        key = ("arm", "seed", "started")
-        if any(all(old[name] == line[name] for name in key) for old in read_lines(self.results)):
-            return
+        """Adds the line of a run."""
+        self.add(self.line_of(run))
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Adds a line to the results, or what it has more to the line of the same run."""
+        lines, key = read_lines(self.results), ("arm", "seed", "started")
+        for old in lines:
+            if all(old[name] == line[name] for name in key):
+                old |= line
+                break
+        else:
+            lines.append(line)
         self.results.mkdir(parents=True, exist_ok=True)
-        with (self.results / RESULTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with atomic_write(self.results / RESULTS) as file:
+            file.write("".join(json.dumps(each) + "\n" for each in lines).encode("utf-8"))
+
+    def evaluate(self) -> None:
+        """Linear probe and graph clustering of all finished runs that have none yet."""
+        for run in self.runs:
+            if self.is_done(run):
+                session = self.sess_dir / run.name
+                found = figures_of(["--resume", str(session)], session / "evaluation.json")
+                self.add({**self.line_of(run), **found})
+        for folder in sorted(self.sess_dir.glob("simclr-s*")):
+            if (last := metrics.read(folder)[-1])["passes"] < PASSES:
+                continue
+            words = ["--cfgs", *CFGS, "--data-root", str(self.data_root), "--resume", str(folder / "latest.ckpt")]
+            line = {
+                "arm": "simclr",
+                "seed": int(folder.name.rpartition("-s")[2]),
+                "passes": last["passes"],
+                "knn_conv5": last["knn_backbone"],
+                "images_per_s": round(last["image_passes_per_s"], 1),
+                "train_s": last["train_s"],
+                "started": "",
+            }
+            self.add({**line, **figures_of([*words, "--embed", "conv5"], folder / "latest.evaluation.json")})
 
     def add_missing(self) -> None:
         """Adds the lines of runs that were done when an earlier screening was killed."""
         for run in self.runs:
             if self.is_done(run):
                 self.finished(run)
+
+
+def figures_of(words: Sequence[str], path: Path) -> dict[str, float]:
+    """Figures of a test run with these words, which writes them to ``path`` unless they are there."""
+    if not path.is_file():
+        flags = ["--test-only", "--protocol", "linear", "graph", "--linear-layers", "conv5", "--gpus", ""]
+        subprocess.run([sys.executable, "main.py", "--brief", *words, *flags], cwd=ROOT, check=True)
+    linear, graph = json.loads(path.read_text(encoding="utf-8"))["results"]
+    return {"linear": linear["top1"], **{f"graph_{name}": graph[name] for name in ("groups", "nmi", "ari", "accuracy")}}
 
 
 def summary(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -220,7 +269,8 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> str:
     for arm, own in sorted(arms.items(), key=lambda item: -statistics.mean(line["knn_conv5"] for line in item[1])):
         cells = []
         for name in FIGURES:
-            cells.append(mean_and_deviation([line[name] * (1 if name == "images_per_s" else 100) for line in own]))
+            factor = 1 if name == "images_per_s" else 100
+            cells.append(mean_and_deviation([factor * line[name] for line in own if name in line]))
         rows.append((arm, len(own), f"{statistics.mean(line['passes'] for line in own):g}", *cells))
     return table(["arm", "runs", "passes", *FIGURES.values()], rows)
 
@@ -229,6 +279,7 @@ def main(argv: Sequence[str]) -> int:
     """Exit status as ``benchmarks.study.carry_out``, and 2 for input that cannot be used."""
     parser = parser_of("benchmarks.screening", __doc__, SEEDS, list(ARMS))
     parser.add_argument("--results", type=Path, required=True, help="folder of screening.jsonl")
+    parser.add_argument("--evaluate", action="store_true", help="evaluate the finished runs, and stop")
     parser.add_argument("--table", action="store_true", help="show the mean of each arm, and stop")
     given = parser.parse_args(argv)
     if given.table:
@@ -243,6 +294,9 @@ def main(argv: Sequence[str]) -> int:
         given.sess_dir.mkdir(parents=True, exist_ok=True)
         choose_images(given.data_root, images, TRAIN, HELD_OUT)
         screening.add_missing()
+        if given.evaluate:
+            screening.evaluate()
+            return 0
         return carry_out(screening, given.jobs)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

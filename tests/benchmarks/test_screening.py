@@ -74,9 +74,9 @@ def test_summary_has_mean_and_deviation_of_each_arm() -> None:
     def line(arm: str, accuracy: float) -> dict[str, Any]:
         return {"arm": arm, "passes": 30.0, "knn_bank": accuracy / 2, "knn_conv5": accuracy, "images_per_s": 100}
 
-    rows = summary([line("and", 0.5), line("flip", 0.6), line("and", 0.52)]).splitlines()
-    assert rows[2] == "| flip | 1 | 30 | 30.00 | 60.00 | 100.00 |"
-    assert rows[3] == "| and | 2 | 30 | 25.50 ± 0.71 | 51.00 ± 1.41 | 100.00 ± 0.00 |"
+    rows = summary([line("and", 0.5), {**line("flip", 0.6), "linear": 0.7}, line("and", 0.52)]).splitlines()
+    assert rows[2] == "| flip | 1 | 30 | 30.00 | 60.00 | 70.00 | - | 100.00 |"
+    assert rows[3] == "| and | 2 | 30 | 25.50 ± 0.71 | 51.00 ± 1.41 | - | - | 100.00 ± 0.00 |"
 
 
 @pytest.mark.slow
@@ -87,14 +87,14 @@ def test_finished_runs_add_a_line_each_to_the_results(config: Path, photos: Path
     other |= {"knn_conv5": 0.5, "images_per_s": 1}
     (results / "screening.jsonl").write_text(json.dumps(other) + "\n")
     words = [str(config), "--data-root", str(photos), "--sess-dir", str(sessions), "--results", str(results)]
-    words += ["--jobs", "2", "--seeds", "5", "--arms", "one-round", "and", "view-loss", "mlp"]
+    words += ["--jobs", "2", "--seeds", "5", "--arms", "and", "view-loss"]
     process = start(*words, program=("-c", SMALL))
     shown = output_of(process)
     assert process.returncode == 0, shown
 
     lines = [json.loads(line) for line in (results / "screening.jsonl").read_text().splitlines()]
     assert lines[0] == other
-    assert sorted(line["arm"] for line in lines[1:]) == ["and", "mlp", "one-round", "round0", "view-loss"]
+    assert sorted(line["arm"] for line in lines[1:]) == ["and", "round0", "view-loss"]
     for line in lines[1:]:
         last = metrics.read(sessions / f"{line['arm']}-s5")[-1]
         assert (line["knn_bank"], line["knn_conv5"]) == (last["top1"], last["embed_top1"])
@@ -106,5 +106,16 @@ def test_finished_runs_add_a_line_each_to_the_results(config: Path, photos: Path
     process = start(*words, program=("-c", SMALL))  # adds the line that is missing, and trains nothing
     assert output_of(process) == "" and process.returncode == 0
     assert [json.loads(line) for line in (results / "screening.jsonl").read_text().splitlines()] == lines
+    process = start(*words, "--evaluate", program=("-c", SMALL))
+    shown = output_of(process)
+    assert process.returncode == 0, shown
+    evaluated = [json.loads(line) for line in (results / "screening.jsonl").read_text().splitlines()]
+    assert [line.keys() & {"linear", "graph_nmi"} for line in evaluated[:1]] == [set()]
+    for before, line in zip(lines[1:], evaluated[1:], strict=True):
+        found = json.loads((sessions / f"{line['arm']}-s5" / "evaluation.json").read_text())["results"]
+        assert (line["linear"], line["graph_nmi"]) == (
+            found[0]["top1"],
+            found[1]["nmi"],
+        ) and line.items() > before.items()
     process = start(*words, "--table", program=("-c", SMALL))
     assert "| and | 2 | 4 |" in output_of(process)

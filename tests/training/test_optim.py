@@ -33,18 +33,18 @@ rates = st.floats(1e-6, 10)
 
 @given(rates, st.integers(0, 1000))
 @many
-def test_a_fixed_rate_never_changes(base: float, epoch: int) -> None:
+def test_fixed_learning_rate_is_constant(base: float, epoch: int) -> None:
     assert fixed(base)(epoch) == base
 
 
 @given(rates, st.integers(0, 300), st.integers(0, 200), st.integers(1, 80), st.sampled_from([0.1, 0.5, 1.0, 0.94]))
 @many
-def test_step_rates_are_the_oracles(base: float, epoch: int, offset: int, every: int, rate: float) -> None:
+def test_step_schedule_equals_the_oracle(base: float, epoch: int, offset: int, every: int, rate: float) -> None:
     expected = oracles.step_rate(base, epoch, offset=offset, every=every, rate=rate)
     assert step(base, offset=offset, every=every, rate=rate)(epoch) == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_papers_rate_first_drops_at_epoch_120() -> None:
+def test_learning_rate_of_the_paper_first_drops_at_epoch_120() -> None:
     rate = step(0.03, offset=80, every=40, rate=0.1)
     rates = [rate(epoch) for epoch in (0, 79, 80, 119, 120, 159, 160, 199, 200)]
     assert rates == pytest.approx([0.03, 0.03, 0.03, 0.03, 3e-3, 3e-3, 3e-4, 3e-4, 3e-5])
@@ -52,7 +52,7 @@ def test_the_papers_rate_first_drops_at_epoch_120() -> None:
 
 @given(st.dictionaries(st.integers(1, 60), rates, max_size=5), rates, st.integers(0, 80))
 @many
-def test_multistep_rates_are_the_oracles(changes: dict[int, float], first: float, epoch: int) -> None:
+def test_multistep_schedule_equals_the_oracle(changes: dict[int, float], first: float, epoch: int) -> None:
     changes = {**changes, 0: first}  # not in the order of the epochs
     assert multistep(changes)(epoch) == oracles.multistep_rate(list(changes.items()), epoch)
 
@@ -66,7 +66,7 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-def test_rates_are_read_with_comments_and_every_spelling_of_a_number(tmp_path: Path) -> None:
+def test_schedule_file_may_have_comments_and_any_number_format(tmp_path: Path) -> None:
     path = written(tmp_path, "# rates\n0: 0.03\n120: 0.003   # lower\n160: 3e-4\n180: 3.0e-5\n190: 1\n")
     assert read_rates(path) == {0: 0.03, 120: 0.003, 160: 3e-4, 180: 3e-5, 190: 1.0}
 
@@ -92,7 +92,7 @@ def test_rates_are_read_with_comments_and_every_spelling_of_a_number(tmp_path: P
         ("0: [0.1, 0.2]\n", "0.1, 0.2"),
     ],
 )
-def test_a_file_that_holds_no_rates_is_refused_by_name(tmp_path: Path, text: str, says: str) -> None:
+def test_invalid_schedule_file_is_refused_with_its_name(tmp_path: Path, text: str, says: str) -> None:
     path = written(tmp_path, text)
     with pytest.raises(UsageError) as refusal:
         read_rates(path)
@@ -101,7 +101,7 @@ def test_a_file_that_holds_no_rates_is_refused_by_name(tmp_path: Path, text: str
     assert "\n" not in str(refusal.value)
 
 
-def test_a_missing_file_of_rates_is_refused_by_name(tmp_path: Path) -> None:
+def test_missing_schedule_file_is_refused_with_its_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere\.yaml: no such file"):
         read_rates(tmp_path / "nowhere.yaml")
 
@@ -117,7 +117,7 @@ def test_schedule_file_errors_do_not_mention_option_files(tmp_path: Path) -> Non
 # From options.
 
 
-def test_the_policy_chooses_the_schedule(tmp_path: Path) -> None:
+def test_lr_policy_selects_the_schedule(tmp_path: Path) -> None:
     epochs = range(12)
     options: dict[str, Any] = {"base_lr": 0.2, "lr_decay_offset": 3, "lr_decay_step": 4, "lr_decay_rate": 0.5}
 
@@ -134,7 +134,7 @@ def test_the_policy_chooses_the_schedule(tmp_path: Path) -> None:
     assert [rate(epoch) for epoch in epochs] == [0.4] * 7 + [0.01] * 5
 
 
-def test_cosine_rates_are_those_of_pytorch() -> None:
+def test_cosine_schedule_equals_pytorch() -> None:
     optimizer = torch.optim.SGD(parameters(), lr=0.3)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
     rate = build_schedule(Options(base_lr=0.3, lr_policy="cosine", max_epoch=10))
@@ -145,11 +145,11 @@ def test_cosine_rates_are_those_of_pytorch() -> None:
 
 
 @pytest.mark.parametrize("policy", ["cosine", "fixed", "step"])
-def test_rates_grow_linearly_in_the_warm_up(policy: str) -> None:
+def test_warm_up_is_linear_and_the_schedule_follows_it(policy: str) -> None:
     options: dict[str, Any] = {"base_lr": 0.5, "max_epoch": 12, "lr_decay_step": 6, "lr_policy": policy}
     rate = build_schedule(Options(**options, lr_warmup_epochs=4))
     assert [rate(epoch) for epoch in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
-    if policy == "cosine":  # what the warm-up leaves is a whole half cosine
+    if policy == "cosine":  # after the warm-up, a full cosine schedule over the remaining epochs
         alone = build_schedule(Options(**{**options, "max_epoch": 8}))
         assert [rate(epoch) for epoch in range(4, 12)] == [alone(epoch) for epoch in range(8)]
     else:
@@ -157,7 +157,7 @@ def test_rates_grow_linearly_in_the_warm_up(policy: str) -> None:
         assert [rate(epoch) for epoch in range(4, 12)] == [alone(epoch) for epoch in range(4, 12)]
 
 
-def test_a_schedule_over_the_run_does_not_restart_with_the_rounds() -> None:
+def test_lr_span_run_does_not_restart_the_schedule_each_round() -> None:
     for span, expected in {"round": [0, 1, 2] * 3, "run": list(range(9))}.items():
         options = Options(max_round=3, max_epoch=3, lr_span=span, lr_policy="cosine", lr_warmup_epochs=1)
         assert [epoch_of_span(options, round, epoch) for round in range(3) for epoch in range(3)] == expected
@@ -165,8 +165,8 @@ def test_a_schedule_over_the_run_does_not_restart_with_the_rounds() -> None:
         assert 0 < last < 0.51 * options.base_lr and options.schedule_epochs == max(expected) + 1
 
 
-def test_without_a_step_the_rate_never_drops() -> None:
-    """The reference divides by its own default of 0."""
+def test_step_schedule_without_lr_decay_step_is_constant() -> None:
+    """The reference divides by zero with this default."""
     rate = build_schedule(Options(base_lr=0.2, max_epoch=1000))
     assert {rate(epoch) for epoch in range(1000)} == {0.2}
 
@@ -194,7 +194,7 @@ def parameters() -> list[torch.nn.Parameter]:
         ("adam", torch.optim.Adam, {"eps": 1e-6, "amsgrad": True}),
     ],
 )
-def test_an_optimiser_gets_the_options_values(
+def test_optimiser_receives_the_values_of_the_options(
     name: str, kind: type[torch.optim.Optimizer], values: dict[str, Any]
 ) -> None:
     own = parameters()
@@ -206,20 +206,20 @@ def test_an_optimiser_gets_the_options_values(
     assert [id(p) for p in group["params"]] == [id(p) for p in own]
 
 
-def test_the_betas_of_adam_are_the_options() -> None:
+def test_adam_receives_beta1_and_beta2() -> None:
     (group,) = build_optimizer(Options(optimizer="adam", beta1=0.7, beta2=0.8), parameters()).param_groups
     assert group["betas"] == (0.7, 0.8)
 
 
 @pytest.mark.parametrize("name", ["adam", "rmsprop"])
-def test_without_options_an_optimiser_is_pytorchs(name: str) -> None:
+def test_optimiser_defaults_equal_those_of_pytorch(name: str) -> None:
     kind = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[name]
     (ours,) = build_optimizer(Options(optimizer=name, momentum=0.0, weight_decay=0.0), parameters()).param_groups
     (plain,) = kind(parameters(), lr=0.1).param_groups
     assert {k: v for k, v in ours.items() if k != "params"} == {k: v for k, v in plain.items() if k != "params"}
 
 
-def test_two_steps_of_sgd_follow_the_formula() -> None:
+def test_two_steps_of_nesterov_sgd_follow_the_formula() -> None:
     momentum, decay, lr = 0.9, 0.1, 0.5
     own = parameters()
     optimizer = build_optimizer(
@@ -236,14 +236,14 @@ def test_two_steps_of_sgd_follow_the_formula() -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop"])
-def test_the_rate_that_is_set_is_the_rate_of_every_group(name: str) -> None:
+def test_set_learning_rate_changes_every_parameter_group(name: str) -> None:
     optimizer = build_optimizer(Options(optimizer=name), parameters())
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 3.0})
     set_learning_rate(optimizer, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
 
 
-def test_a_step_goes_as_far_as_the_rate_that_is_set() -> None:
+def test_step_uses_the_learning_rate_that_was_set() -> None:
     own = parameters()
     optimizer = build_optimizer(Options(momentum=0, weight_decay=0, base_lr=1.0), own)
     set_learning_rate(optimizer, 0.25)

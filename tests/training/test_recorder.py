@@ -1,4 +1,4 @@
-"""When checkpoints are written, and that the best one is kept in host memory until then."""
+"""When checkpoints are written, and the copy of the best one in host memory until then."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lib.training.trainer import Trainer
 from runs import equal
 from training.test_trainer import Judge, Watched, state_of, trainer_of
 
-ACCURACIES = [0.1, 0.2, 0.5, 0.3, 0.4, 0.6]
+ACCURACIES = [0.1, 0.2, 0.5, 0.3, 0.4, 0.6]  # the third epoch is the best of the first five
 """Of six epochs: the third is the best of the first five."""
 
 
@@ -80,8 +80,8 @@ def test_checkpoints_follow_the_interval_and_end_of_round(
 
 
 @pytest.mark.parametrize("keep", ["all", "best", "last"])
-def test_best_epoch_is_a_copy(keep: str, tmp_path: Path) -> None:
-    """Written three epochs later, it equals the one that is written at once."""
+def test_best_epoch_saved_later_equals_one_saved_at_once(keep: str, tmp_path: Path) -> None:
+    """The best epoch may be written several epochs later, from its copy in memory."""
     for interval in (0, 1000):
         session = new_session(tmp_path / str(interval))
         run_of(session, ACCURACIES[:5], ckpt_interval=interval, keep=keep).fit()
@@ -102,8 +102,8 @@ def new_session(folder: Path) -> Session:
     return Session(folder, log_tfb=False)
 
 
-def test_a_stop_signal_writes_the_latest_and_the_best(tmp_path: Path) -> None:
-    """In the evaluation of the fifth epoch, when the third is kept in memory."""
+def test_stop_signal_saves_latest_and_best_checkpoints(tmp_path: Path) -> None:
+    """The signal comes in the evaluation of the fifth epoch, while a copy of the third is in memory."""
     given = iter(ACCURACIES)
 
     def judged() -> float:
@@ -126,15 +126,15 @@ def test_a_stop_signal_writes_the_latest_and_the_best(tmp_path: Path) -> None:
     whole.close()
 
 
-def test_a_step_checkpoint_also_writes_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_checkpoint_also_saves_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session(tmp_path, log_tfb=False)
     trainer = run_of(session, [0.1, 0.5, 0.3], ckpt_interval=1000, ckpt_every=4)
     assert epochs_written(trainer, monkeypatch)["0000-00000.ckpt"] == [1, 2]
     session.close()
 
 
-def test_the_best_checkpoint_is_written_before_the_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise a run that is killed between the two would lose it: it resumes after its epoch."""
+def test_best_checkpoint_is_saved_before_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run killed between the two saves would resume after the best epoch and never write it."""
     names: list[str] = []
     monkeypatch.setattr(checkpoint, "save", lambda content, path: names.append(path.name))
     session = Session(tmp_path, log_tfb=False)
@@ -167,7 +167,7 @@ def test_failed_saves_are_retried_and_best_stays_correct(tmp_path: Path, monkeyp
     whole.close()
 
 
-def test_host_copy_reuses_memory_of_an_earlier_copy() -> None:
+def test_host_copy_is_independent_and_reuses_memory() -> None:
     state = state_of()
     content = state.checkpoint("net", "")
     kept = checkpoint.copy_to_host(content)

@@ -1,4 +1,4 @@
-"""The trial step leaves everything as it was, and its failure names a batch that fits."""
+"""The trial step changes no state; if memory runs out, its error names a batch size that fits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The algorithm, against the same steps written out plainly."""
+"""The training loop, compared with plain loops."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Net(torch.nn.Module):
 
 
 class Batches:
-    """Five batches of four and one of two, the same ones in every epoch."""
+    """Five batches of four and one of two, the same in every epoch."""
 
     def __init__(self, size: int = 4) -> None:
         draw = torch.Generator().manual_seed(5)
@@ -70,7 +70,7 @@ def state_of(seed: int = 1, lr: float = 0.1) -> TrainingState:
 
 
 class Watched(Recorder):
-    """A recorder that remembers what it was told."""
+    """A recorder that keeps its calls."""
 
     def __init__(self, session: Session | None = None, options: Options | None = None, **more: Any) -> None:
         images = np.zeros((SAMPLES, 8, 8, 3), np.uint8)
@@ -91,7 +91,7 @@ class Watched(Recorder):
 def trainer_of(
     state: TrainingState, batches: Any = None, *, session: Session | None = None, rate: Any = None, **changes: Any
 ) -> Trainer:
-    """A trainer with options and collaborators as named, which are told apart by whether ``Options`` knows them."""
+    """A trainer; ``changes`` are options where ``Options`` has a field of the name, else arguments of ``Trainer``."""
     named = {"max_round": 3, "max_epoch": 2, "ANs_size": 2, "network": "net", "ckpt_interval": 0.0}
     named |= changes
     options = Options(**{name: value for name, value in named.items() if name in Options.model_fields})
@@ -141,7 +141,7 @@ class Collapsed(Net):
 
 
 @pytest.mark.parametrize("network", [Net, Collapsed])
-def test_a_collapse_is_warned_of_once(
+def test_collapse_is_warned_of_once(
     network: type[Net], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("and"), "propagate", True)
@@ -154,7 +154,7 @@ def test_a_collapse_is_warned_of_once(
     assert all("round 1, epoch 2: the embeddings seem to have collapsed" in message for message in shown_text)
 
 
-def test_a_collapse_is_not_warned_of_again_after_a_resume(
+def test_collapse_warning_is_not_repeated_after_resume(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("and"), "propagate", True)
@@ -171,7 +171,7 @@ def test_a_collapse_is_not_warned_of_again_after_a_resume(
     assert len([message for message in caplog.messages if message.startswith("warning: ")]) == 1
 
 
-def test_an_epoch_is_the_plain_loop_with_and_without_anchors() -> None:
+def test_epoch_equals_a_plain_loop_with_and_without_anchors() -> None:
     ours, plain = state_of(), state_of()
     batches = Batches()
     for epoch in range(3):
@@ -184,7 +184,7 @@ def test_an_epoch_is_the_plain_loop_with_and_without_anchors() -> None:
     torch.testing.assert_close(ours.bank.memory, plain.bank.memory, rtol=1e-4, atol=1e-6)
 
 
-def test_anchors_grow_and_every_round_restarts() -> None:
+def test_anchors_grow_and_schedule_restarts_each_round() -> None:
     rates: list[int] = []
     given = iter([0.5, 0.4, 0.3, 0.2, 0.1, 0.15])
 
@@ -204,7 +204,7 @@ def test_anchors_grow_and_every_round_restarts() -> None:
     assert [(row["top1"], row["best_top1"]) for row in state.history] == [(0.4, 0.5), (0.2, 0.3), (0.15, 0.15)]
 
 
-def test_held_out_images_choose_the_best_epoch_where_there_are_some() -> None:
+def test_best_epoch_is_chosen_on_held_out_images_if_any() -> None:
     tests, held_out = iter([0.5, 0.4, 0.3, 0.2, 0.1, 0.15]), iter([0.6, 0.7, 0.7, 0.6, 0.3, 0.2])
     judges = {"evaluate": Judge(lambda: next(tests)), "validate": Judge(lambda: next(held_out))}
     state = state_of()
@@ -223,14 +223,14 @@ def test_held_out_images_choose_the_best_epoch_where_there_are_some() -> None:
     assert "best: chosen by the test labels" in trainer_of(state, **judges).recorder.summary(state.history)
 
 
-def test_later_of_equal_epochs_is_the_best() -> None:
+def test_last_of_equally_accurate_epochs_is_the_best() -> None:
     tests = iter([0.5, 0.5, 0.3, 0.3, 0.2, 0.1])
     trainer = trainer_of(state_of(), evaluate=Judge(lambda: next(tests)))
     trainer.fit()
     assert trainer.recorder.saved == [True, True, True, True, True, False]
 
 
-def test_held_out_images_choose_where_there_are_no_test_images() -> None:
+def test_held_out_images_choose_the_best_epoch_without_a_test_set() -> None:
     held_out = iter([0.6, 0.7] * 3)
     state = state_of()
     trainer = trainer_of(state, validate=Judge(lambda: next(held_out)))
@@ -250,7 +250,7 @@ class Judge:
         return Accuracy(self.value(), 1.0)
 
 
-def test_discovery_reads_the_bank_as_the_round_before_left_it() -> None:
+def test_discovery_uses_the_bank_at_the_end_of_the_last_round() -> None:
     trainer = trainer_of(state_of())
     trainer.fit()
     assert len(trainer.recorder.rounds) == 2
@@ -260,7 +260,7 @@ def test_discovery_reads_the_bank_as_the_round_before_left_it() -> None:
             assert set(neighbours) == set(similarity[anchor].topk(2).indices.tolist())
 
 
-def test_the_consistency_is_the_share_of_equal_labels() -> None:
+def test_consistency_is_the_share_of_neighbours_with_equal_labels() -> None:
     labels = torch.arange(SAMPLES) % 2
     trainer = trainer_of(state_of(), labels=labels)
     trainer.fit()
@@ -269,7 +269,7 @@ def test_the_consistency_is_the_share_of_equal_labels() -> None:
         assert found.consistency == pytest.approx(sum(int(labels[a] == labels[n]) for a, n in pairs) / len(pairs))
 
 
-def test_two_batches_a_step_are_one_step_on_the_mean_of_both() -> None:
+def test_iter_size_2_averages_the_gradients_of_two_batches() -> None:
     """Without momentum in the bank (eta 1) the rows stay, so a step over 2 x 4 images equals one over 8."""
     ours, plain = state_of(), state_of()
     ours.bank.momentum = plain.bank.momentum = 1.0
@@ -277,7 +277,7 @@ def test_two_batches_a_step_are_one_step_on_the_mean_of_both() -> None:
         state.bank.memory = F.normalize(state.bank.memory, dim=1)
     small, large = Batches(4), Batches(8)
     train(ours, small, iter_size=2)
-    # the last group is (4, 2): the mean of two batch means, not of six images, so it is left to the next test
+    # the last group has batches of 4 and 2: its loss is the mean of the two batch means, not of the six images
     for images, part in list(large.epoch())[:2]:
         plain.optimizer.zero_grad()
         logits = plain.network(images) @ plain.bank.memory.t() / 0.1
@@ -290,7 +290,7 @@ def test_two_batches_a_step_are_one_step_on_the_mean_of_both() -> None:
     torch.testing.assert_close(ours.network.linear.weight, plain.network.linear.weight, rtol=1e-4, atol=1e-6)
 
 
-def test_a_group_left_over_at_the_end_still_steps() -> None:
+def test_incomplete_last_batch_group_makes_a_step() -> None:
     steps = 0
     state = state_of()
     original = state.optimizer.step
@@ -312,7 +312,7 @@ def test_training_lowers_the_loss() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mixed_precision_trains_nearly_as_float32_does(dtype: torch.dtype) -> None:
+def test_mixed_precision_step_is_close_to_float32(dtype: torch.dtype) -> None:
     seen: list[torch.dtype] = []
     exact, mixed = state_of(), state_of()
     mixed.network.linear.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
@@ -336,14 +336,14 @@ def test_overflowing_scaled_gradient_skips_the_step() -> None:
     assert state.scaler.get_scale() == pytest.approx(5e37)
 
 
-def spoilt(batches: Batches, step: int) -> Batches:
-    """With one image of a batch that is no numbers."""
+def with_nan_image(batches: Batches, step: int) -> Batches:
+    """The batches with one image of NaN."""
     batches.images[batches.parts[step][1]] = torch.nan
     return batches
 
 
-def test_a_loss_that_is_no_number_stops_with_step_rate_and_images() -> None:
-    state, batches = state_of(), spoilt(Batches(), 2)
+def test_nan_loss_error_names_step_learning_rate_and_images() -> None:
+    state, batches = state_of(), with_nan_image(Batches(), 2)
     state.round, state.epoch = 1, 4
     with pytest.raises(NonFiniteLossError) as error:
         train(state, batches, max_epoch=9)
@@ -352,20 +352,20 @@ def test_a_loss_that_is_no_number_stops_with_step_rate_and_images() -> None:
     assert reported in str(error.value)
 
 
-def test_a_run_that_stops_so_leaves_the_checkpoint_of_before(tmp_path: Path) -> None:
+def test_nan_loss_leaves_the_last_checkpoint_unchanged(tmp_path: Path) -> None:
     session = Session(tmp_path, log_tfb=False)
     batches = Batches()
     trainer_of(state_of(), batches, session=session, max_round=1, max_epoch=1).fit()
     before = (tmp_path / "checkpoint" / "latest.ckpt").read_bytes()
     with pytest.raises(NonFiniteLossError):
-        trainer_of(state_of(), spoilt(batches, 5), session=session, max_round=1, max_epoch=1).fit()
+        trainer_of(state_of(), with_nan_image(batches, 5), session=session, max_round=1, max_epoch=1).fit()
     assert (tmp_path / "checkpoint" / "latest.ckpt").read_bytes() == before
     session.close()
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_weights_that_a_gradient_has_spoilt_are_never_saved(skip: bool, tmp_path: Path) -> None:
-    """The loss of the last step was finite, so nothing else would tell before the next epoch."""
+def test_nonfinite_weights_are_never_saved(skip: bool, tmp_path: Path) -> None:
+    """The loss of the last step is finite, so only a check of the weights finds it before the next epoch."""
     state = state_of()
     real = state.optimizer.step
     steps = iter(range(len(Batches()) * 2 - 1))
@@ -386,7 +386,7 @@ def test_weights_that_a_gradient_has_spoilt_are_never_saved(skip: bool, tmp_path
 
 
 @pytest.mark.parametrize("iter_size", [1, 2, 6])
-def test_such_batches_are_left_out_on_request_and_counted(iter_size: int) -> None:
+def test_nonfinite_batches_are_skipped_on_request_and_counted(iter_size: int) -> None:
     class Normed(Net):
         def __init__(self) -> None:
             super().__init__()
@@ -398,13 +398,13 @@ def test_such_batches_are_left_out_on_request_and_counted(iter_size: int) -> Non
     state = state_of()
     state.network = Normed()
     state.optimizer = torch.optim.SGD(state.network.parameters(), lr=0.1, momentum=0.9)
-    loss = train(state, spoilt(Batches(), 2), on_nonfinite="skip", iter_size=iter_size)
+    loss = train(state, with_nan_image(Batches(), 2), on_nonfinite="skip", iter_size=iter_size)
     assert state.skipped == 1 and state.seen == SAMPLES - 4
     assert torch.tensor(loss).isfinite() and state.bank.memory.isfinite().all()
     assert all(value.isfinite().all() for value in state.network.state_dict().values())
 
 
-def test_a_checkpoint_that_cannot_be_saved_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_is_retried_at_the_next_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session, saved, state = Session(tmp_path, log_tfb=False), checkpoint.save, state_of()
     calls: list[int] = []
 
@@ -424,7 +424,7 @@ def test_a_checkpoint_that_cannot_be_saved_is_tried_again(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("stop", range(1, 6))
-def test_a_run_that_stopped_after_any_epoch_goes_on_as_if_it_had_not(stop: int, tmp_path: Path) -> None:
+def test_resume_after_any_epoch_equals_the_uninterrupted_run(stop: int, tmp_path: Path) -> None:
     whole = state_of()
     trainer_of(whole).fit()
 
@@ -456,7 +456,7 @@ def test_a_run_that_stopped_after_any_epoch_goes_on_as_if_it_had_not(stop: int, 
         assert {k: v for k, v in ours.items() if k not in times} == {k: v for k, v in theirs.items() if k not in times}
 
 
-def test_the_summary_leaves_out_what_needs_labels() -> None:
+def test_summary_without_labels_has_no_accuracy_columns() -> None:
     state = state_of()
     trainer = trainer_of(state)
     trainer.fit()
@@ -472,7 +472,7 @@ def test_the_summary_leaves_out_what_needs_labels() -> None:
         ({"ANs_size": 22, "batch_size": 4}, ["--ANs-size 22", "21 or less"]),
     ],
 )
-def test_too_few_samples_are_refused_with_the_option_that_mends_it(changes: dict[str, int], words: list[str]) -> None:
+def test_too_few_samples_error_names_the_option_to_change(changes: dict[str, int], words: list[str]) -> None:
     images = datasets.ImageSet(np.zeros((SAMPLES, 8, 8, 3), np.uint8))
     context = SimpleNamespace(options=Options(**changes), splits=datasets.Splits(images), ranks=Ranks())
     with pytest.raises(UsageError) as refused:
@@ -481,7 +481,7 @@ def test_too_few_samples_are_refused_with_the_option_that_mends_it(changes: dict
 
 
 @pytest.mark.parametrize(("every", "requests"), [(1, 6), (4, 2)])
-def test_stop_requests_are_exchanged_every_gpu_steps(every: int, requests: int) -> None:
+def test_stop_requests_are_exchanged_every_n_steps(every: int, requests: int) -> None:
     asked: list[int] = []
     trainer = trainer_of(state_of())  # six steps an epoch
     trainer.steps_between_requests = every
@@ -490,7 +490,7 @@ def test_stop_requests_are_exchanged_every_gpu_steps(every: int, requests: int) 
     assert asked == [*range(every, 6, every), 6] and len(asked) == requests
 
 
-def test_only_several_gpus_wait_with_the_exchange_of_stop_requests() -> None:
+def test_without_several_gpus_stop_is_checked_every_step() -> None:
     for device, ranks, every in (("cpu", Ranks(0, 2), 1), ("meta", Ranks(), 1)):
         state = state_of()
         state.bank.memory = state.bank.memory.to(device)

@@ -1,6 +1,6 @@
-"""Small data sets in the form in which the real ones are published: the same folders, lists and file formats.
+"""Small synthetic data sets with the folders, lists and file formats of the published ones.
 
-Every picture has a number, and its colour tells it: ``number_of`` reads it back, from any part of the picture.
+The colour of every picture encodes its number: ``number_of`` decodes it from any part of the picture.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BREEDS = ("n02085620-Chihuahua", "n02085782-Japanese_spaniel", "n02085936-Maltes
 
 
 def untouched(*size: int, means: Colour = (0, 0, 0), stds: Colour = (1, 1, 1)) -> Augmentation:
-    """Images of a size (h, w) as they are, from 0 to 1."""
+    """An augmentation that leaves images of a size (h, w) unchanged, with values from 0 to 1."""
     return Augmentation(resize=(size[0], size[1]), size=(size[0], size[1]), means=means, stds=stds, centred=True)
 
 
@@ -50,14 +50,14 @@ def number_of(image: np.ndarray) -> int:
 
 
 def save(path: Path, number: int, size: tuple[int, int] | None = None) -> None:
-    """Writes a picture in the format of the file's ending."""
+    """Writes a picture in the format of the file's extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lossy = {"quality": 95, "subsampling": 0} if path.suffix.lower() in (".jpg", ".jpeg") else {}
     Image.fromarray(picture(number, size)).save(path, **lossy)
 
 
 def age(root: Path, seconds: float = 60) -> None:
-    """Sets every folder's last change back, as if it had not changed for long."""
+    """Sets the modification time of every folder to ``seconds`` ago."""
     then = time.time() - seconds
     for folder, _, _ in os.walk(root):
         os.utime(folder, (then, then))
@@ -66,7 +66,7 @@ def age(root: Path, seconds: float = 60) -> None:
 def cifar(root: Path, *, classes: int = 10, images: int = 20) -> None:
     """CIFAR-10 or CIFAR-100: ``images`` for training, a multiple of five, and half as many for testing.
 
-    Training image i is picture i % 64, a test image goes on from there; its label is i % classes.
+    Training image i is picture i % 64; test images continue the count. The label is i % classes.
     """
     fine = classes == 100
     folder = root / ("cifar-100-python" if fine else "cifar-10-batches-py")
@@ -97,7 +97,7 @@ def cifar(root: Path, *, classes: int = 10, images: int = 20) -> None:
 def svhn(root: Path, *, images: int = 20) -> None:
     """SVHN, cropped: ``images`` for training and half as many for testing.
 
-    Training image i is picture i % 64 and shows the digit i % 10, a test image goes on from there; 0 is stored as 10.
+    Training image i is picture i % 64 of the digit i % 10; test images continue the count. 0 is stored as 10.
     """
     root.mkdir(parents=True, exist_ok=True)
     for name, first, count in (("train_32x32.mat", 0, images), ("test_32x32.mat", images, images // 2)):
@@ -108,9 +108,10 @@ def svhn(root: Path, *, images: int = 20) -> None:
 
 
 def stl10(root: Path, *, images: int = 20, unlabelled: int = 30) -> None:
-    """STL-10: ``images`` labelled for training, others unlabelled, and half as many for testing as are labelled.
+    """STL-10: ``images`` labelled training images, ``unlabelled`` others, and half of ``images`` for testing.
 
-    Image i of the labelled is picture i % 64, and its label i % 10; the unlabelled and then the test images go on.
+    Labelled image i is picture i % 64 with the label i % 10. The unlabelled and then the test images continue the
+    count.
     """
     folder = root / "stl10_binary"
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +127,7 @@ def stl10(root: Path, *, images: int = 20, unlabelled: int = 30) -> None:
 
 
 def accept(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
-    """Makes the MD5 sums of the files below a root those that torchvision takes to be published."""
+    """Makes torchvision expect the MD5 sums of the files below a root."""
 
     def digest(*parts: str) -> str:
         path = Path(root, *parts)
@@ -146,7 +147,7 @@ def accept(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
 
 
 def imagenet(root: Path, *, classes: int = 3, per_class: int = 4, val: int = 2, flat: bool = False) -> dict[str, int]:
-    """ILSVRC2012 with ``per_class`` training and ``val`` validation images a class; flat: with the devkit's folder.
+    """ILSVRC2012 with ``per_class`` training and ``val`` validation images per class; ``flat``: with the devkit.
 
     Returns:
         the number of each picture by file name; number % classes is its class's place in ``WNIDS``.
@@ -156,7 +157,7 @@ def imagenet(root: Path, *, classes: int = 3, per_class: int = 4, val: int = 2, 
         wnid = WNIDS[number % classes]
         numbers[f"train/{wnid}/{wnid}_{number * 37 + 1}.JPEG"] = number
     draw = np.random.default_rng(classes)
-    order = draw.permutation(classes * val) + classes * per_class  # the published order is without rule
+    order = draw.permutation(classes * val) + classes * per_class  # the published order is random
     for place, number in enumerate(order.tolist(), start=1):
         folder = "val" if flat else f"val/{WNIDS[number % classes]}"
         numbers[f"{folder}/ILSVRC2012_val_{place:08d}.JPEG"] = number
@@ -168,7 +169,7 @@ def imagenet(root: Path, *, classes: int = 3, per_class: int = 4, val: int = 2, 
 
 
 def devkit(root: Path, truth: Sequence[int]) -> None:
-    """The devkit's folder: classes from 1 by ``WNIDS``, inner nodes behind them, and each validation image's class."""
+    """The devkit's folder: classes of ``WNIDS`` numbered from 1, inner nodes, and the validation labels."""
     data = root / DEVKIT / "data"
     data.mkdir(parents=True, exist_ok=True)
     leaves = len(WNIDS)
@@ -198,7 +199,7 @@ def pack_devkit(root: Path) -> Path:
 
 
 def cub200(root: Path, *, classes: int = 3, per_class: int = 4, boxes: Mapping[int, Box] | None = None) -> None:
-    """CUB-200-2011: image i from 1 is picture i, of class (i - 1) // per_class + 1, for training where i is odd.
+    """CUB-200-2011: image i from 1 is picture i, of class (i - 1) // per_class + 1, for training if i is odd.
 
     Args:
         root: gets the folder CUB_200_2011.
@@ -236,7 +237,7 @@ def dogs(
     per_class: int = 4,
     boxes: Mapping[int, Sequence[tuple[int, int, int, int]]] | None = None,
 ) -> None:
-    """Stanford Dogs: image i from 1 is picture i, of breed (i - 1) // per_class + 1, for training where i is odd.
+    """Stanford Dogs: image i from 1 is picture i, of breed (i - 1) // per_class + 1, for training if i is odd.
 
     Args:
         root: gets Images, Annotation and lists.
@@ -268,7 +269,7 @@ def dogs_list(path: Path, names: Sequence[str], labels: Sequence[int]) -> None:
 
 
 def annotate(root: Path, name: str, boxes: Sequence[tuple[int, int, int, int]]) -> None:
-    """The annotation of an image of Stanford Dogs, named without its ending: XML of PASCAL VOC, a dog a box."""
+    """The annotation of an image of Stanford Dogs, named without extension: PASCAL VOC XML with a box per dog."""
     annotation = ElementTree.Element("annotation")
     _add(annotation, folder=name.split("-")[0][1:], filename=name.split("/")[1], source={"database": "ImageNet"})
     _add(annotation, size={"width": 80, "height": 80, "depth": 3}, segment=0)
@@ -292,7 +293,7 @@ def _add(parent: ElementTree.Element, **children: Any) -> None:
 
 
 def _colour(number: int) -> np.ndarray:
-    """(3,): 64 colours, far from black, white and each other."""
+    """(3,): one of 64 colours, far from black, white and each other."""
     assert 0 <= number < 64
     return 40 + 60 * np.array([number % 4, number // 4 % 4, number // 16])
 

@@ -1,4 +1,4 @@
-"""CIFAR as it lies on disk: pickles that Python 2 wrote, a row of 3 x 32 x 32 values an image."""
+"""CIFAR as it is published: pickles of Python 2, with one row of 3 x 32 x 32 values for each image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BATCHES = [f"data_batch_{number}" for number in range(1, 6)]
 
 
 def python2_pickle(value: Any) -> bytes:
-    """What cPickle of Python 2 wrote at protocol 2, byte strings and NumPy arrays of that time included."""
+    """Pickles with protocol 2 as cPickle of Python 2 did, including byte strings and NumPy arrays."""
     out = io.BytesIO()
     out.write(b"\x80\x02")
 
@@ -78,7 +78,7 @@ def python2_pickle(value: Any) -> bytes:
 
 
 def rows(first: int, count: int) -> np.ndarray:
-    """Images by number: red is the number, green the row of a pixel, blue its column."""
+    """Numbered images: red is the number, green the row of a pixel, blue its column."""
     image = np.zeros((count, 3, 32, 32), np.uint8)
     image[:, 0] = np.arange(first, first + count)[:, None, None]
     image[:, 1] = np.arange(32)[:, None]
@@ -88,7 +88,7 @@ def rows(first: int, count: int) -> np.ndarray:
 
 @pytest.fixture
 def any_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file counts as whole where it is there: synthetic files do not have the published MD5 sums."""
+    """Accepts every existing file: synthetic files do not have the published MD5 sums."""
     monkeypatch.setattr(published, "check_integrity", lambda path, md5=None: Path(path).is_file())
 
 
@@ -169,19 +169,19 @@ def test_missing_files_are_named_with_their_source(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_without_a_root_the_option_is_named(name: str) -> None:
+def test_missing_root_is_refused_with_the_option(name: str) -> None:
     with pytest.raises(DataError, match=f"--data-root.*{FOLDERS[name]}"):
         datasets.load(name, None)
 
 
 @pytest.mark.parametrize("missing", [*BATCHES, "test_batch", "batches.meta"])
-def test_a_missing_file_is_refused(missing: str, cifar10: Path) -> None:
+def test_missing_file_is_refused(missing: str, cifar10: Path) -> None:
     (cifar10 / "cifar-10-batches-py" / missing).unlink()
     with pytest.raises(DataError, match="is incomplete"):
         datasets.load("cifar10", cifar10)
 
 
-def test_files_of_other_content_than_published_are_refused(cifar10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_with_a_wrong_checksum_are_refused(cifar10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     with pytest.raises(DataError, match="is incomplete"):
         datasets.load("cifar10", cifar10)
@@ -194,7 +194,7 @@ def test_files_of_other_content_than_published_are_refused(cifar10: Path, monkey
         ("cifar100", (0.5071, 0.4866, 0.4409), (0.2009, 0.1984, 0.2023)),
     ],
 )
-def test_each_is_normalised_by_its_own_published_figures(
+def test_normalisation_uses_published_means_and_deviations(
     name: str, means: tuple[float, ...], stds: tuple[float, ...]
 ) -> None:
     source = datasets.DATASETS[name]
@@ -203,10 +203,10 @@ def test_each_is_normalised_by_its_own_published_figures(
 
 @pytest.fixture(params=FOLDERS)
 def fetched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Source]]:
-    """A data set, and a server of its synthetic archive in place of Toronto's; nothing is unpacked."""
+    """A data set and a local server of its synthetic archive. Nothing is unpacked yet."""
     name: str = request.param
     root: Path = request.getfixturevalue(name)
-    monkeypatch.undo()  # sums are checked
+    monkeypatch.undo()  # MD5 sums are checked again
     monkeypatch.setenv("no_proxy", "*")
     folder = root / FOLDERS[name]
     out = io.BytesIO()
@@ -235,7 +235,7 @@ EXPECTED: dict[str, Any] = {
 }
 
 
-def test_a_download_is_unpacked_and_read_and_done_once(fetched: tuple[str, Source], tmp_path: Path) -> None:
+def test_archive_is_downloaded_once_unpacked_and_read(fetched: tuple[str, Source], tmp_path: Path) -> None:
     name, source = fetched
     for _ in range(2):
         splits = datasets.load(name, tmp_path, download=True)
@@ -248,7 +248,7 @@ def test_a_download_is_unpacked_and_read_and_done_once(fetched: tuple[str, Sourc
     )
 
 
-def test_an_archive_put_there_by_hand_is_unpacked_without_network(fetched: tuple[str, Source], tmp_path: Path) -> None:
+def test_archive_copied_by_hand_is_unpacked_without_network(fetched: tuple[str, Source], tmp_path: Path) -> None:
     name, source = fetched
     for archive, content in source.files.items():
         (tmp_path / archive).write_bytes(content)
@@ -256,7 +256,7 @@ def test_an_archive_put_there_by_hand_is_unpacked_without_network(fetched: tuple
     assert source.asked == []
 
 
-def test_an_archive_that_is_cut_short_is_refused_by_name(fetched: tuple[str, Source], tmp_path: Path) -> None:
+def test_truncated_archive_is_refused_with_its_name(fetched: tuple[str, Source], tmp_path: Path) -> None:
     name, source = fetched
     ((archive, content),) = source.files.items()
     (tmp_path / archive).write_bytes(content[:-1])
@@ -269,7 +269,7 @@ def test_an_archive_that_is_cut_short_is_refused_by_name(fetched: tuple[str, Sou
     }
 
 
-def test_a_folder_that_is_not_whole_is_not_downloaded_over(fetched: tuple[str, Source], tmp_path: Path) -> None:
+def test_incomplete_folder_is_refused_without_a_download(fetched: tuple[str, Source], tmp_path: Path) -> None:
     name, source = fetched
     (tmp_path / FOLDERS[name]).mkdir()
     with pytest.raises(DataError, match="is incomplete; move it away"):
@@ -278,6 +278,6 @@ def test_a_folder_that_is_not_whole_is_not_downloaded_over(fetched: tuple[str, S
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_download_without_a_root_names_the_option(name: str) -> None:
+def test_download_without_root_is_refused_with_the_option(name: str) -> None:
     with pytest.raises(DataError, match="--data-root"):
         datasets.load(name, None, download=True)

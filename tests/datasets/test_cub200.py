@@ -1,4 +1,4 @@
-"""CUB-200-2011 as its archive unpacks, whole and cut to the birds."""
+"""CUB-200-2011 as its archive unpacks, with whole images and cropped to the boxes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def edit(root: Path, name: str, change: Callable[[list[str]], list[str]]) -> Non
 
 
 def check(splits: Splits, train: list[int], test: list[int]) -> None:
-    """The numbers of the pictures, in order, with their labels and names."""
+    """Checks the picture numbers of both splits, in order, and their labels and names."""
     for images, numbers in ((splits.train, train), (splits.test, test)):
         assert images is not None and images.labels is not None and images.names is not None
         assert [synthetic.number_of(image) for image in images.images] == numbers
@@ -64,17 +64,17 @@ def check(splits: Splits, train: list[int], test: list[int]) -> None:
 ODD, EVEN = list(range(1, 13, 2)), list(range(2, 13, 2))
 
 
-def test_images_labels_and_splits_are_those_of_the_lists(root: Path) -> None:
+def test_images_labels_and_splits_follow_the_lists(root: Path) -> None:
     splits = read(root)
     check(splits, ODD, EVEN)
     assert splits.notes == () and splits.skipped == ()
 
 
-def test_the_root_may_be_the_unpacked_folder_itself(root: Path) -> None:
+def test_root_may_be_the_unpacked_folder(root: Path) -> None:
     check(read(home(root)), ODD, EVEN)
 
 
-def test_images_that_no_list_names_are_left_alone(root: Path) -> None:
+def test_images_not_in_the_lists_are_ignored(root: Path) -> None:
     synthetic.save(home(root) / "images" / synthetic.SPECIES[0] / "more.jpg", 40)
     check(read(root), ODD, EVEN)
 
@@ -87,7 +87,7 @@ def test_lists_may_be_in_any_order(root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_whitespace_and_line_endings_do_not_matter(name: str, root: Path) -> None:
+def test_whitespace_and_line_endings_are_ignored(name: str, root: Path) -> None:
     path = home(root) / f"{name}.txt"
     lines = path.read_text().splitlines()
     path.write_bytes("".join(f"{line} \t\r\n \r\n\r\n" for line in lines).encode())
@@ -97,53 +97,53 @@ def test_whitespace_and_line_endings_do_not_matter(name: str, root: Path) -> Non
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_a_missing_list_is_refused_by_name(name: str, root: Path) -> None:
+def test_missing_list_is_refused_with_its_name(name: str, root: Path) -> None:
     (home(root) / f"{name}.txt").unlink()
     text = refusal(root, boxes=True)
     assert f"{name}.txt" in text and "CUB_200_2011.tgz" in text
 
 
-def test_boxes_that_nobody_wants_need_no_list(root: Path) -> None:
+def test_box_list_is_not_needed_without_boxes(root: Path) -> None:
     (home(root) / "bounding_boxes.txt").unlink()
     check(read(root), ODD, EVEN)
 
 
 @pytest.mark.parametrize("name", LISTS)
 @pytest.mark.parametrize("content", [b"1\n2\n", b"\xff\xfe\x00\x01", b"1 a\nx\n"])
-def test_a_list_of_something_else_is_refused_by_name(name: str, content: bytes, root: Path) -> None:
+def test_invalid_list_is_refused_with_its_name(name: str, content: bytes, root: Path) -> None:
     (home(root) / f"{name}.txt").write_bytes(content)
     text = refusal(root, boxes=True)
     assert str(home(root) / f"{name}.txt") in text and "number value" in text and "again" in text
 
 
 @pytest.mark.parametrize("name", ["image_class_labels", "train_test_split", "bounding_boxes"])
-def test_a_list_that_lacks_an_image_is_refused_with_its_number(name: str, root: Path) -> None:
+def test_list_without_an_image_is_refused_with_the_number(name: str, root: Path) -> None:
     edit(root, name, lambda lines: lines[:6] + lines[7:])
     text = refusal(root, boxes=True)
     assert str(home(root) / f"{name}.txt") in text and "image 7," in text
 
 
 @pytest.mark.parametrize("value", ["2", "train", "-1"])
-def test_an_image_that_is_of_neither_split_is_refused(value: str, root: Path) -> None:
+def test_image_of_neither_split_is_refused(value: str, root: Path) -> None:
     edit(root, "train_test_split", lambda lines: [*lines[:4], f"5 {value}", *lines[5:]])
     text = refusal(root)
     assert str(home(root) / "train_test_split.txt") in text and "image 5" in text
 
 
-def test_a_class_that_the_list_of_classes_lacks_is_refused(root: Path) -> None:
+def test_class_missing_from_the_class_list_is_refused(root: Path) -> None:
     edit(root, "classes", lambda lines: lines[:2])
     text = refusal(root)
     assert "class 3" in text and "classes.txt" in text
 
 
-def test_lines_about_other_images_are_left_alone(root: Path) -> None:
+def test_lines_about_unlisted_images_are_ignored(root: Path) -> None:
     for name, line in (("image_class_labels", "99 1"), ("train_test_split", "99 1"), ("bounding_boxes", "99 nothing")):
         edit(root, name, lambda lines, line=line: [*lines, line])
     check(read(root, boxes=True), ODD, EVEN)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
-def test_an_empty_list_of_images_is_refused(content: str, root: Path) -> None:
+def test_empty_list_of_images_is_refused(content: str, root: Path) -> None:
     (home(root) / "images.txt").write_text(content)
     assert "images.txt names no image" in refusal(root)
 
@@ -156,13 +156,13 @@ def test_missing_listed_images_are_counted(root: Path) -> None:
     assert train[2] in text and "3 files" in text and "images.txt" in text and "unpack" in text
 
 
-def test_a_name_that_no_file_can_have_is_missing(root: Path) -> None:
+def test_impossible_file_name_counts_as_missing(root: Path) -> None:
     edit(root, "images", lambda lines: ["1 001.a\0b/c\0d.jpg", *lines[1:]])
     assert "1 files" in refusal(root)
 
 
 @pytest.mark.parametrize("inside", [".", "CUB_200_2011", "CUB_200_2011/images"])
-def test_a_root_without_lists_is_told_what_was_looked_for(inside: str, tmp_path: Path) -> None:
+def test_root_without_lists_is_refused_with_what_is_expected(inside: str, tmp_path: Path) -> None:
     (tmp_path / "none" / inside).mkdir(parents=True)
     text = refusal(tmp_path / "none")
     assert str(tmp_path / "none") in text and "images.txt" in text and "--download" in text
@@ -180,8 +180,8 @@ def test_unreadable_images_are_skipped_with_labels_and_boxes(root: Path) -> None
         assert all(name in refusal(root, strict=True, boxes=boxes) for name in names)
 
 
-def cut(root: Path, box: synthetic.Box, number: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """One picture as it lies on disk, and as it comes when its box is ``box``."""
+def crop_of(root: Path, box: synthetic.Box, number: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """The whole image on disk, and the loaded crop if its box is ``box``."""
     synthetic.cub200(root, boxes={number: box})
     train = read(root, boxes=True).train
     (place,) = (i for i, name in enumerate(train.names or []) if f"_{number:04d}_" in name)
@@ -201,10 +201,10 @@ def cut(root: Path, box: synthetic.Box, number: int = 3) -> tuple[np.ndarray, np
         ((-1e15, -1e15, 2e15, 2e15), (0, 73), (0, 61)),
     ],
 )
-def test_a_box_cuts_outwards_to_whole_pixels_and_ends_with_the_image(
+def test_box_is_rounded_outwards_and_clipped_to_the_image(
     box: synthetic.Box, rows: tuple[int, int], columns: tuple[int, int], root: Path
 ) -> None:
-    whole, part = cut(root, box)
+    whole, part = crop_of(root, box)
     assert whole.shape == (73, 61, 3)
     assert np.array_equal(part, whole[slice(*rows), slice(*columns)])
 
@@ -220,13 +220,13 @@ def test_box_without_pixels_is_refused_with_image_name(box: synthetic.Box, root:
 
 
 @pytest.mark.parametrize("line", ["1 2 3", "1 2 3 4 5", "a b c d", "nan 1 2 3", "1 inf 2 3", "1 2 1e300 3"])
-def test_a_line_that_is_no_box_is_refused(line: str, root: Path) -> None:
+def test_invalid_box_line_is_refused(line: str, root: Path) -> None:
     edit(root, "bounding_boxes", lambda lines: [*lines[:3], f"4 {line}", *lines[4:]])
     text = refusal(root, boxes=True)
     assert str(home(root) / "bounding_boxes.txt") in text and repr(line) in text
 
 
-def test_cuts_are_the_same_from_memory_and_from_files(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crops_from_memory_and_from_files_are_equal(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = read(root, boxes=True)
     monkeypatch.setattr(files, "IN_MEMORY", 0)
     large = read(root, boxes=True)
@@ -239,7 +239,7 @@ def test_cuts_are_the_same_from_memory_and_from_files(root: Path, monkeypatch: p
     assert pixels(large.train) == pixels(small.train) and pixels(large.test) == pixels(small.test)
 
 
-def test_boxes_are_refused_where_a_data_set_has_none(tmp_path: Path) -> None:
+def test_boxes_are_refused_for_a_data_set_without_boxes(tmp_path: Path) -> None:
     for name in ("imagenet", "folder", "svhn", "cifar10", "digits"):
         with pytest.raises(DataError, match=r"--bounding-boxes: .* has none.*cub200, dogs"):
             datasets.load(name, tmp_path, boxes=True)

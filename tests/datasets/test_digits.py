@@ -1,4 +1,4 @@
-"""The embedded digits, against what their publishers say of them."""
+"""The built-in digits, compared with the publishers' description."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 import datasets
 
-OF_EACH_CLASS = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-"""Images of the digits 0 to 9 in the test part of the UCI data."""
+CLASS_COUNTS = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+"""Number of images of each digit in the test part of the UCI data."""
 
 FIRST = """\
 0 0 5 13 9 1 0 0
@@ -21,7 +21,7 @@ FIRST = """\
 0 4 11 0 1 12 7 0
 0 2 14 5 10 12 0 0
 0 0 6 13 10 0 0 0"""
-"""The first image of that part, a zero, in grey values from 0 to 16."""
+"""The first test image of the UCI data, a zero, in grey values from 0 to 16."""
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +50,12 @@ def test_no_image_is_in_both_parts(splits: datasets.Splits) -> None:
 
 def test_every_class_has_its_published_number_of_images(splits: datasets.Splits) -> None:
     _, labels, _, test_labels = both(splits)
-    assert np.bincount(np.concatenate([labels, test_labels])).tolist() == OF_EACH_CLASS
+    assert np.bincount(np.concatenate([labels, test_labels])).tolist() == CLASS_COUNTS
 
 
-def test_the_split_is_stratified_within_one(splits: datasets.Splits) -> None:
+def test_split_is_stratified_up_to_one_image(splits: datasets.Splits) -> None:
     _, _, _, test_labels = both(splits)
-    for count, of_class in zip(np.bincount(test_labels), OF_EACH_CLASS, strict=True):
+    for count, of_class in zip(np.bincount(test_labels), CLASS_COUNTS, strict=True):
         assert abs(count - of_class * 360 / 1797) <= 1
 
 
@@ -67,7 +67,7 @@ def test_grey_values_are_scaled_to_0_255(splits: datasets.Splits) -> None:
         assert (images == images[..., :1]).all()
 
 
-def test_the_first_published_image_is_there_as_a_zero(splits: datasets.Splits) -> None:
+def test_first_published_image_is_present_and_labelled_zero(splits: datasets.Splits) -> None:
     first = np.array([[round(int(level) * 255 / 16) for level in row.split()] for row in FIRST.splitlines()])
     train, labels, test, test_labels = both(splits)
     pairs = zip((*train, *test), (*labels, *test_labels), strict=True)
@@ -75,7 +75,7 @@ def test_the_first_published_image_is_there_as_a_zero(splits: datasets.Splits) -
     assert found == [0]
 
 
-def test_the_normalisation_is_that_of_the_training_images(splits: datasets.Splits) -> None:
+def test_normalisation_is_that_of_the_training_images(splits: datasets.Splits) -> None:
     train, *_ = both(splits)
     source = datasets.DATASETS["digits"]
     for channel in range(3):
@@ -84,7 +84,7 @@ def test_the_normalisation_is_that_of_the_training_images(splits: datasets.Split
         assert source.stds[channel] == pytest.approx(shares.std(), abs=1e-4)
 
 
-def test_the_digits_are_the_same_every_time_and_need_no_root(tmp_path: Path) -> None:
+def test_digits_are_the_same_every_time_and_need_no_root(tmp_path: Path) -> None:
     one, other = datasets.load("digits", None), datasets.load("DIGITS", tmp_path / "none", strict=True)
     assert np.array_equal(one.train.images, other.train.images)
     assert one.notes == one.skipped == ()

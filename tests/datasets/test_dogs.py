@@ -1,4 +1,4 @@
-"""Stanford Dogs as its archives unpack, whole and cut to the dogs."""
+"""Stanford Dogs as its archives unpack, with whole images and cropped to the boxes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ THIRD = "n02085620-Chihuahua/n02085620_10076"
 
 
 def check(splits: Splits, train: list[int], test: list[int]) -> None:
-    """The numbers of the pictures, in order, with their labels and names."""
+    """Checks the picture numbers of both splits, in order, and their labels and names."""
     for images, numbers in ((splits.train, train), (splits.test, test)):
         assert images is not None and images.labels is not None and images.names is not None
         assert [synthetic.number_of(image) for image in images.images] == numbers
@@ -55,24 +55,24 @@ def check(splits: Splits, train: list[int], test: list[int]) -> None:
             assert name.endswith(f"_{10073 + number}.jpg")
 
 
-def test_images_labels_and_splits_are_those_of_the_lists(root: Path) -> None:
+def test_images_labels_and_splits_follow_the_lists(root: Path) -> None:
     splits = read(root)
     check(splits, ODD, EVEN)
     assert splits.notes == () and splits.skipped == ()
 
 
-def test_the_lists_may_lie_in_the_root_as_their_archive_unpacks(root: Path) -> None:
+def test_lists_may_be_in_the_root(root: Path) -> None:
     for path in (root / "lists").iterdir():
         path.rename(root / path.name)
     check(read(root), ODD, EVEN)
 
 
-def test_the_annotations_are_not_needed_without_boxes(root: Path) -> None:
+def test_annotations_are_not_needed_without_boxes(root: Path) -> None:
     (root / "Annotation").rename(root / "elsewhere")
     check(read(root), ODD, EVEN)
 
 
-def test_a_list_of_one_image_is_read(root: Path) -> None:
+def test_list_of_one_image_is_read(root: Path) -> None:
     synthetic.dogs_list(root / "lists" / "test_list.mat", [f"{THIRD}.jpg"], [1])
     check(read(root), ODD, [3])
 
@@ -88,7 +88,7 @@ def test_class_names_with_hyphens_follow_their_labels(root: Path) -> None:
     assert [synthetic.number_of(image) for image in train.images] == [30, 1]
 
 
-def test_a_label_of_two_breeds_is_refused(root: Path) -> None:
+def test_label_of_two_breeds_is_refused(root: Path) -> None:
     names = [f"{synthetic.BREEDS[1]}/n02085782_10078.jpg", f"{synthetic.BREEDS[2]}/n02085936_10082.jpg"]
     synthetic.dogs_list(root / "lists" / "test_list.mat", names, [2, 2])
     text = refusal(root)
@@ -97,7 +97,7 @@ def test_a_label_of_two_breeds_is_refused(root: Path) -> None:
 
 @pytest.mark.parametrize("name", ["train_list.mat", "test_list.mat"])
 @pytest.mark.parametrize("eighths", [0, 1, 4, 7])
-def test_a_list_that_is_cut_short_is_refused_by_name(name: str, eighths: int, root: Path) -> None:
+def test_truncated_list_is_refused_with_its_name(name: str, eighths: int, root: Path) -> None:
     path = root / "lists" / name
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * eighths // 8])
@@ -105,7 +105,7 @@ def test_a_list_that_is_cut_short_is_refused_by_name(name: str, eighths: int, ro
     assert str(path) in text and "lists.tar" in text
 
 
-def test_a_test_list_that_is_missing_is_refused_by_name(root: Path) -> None:
+def test_missing_test_list_is_refused_with_its_name(root: Path) -> None:
     (root / "lists" / "test_list.mat").unlink()
     assert str(root / "lists" / "test_list.mat") in refusal(root)
 
@@ -127,13 +127,13 @@ def test_missing_listed_images_are_counted(root: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["Images", "lists"])
-def test_a_root_without_images_or_lists_is_told_what_was_looked_for(missing: str, root: Path) -> None:
+def test_root_without_images_or_lists_is_refused(missing: str, root: Path) -> None:
     (root / missing).rename(root / "elsewhere")
     text = refusal(root)
     assert str(root) in text and "Images/<breed>/*.jpg" in text and "train_list.mat" in text and "--download" in text
 
 
-def test_images_that_cannot_be_read_are_skipped_with_their_labels(root: Path) -> None:
+def test_unreadable_images_are_skipped_with_their_labels(root: Path) -> None:
     path = root / "Images" / f"{THIRD}.jpg"
     path.write_bytes(path.read_bytes()[:500])
     splits = read(root, boxes=True)
@@ -142,8 +142,8 @@ def test_images_that_cannot_be_read_are_skipped_with_their_labels(root: Path) ->
     assert f"Images/{THIRD}.jpg" in refusal(root, strict=True)
 
 
-def cut(root: Path, boxes: list[tuple[int, int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """The third picture as it lies on disk, and as it comes when these are its dogs."""
+def crop_of(root: Path, boxes: list[tuple[int, int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The third image, whole on disk, and the loaded crop if its dogs have these boxes."""
     synthetic.annotate(root, THIRD, boxes)
     train = read(root, boxes=True).train
     assert (train.names or [])[1] == f"Images/{THIRD}.jpg"
@@ -165,12 +165,12 @@ def cut(root: Path, boxes: list[tuple[int, int, int, int]]) -> tuple[np.ndarray,
 def test_box_coordinates_start_at_one_and_include_corners(
     boxes: list[tuple[int, int, int, int]], rows: tuple[int, int], columns: tuple[int, int], root: Path
 ) -> None:
-    whole, part = cut(root, boxes)
+    whole, part = crop_of(root, boxes)
     assert whole.shape == (73, 61, 3)
     assert np.array_equal(part, whole[slice(*rows), slice(*columns)])
 
 
-def test_every_image_is_cut_to_its_own_box(tmp_path: Path) -> None:
+def test_every_image_is_cropped_to_its_own_box(tmp_path: Path) -> None:
     boxes = {i: [(i, 2 * i, i + 9 + i, 2 * i + 9)] for i in range(1, 13)}
     synthetic.dogs(tmp_path, boxes=boxes)
     splits = read(tmp_path, boxes=True)
@@ -182,28 +182,28 @@ def test_every_image_is_cut_to_its_own_box(tmp_path: Path) -> None:
             assert np.array_equal(part, read_rgb(tmp_path / name)[top - 1 : bottom, left - 1 : right])
 
 
-def test_a_box_outside_its_image_is_refused_by_the_image_s_name(root: Path) -> None:
+def test_box_outside_its_image_is_refused_with_the_image_name(root: Path) -> None:
     synthetic.annotate(root, THIRD, [(62, 1, 70, 10)])
     text = refusal(root, boxes=True)
     assert f"{THIRD}.jpg" in text and "61 x 73" in text and "--bounding-boxes" in text
 
 
-NOTHING = "it holds no box"
+NO_BOX = "it holds no box"
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("", NOTHING),
-        ("<annotation><object><bndbox><xmin>3</xmin>", NOTHING),
-        ("<annotation></annotation>", NOTHING),
-        ("<annotation><object><bndbox><xmin>3</xmin></bndbox></object></annotation>", NOTHING),
-        ("no XML", NOTHING),
-        ("\x00\x01", NOTHING),
+        ("", NO_BOX),
+        ("<annotation><object><bndbox><xmin>3</xmin>", NO_BOX),
+        ("<annotation></annotation>", NO_BOX),
+        ("<annotation><object><bndbox><xmin>3</xmin></bndbox></object></annotation>", NO_BOX),
+        ("no XML", NO_BOX),
+        ("\x00\x01", NO_BOX),
         (None, "No such file"),
     ],
 )
-def test_an_annotation_that_cannot_be_read_is_refused_by_its_path(content: str | None, reason: str, root: Path) -> None:
+def test_unreadable_annotation_is_refused_with_its_path(content: str | None, reason: str, root: Path) -> None:
     path = root / "Annotation" / THIRD
     path.unlink() if content is None else path.write_text(content)
     text = refusal(root, boxes=True)
@@ -212,7 +212,7 @@ def test_an_annotation_that_cannot_be_read_is_refused_by_its_path(content: str |
 
 
 @pytest.mark.parametrize("value", ["", "x", "1.5e", "nan", "9" * 30])
-def test_a_corner_that_is_no_number_of_a_pixel_is_refused(value: str, root: Path) -> None:
+def test_invalid_box_coordinate_is_refused(value: str, root: Path) -> None:
     path = root / "Annotation" / THIRD
     path.write_text(path.read_text().replace("<xmax>25</xmax>", f"<xmax>{value}</xmax>"))
     assert str(path) in refusal(root, boxes=True)
@@ -222,4 +222,4 @@ def test_annotation_with_expanding_entities_is_refused(root: Path) -> None:
     levels = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 12))
     bomb = f'<!DOCTYPE a [<!ENTITY e0 "1234567890">{levels}]><annotation>&e11;</annotation>'
     (root / "Annotation" / THIRD).write_text(bomb)
-    assert THIRD in refusal(root, boxes=True)  # 10 ** 12 characters would take hours, and more memory than there is
+    assert THIRD in refusal(root, boxes=True)  # expanded: 10 ** 12 characters

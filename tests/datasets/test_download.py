@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine, which behaves as badly as the test wants it to."""
+"""Downloads from a local server that can misbehave."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Manner = Callable[["Handler", bytes], None]
 
 
 class Source:
-    """Files by name; how to answer the next requests, ``answer`` where nothing is said; what was asked for."""
+    """The files of a server by name, how it replies to the next requests (else by ``answer``), and its requests."""
 
     def __init__(self, url: str, files: dict[str, bytes]) -> None:
         self.url, self.files = url, files
@@ -65,13 +65,16 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: Any) -> None:
-        """Nothing on the console."""
+        """Overridden: nothing is printed."""
 
 
 def answer(
     to: Handler, data: bytes, *, ranges: bool = True, share: float = 1.0, claim: int = 0, known: bool = True
 ) -> None:
-    """The file, or what Range asks of it; of that a share, with a length that is wrong by ``claim`` or not told."""
+    """Sends the requested part of the file, or the first ``share`` of it.
+
+    Content-Length is wrong by ``claim`` bytes, or missing if not ``known``.
+    """
     asked = to.headers["Range"] if ranges else None
     start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
     if asked and start >= len(data):
@@ -93,7 +96,7 @@ def status(code: int) -> Manner:
 
 
 def from_the_start(code: int, **fields: object) -> Manner:
-    """All of the file, whatever was asked for and whatever the head says."""
+    """Sends the whole file with any header, even if a range was requested."""
 
     def manner(to: Handler, data: bytes) -> None:
         to.head(code, **fields)
@@ -134,7 +137,7 @@ def no_http(to: Handler, data: bytes) -> None:
 
 @contextmanager
 def serving(**files: bytes) -> Iterator[Source]:
-    """A server of these files, for as long as it is needed."""
+    """A server of these files."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = False  # closing it waits for them
     source = Source(f"http://127.0.0.1:{server.server_port}/data/", dict(files))
@@ -163,12 +166,12 @@ def refusal(root: Path | None, *archives: Archive) -> str:
         fetch(root, *archives)
     text = str(refused.value)
     assert "\n" not in text and "\r" not in text
-    assert refused.value.__context__ is None or refused.value.__suppress_context__  # no second traceback
+    assert refused.value.__context__ is None or refused.value.__suppress_context__  # the traceback shows one error
     return text
 
 
 def listing(root: Path) -> dict[str, bytes]:
-    """Every file below the root, hidden ones included, but for the lock; folders end in a slash."""
+    """All files below the root except the lock, including hidden ones. Names of folders end in a slash."""
     entries = {p.relative_to(root).as_posix(): p for p in root.rglob("*") if p.name != download.LOCK}
     return {n + "/" * p.is_dir(): b"" if p.is_dir() else p.read_bytes() for n, p in sorted(entries.items())}
 
@@ -218,7 +221,7 @@ def part(tmp_path: Path) -> Path:
     return tmp_path / f"{NAME}.part"
 
 
-def test_a_file_is_fetched_once_into_a_root_that_is_made(source: Source, tmp_path: Path) -> None:
+def test_file_is_fetched_once_and_the_root_is_created(source: Source, tmp_path: Path) -> None:
     root = tmp_path / "all" / "data"
     fetch(root, source.archive())
     fetch(root, source.archive())
@@ -234,16 +237,16 @@ def test_archive_is_fetched_once_and_only_its_folder_unpacked(birds: Source, tmp
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
-def test_an_archive_of_bare_files_gets_a_folder(mode: str, source: Source, tmp_path: Path) -> None:
+def test_archive_without_top_folder_is_unpacked_into_one(mode: str, source: Source, tmp_path: Path) -> None:
     source.files["lists.tar"] = tar(("train.mat", b"1"), ("sub/test.mat", b"2"), mode=mode)
     fetch(tmp_path, source.archive("lists.tar", unpacks_to="lists"))
     (tmp_path / "lists.tar").unlink()
     assert listing(tmp_path) == {"lists/": b"", "lists/sub/": b"", "lists/sub/test.mat": b"2", "lists/train.mat": b"1"}
 
 
-@pytest.mark.parametrize("members", [[("list.txt", b"1")], [("birds/list.txt", b"1")]], ids=["bare", "folder"])
+@pytest.mark.parametrize("members", [[("list.txt", b"1")], [("birds/list.txt", b"1")]], ids=["no folder", "folder"])
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
-def test_what_is_unpacked_has_the_mode_of_any_new_folder(
+def test_unpacked_folder_follows_the_umask(
     umask: int, members: list[tuple[str, bytes]], source: Source, tmp_path: Path
 ) -> None:
     source.files[NAME] = tar(*members)
@@ -255,7 +258,7 @@ def test_what_is_unpacked_has_the_mode_of_any_new_folder(
         os.umask(before)
 
 
-def test_several_archives_are_fetched_and_only_those_that_lack(source: Source, tmp_path: Path) -> None:
+def test_only_missing_archives_are_fetched(source: Source, tmp_path: Path) -> None:
     source.files |= {"a": b"first", "b": b"second", "c.tar": tar(("x", b"third"))}
     (tmp_path / "a").write_bytes(b"first")
     fetch(tmp_path, source.archive("a"), source.archive("b"), source.archive("c.tar", unpacks_to="c"))
@@ -277,7 +280,7 @@ def test_file_copied_by_hand_is_verified_without_network(kind: str, tmp_path: Pa
     [BIRDS[:-1], BIRDS[: len(BIRDS) // 2], b"", BIRDS + b"\0", BIRDS[:500] + b"?" + BIRDS[501:]],
     ids=["a byte short", "half", "empty", "a byte long", "altered"],
 )
-def test_a_damaged_file_is_refused_by_name_and_left_as_it_is(
+def test_damaged_file_is_refused_and_left_unchanged(
     content: bytes, unpacks_to: str | None, birds: Source, tmp_path: Path
 ) -> None:
     (tmp_path / NAME).write_bytes(content)
@@ -290,7 +293,7 @@ def test_a_damaged_file_is_refused_by_name_and_left_as_it_is(
 
 
 @pytest.mark.parametrize("content", [{}, {"mine.txt": b"mine"}], ids=["empty", "other"])
-def test_an_unpacked_folder_is_never_touched(content: dict[str, bytes], birds: Source, tmp_path: Path) -> None:
+def test_existing_unpacked_folder_is_left_unchanged(content: dict[str, bytes], birds: Source, tmp_path: Path) -> None:
     (tmp_path / "birds").mkdir()
     for name, data in content.items():
         (tmp_path / "birds" / name).write_bytes(data)
@@ -300,14 +303,14 @@ def test_an_unpacked_folder_is_never_touched(content: dict[str, bytes], birds: S
 
 
 @pytest.mark.parametrize("have", [1, CHUNK, 10_001])
-def test_a_download_that_broke_off_is_gone_on_from(have: int, source: Source, tmp_path: Path, part: Path) -> None:
+def test_partial_download_is_resumed_by_a_range_request(have: int, source: Source, tmp_path: Path, part: Path) -> None:
     part.write_bytes(WHOLE[:have])
     fetch(tmp_path, source.archive())
     assert listing(tmp_path) == {NAME: WHOLE}
     assert source.asked == [(NAME, f"bytes={have}-")] and source.sent == len(WHOLE) - have
 
 
-def test_a_source_that_knows_no_ranges_sends_all_of_it_again(source: Source, tmp_path: Path, part: Path) -> None:
+def test_download_restarts_if_the_server_ignores_ranges(source: Source, tmp_path: Path, part: Path) -> None:
     part.write_bytes(b"x" * 4000)
     source.manners = [partial(answer, ranges=False)]
     fetch(tmp_path, source.archive())
@@ -315,7 +318,7 @@ def test_a_source_that_knows_no_ranges_sends_all_of_it_again(source: Source, tmp
     assert source.asked == [(NAME, "bytes=4000-")]
 
 
-def test_a_download_that_lacked_only_its_name_is_used(source: Source, tmp_path: Path, part: Path) -> None:
+def test_complete_partial_file_is_used_without_a_download(source: Source, tmp_path: Path, part: Path) -> None:
     part.write_bytes(WHOLE)
     fetch(tmp_path, source.archive())
     assert listing(tmp_path) == {NAME: WHOLE} and source.sent == 0
@@ -333,7 +336,7 @@ def test_partial_download_of_another_file_is_discarded(
 
 
 @pytest.mark.parametrize("wrong", [b"<html>log in</html>", b"", WHOLE[:-1], WHOLE + b"\0"])
-def test_wrong_bytes_from_the_source_are_refused_and_removed(wrong: bytes, source: Source, tmp_path: Path) -> None:
+def test_download_with_a_wrong_checksum_is_refused_and_removed(wrong: bytes, source: Source, tmp_path: Path) -> None:
     archive = source.archive(unpacks_to="birds")
     source.files[NAME] = wrong
     text = refusal(tmp_path, archive)
@@ -341,7 +344,7 @@ def test_wrong_bytes_from_the_source_are_refused_and_removed(wrong: bytes, sourc
     assert listing(tmp_path) == {}
 
 
-def test_a_range_other_than_the_one_asked_for_is_noticed(source: Source, tmp_path: Path, part: Path) -> None:
+def test_reply_with_another_range_is_refused(source: Source, tmp_path: Path, part: Path) -> None:
     part.write_bytes(WHOLE[:4000])
     source.manners = [from_the_start(206)]
     refusal(tmp_path, source.archive())
@@ -349,7 +352,7 @@ def test_a_range_other_than_the_one_asked_for_is_noticed(source: Source, tmp_pat
 
 
 @pytest.mark.parametrize("manner", [half, half_then_reset, half_then_hang])
-def test_a_connection_that_breaks_off_is_taken_up_again(
+def test_broken_connection_is_resumed(
     manner: Manner, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if manner is half_then_hang:
@@ -360,11 +363,11 @@ def test_a_connection_that_breaks_off_is_taken_up_again(
     first, second, third = (asked for _, asked in source.asked)
     assert first is None and second == third and second is not None
     came = int(second.removeprefix("bytes=").removesuffix("-"))
-    assert len(WHOLE) // 2 - CHUNK <= came <= len(WHOLE) // 2  # at most the piece under way is lost
+    assert len(WHOLE) // 2 - CHUNK <= came <= len(WHOLE) // 2  # at most the current chunk is lost
     assert source.sent == len(WHOLE) // 2 + len(WHOLE) - came
 
 
-def test_partial_download_is_continued_by_the_next_run(source: Source, tmp_path: Path, part: Path) -> None:
+def test_partial_download_is_resumed_by_the_next_run(source: Source, tmp_path: Path, part: Path) -> None:
     source.manners = [half] * 3
     text = refusal(tmp_path, source.archive())
     came = len(WHOLE) - -(-len(WHOLE) // 8)  # half of the rest three times, rounded down
@@ -375,7 +378,7 @@ def test_partial_download_is_continued_by_the_next_run(source: Source, tmp_path:
     assert [asked for _, asked in source.asked] == [None, "bytes=5250-", "bytes=7875-", f"bytes={came}-"]
 
 
-def test_the_key_that_stops_a_download_leaves_what_came(source: Source, tmp_path: Path, part: Path) -> None:
+def test_interrupted_download_keeps_the_partial_file(source: Source, tmp_path: Path, part: Path) -> None:
     def stopped(items: Iterable[bytes], *_: object) -> Iterator[bytes]:
         for number, item in enumerate(items):
             if number == 3:
@@ -395,21 +398,21 @@ def test_the_key_that_stops_a_download_leaves_what_came(source: Source, tmp_path
         from_the_start(200, Content_Length=-5),
         partial(answer, claim=700),
     ],
-    ids=["untold", "no number", "negative", "too long"],
+    ids=["missing", "not a number", "negative", "too long"],
 )
-def test_a_length_that_is_untold_or_wrong_does_no_harm(manner: Manner, source: Source, tmp_path: Path) -> None:
+def test_missing_or_too_large_content_length_is_ignored(manner: Manner, source: Source, tmp_path: Path) -> None:
     source.manners = [manner]
     fetch(tmp_path, source.archive())
     assert listing(tmp_path) == {NAME: WHOLE}
 
 
-def test_a_length_that_is_too_short_is_noticed(source: Source, tmp_path: Path) -> None:
+def test_too_small_content_length_is_refused(source: Source, tmp_path: Path) -> None:
     source.manners = [partial(answer, claim=-700)] * 3
     refusal(tmp_path, source.archive())
     assert NAME not in listing(tmp_path)
 
 
-def test_a_redirection_is_followed_and_goes_on_from_what_is_there(source: Source, tmp_path: Path, part: Path) -> None:
+def test_redirect_is_followed_with_the_same_range(source: Source, tmp_path: Path, part: Path) -> None:
     source.files["elsewhere"] = WHOLE
     source.manners = [go_to("/mirror/elsewhere")]
     part.write_bytes(WHOLE[:4000])
@@ -418,7 +421,7 @@ def test_a_redirection_is_followed_and_goes_on_from_what_is_there(source: Source
     assert source.asked == [(NAME, "bytes=4000-"), ("elsewhere", "bytes=4000-")]
 
 
-def check_told(text: str, archive: Archive, root: Path) -> None:
+def check_instructions(text: str, archive: Archive, root: Path) -> None:
     assert text.startswith(f"{archive.url}: cannot be fetched: ")
     assert f" {root / NAME} " in text and archive.checksum in text and "--download" in text
 
@@ -438,43 +441,43 @@ def check_told(text: str, archive: Archive, root: Path) -> None:
         (go_to("file:///etc/passwd"), "HTTP 302"),
     ],
 )
-def test_a_source_that_fails_is_told_with_what_to_put_where(
+def test_server_failure_is_reported_with_manual_instructions(
     manner: Manner, why: str, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if manner in (hang, half_then_hang):
         monkeypatch.setattr(download, "TIMEOUT", 0.3)
     source.manners = [manner] * 50
     text = refusal(tmp_path, source.archive())
-    check_told(text, source.archive(), tmp_path)
+    check_instructions(text, source.archive(), tmp_path)
     assert why in text
     left = listing(tmp_path)
     assert left.keys() <= {f"{NAME}.part"} and all(WHOLE.startswith(data) for data in left.values())
 
 
-def test_a_source_that_redirects_to_what_is_no_address_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def redirected(*_: Any, **__: Any) -> None:  # the library itself would leave its socket to the collector
+def test_redirect_to_an_invalid_address_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def redirected(*_: Any, **__: Any) -> None:  # urllib would leave its socket open
         raise ValueError("Invalid IPv6 URL")
 
     monkeypatch.setattr("urllib.request.urlopen", redirected)
     archive = Archive(f"http://127.0.0.1:9/{NAME}", md5(WHOLE))
     text = refusal(tmp_path, archive)
-    check_told(text, archive, tmp_path)
+    check_instructions(text, archive, tmp_path)
     assert "Invalid IPv6 URL" in text
 
 
-def test_a_failing_source_leaves_alone_what_came_before(source: Source, tmp_path: Path, part: Path) -> None:
+def test_failed_server_leaves_the_partial_file_unchanged(source: Source, tmp_path: Path, part: Path) -> None:
     part.write_bytes(WHOLE[:4000])
     source.manners = [status(500)] * 3
     refusal(tmp_path, source.archive())
     assert listing(tmp_path) == {part.name: WHOLE[:4000]}
 
 
-def test_without_network_the_sentence_says_what_to_put_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_network_is_reported_with_manual_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as nobody_listens:
         nobody_listens.bind(("127.0.0.1", 0))
         archive = Archive(f"http://127.0.0.1:{nobody_listens.getsockname()[1]}/{NAME}", md5(BIRDS), unpacks_to="birds")
         text = refusal(tmp_path, archive)
-    check_told(text, archive, tmp_path)
+    check_instructions(text, archive, tmp_path)
     assert "refused" in text
 
     def no_names(*_: Any, **__: Any) -> None:
@@ -483,14 +486,16 @@ def test_without_network_the_sentence_says_what_to_put_where(tmp_path: Path, mon
     monkeypatch.setattr(socket, "getaddrinfo", no_names)
     archive = Archive(f"https://data.example/{NAME}", md5(BIRDS), unpacks_to="birds")
     text = refusal(tmp_path, archive)
-    check_told(text, archive, tmp_path)
+    check_instructions(text, archive, tmp_path)
     assert "Name or service not known" in text
     assert listing(tmp_path) == {}
 
 
 PLAIN = tar(("birds/1", b"1"), ("birds/2", bytes(5000)), mode="w")
-SQUEEZER = zlib.compressobj(wbits=31)  # gzip's
-SQUEEZED = SQUEEZER.compress(tar(("birds/1", bytes(10**6)), mode="w")[:900_000]) + SQUEEZER.flush(zlib.Z_FULL_FLUSH)
+COMPRESSOR = zlib.compressobj(wbits=31)  # gzip's
+BAD_DEFLATE = COMPRESSOR.compress(tar(("birds/1", bytes(10**6)), mode="w")[:900_000]) + COMPRESSOR.flush(
+    zlib.Z_FULL_FLUSH
+)
 
 
 @pytest.mark.parametrize(
@@ -498,14 +503,14 @@ SQUEEZED = SQUEEZER.compress(tar(("birds/1", bytes(10**6)), mode="w")[:900_000])
     [
         BIRDS[:-200],
         PLAIN[:3000],
-        SQUEEZED + b"\xff" * 100,
+        BAD_DEFLATE + b"\xff" * 100,
         gzip.compress(PLAIN[:3000]) + b"garbage",
         b"no archive",
         b"",
     ],
-    ids=["short", "short inside", "no deflate", "no gzip", "no archive", "empty"],
+    ids=["truncated", "truncated tar", "bad deflate", "bad gzip", "not an archive", "empty"],
 )
-def test_an_archive_that_cannot_be_unpacked_leaves_nothing(content: bytes, source: Source, tmp_path: Path) -> None:
+def test_archive_that_cannot_be_unpacked_leaves_no_folder(content: bytes, source: Source, tmp_path: Path) -> None:
     source.files[NAME] = content
     text = refusal(tmp_path, source.archive(unpacks_to="birds"))
     assert text.startswith(f"{tmp_path / NAME}: cannot be unpacked") and "move it away" in text
@@ -537,7 +542,7 @@ def test_interrupted_unpacking_is_repeated(
 
 @pytest.fixture(params=[True, False], ids=["filters", "no filters"])
 def filters(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python before 3.10.12 and 3.11.4 has none."""
+    """Python before 3.10.12 and 3.11.4 has no extraction filters."""
     if not request.param:
         monkeypatch.delattr(tarfile, "data_filter", raising=False)
 
@@ -555,7 +560,7 @@ def filters(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 @pytest.mark.usefixtures("filters")
-def test_an_archive_that_leads_out_of_its_folder_is_refused(evil: list[Any], source: Source, tmp_path: Path) -> None:
+def test_archive_with_paths_outside_its_folder_is_refused(evil: list[Any], source: Source, tmp_path: Path) -> None:
     root = tmp_path / "data"
     source.files[NAME] = tar(("birds/list.txt", b"1"), *evil)
     assert str(root / NAME) in refusal(root, source.archive(unpacks_to="birds"))
@@ -563,34 +568,34 @@ def test_an_archive_that_leads_out_of_its_folder_is_refused(evil: list[Any], sou
 
 
 @pytest.mark.usefixtures("filters")
-def test_absolute_names_in_an_archive_write_nothing_outside(source: Source, tmp_path: Path) -> None:
+def test_absolute_paths_in_an_archive_write_nothing_outside(source: Source, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     source.files[NAME] = tar(("birds/list.txt", b"1"), (str(outside), b"x"))
     fetch(tmp_path / "data", source.archive(unpacks_to="birds"))
     assert not outside.exists() and list(listing(tmp_path / "data" / "birds")) == ["list.txt"]
 
 
-def test_a_folder_that_appears_while_unpacking_is_not_overwritten(
+def test_folder_created_during_unpacking_is_not_overwritten(
     birds: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extract = tarfile.TarFile.extractall
 
-    def another_was_quicker(self: tarfile.TarFile, *args: Any, **options: Any) -> None:
+    def extract_then_create_folder(self: tarfile.TarFile, *args: Any, **options: Any) -> None:
         extract(self, *args, **options)
         (tmp_path / "birds").mkdir()
         (tmp_path / "birds" / "mine").write_bytes(b"mine")
 
-    monkeypatch.setattr(tarfile.TarFile, "extractall", another_was_quicker)
+    monkeypatch.setattr(tarfile.TarFile, "extractall", extract_then_create_folder)
     refusal(tmp_path, birds.archive(unpacks_to="birds"))
     assert listing(tmp_path) == {NAME: BIRDS, "birds/": b"", "birds/mine": b"mine"}
 
 
-def test_without_a_root_the_option_is_named() -> None:
+def test_missing_root_is_refused_with_the_option() -> None:
     assert "--data-root" in refusal(None, Archive(f"http://127.0.0.1:9/{NAME}", md5(b"")))
 
 
 @pytest.mark.parametrize("root", ["file", "file/below"])
-def test_a_root_that_cannot_be_made_is_named(root: str, source: Source, tmp_path: Path) -> None:
+def test_root_that_cannot_be_created_is_named(root: str, source: Source, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
     text = refusal(tmp_path / root, source.archive())
     assert str(tmp_path / root) in text and "--data-root" in text
@@ -598,21 +603,21 @@ def test_a_root_that_cannot_be_made_is_named(root: str, source: Source, tmp_path
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_root_that_may_not_be_written_is_named(source: Source, tmp_path: Path) -> None:
+def test_read_only_root_is_named(source: Source, tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
     text = refusal(tmp_path, source.archive())
     assert str(tmp_path) in text and "Permission denied" in text
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no disk that is always full")
-def test_a_disk_that_is_full_is_told(source: Source, tmp_path: Path, part: Path) -> None:
+def test_full_disk_is_reported(source: Source, tmp_path: Path, part: Path) -> None:
     part.symlink_to("/dev/full")
     text = refusal(tmp_path, source.archive())
     assert str(tmp_path) in text and "No space left on device" in text and "cannot be fetched" not in text
     assert not (tmp_path / NAME).exists() and len(source.asked) == 1
 
 
-def test_bars_show_every_mebibyte_that_is_fetched_and_verified(source: Source, tmp_path: Path, part: Path) -> None:
+def test_progress_counts_downloaded_and_verified_mebibytes(source: Source, tmp_path: Path, part: Path) -> None:
     seen: list[list[Any]] = []
 
     def counting(items: Iterable[bytes], what: str, total: int, unit: str) -> Iterator[bytes]:
@@ -630,12 +635,12 @@ def test_bars_show_every_mebibyte_that_is_fetched_and_verified(source: Source, t
     ]
 
 
-def test_a_chunk_is_a_mebibyte(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunk_is_one_mebibyte(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert download.CHUNK == 2**20
 
 
-def test_of_two_processes_the_second_is_told(birds: Source, tmp_path: Path) -> None:
+def test_concurrent_download_to_the_same_root_is_refused(birds: Source, tmp_path: Path) -> None:
     with filelock.FileLock(tmp_path / download.LOCK):
         assert "another process is downloading to it" in refusal(tmp_path, birds.archive(unpacks_to="birds"))
         assert not (tmp_path / "birds").exists()

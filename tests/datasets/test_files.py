@@ -1,4 +1,4 @@
-"""Files that a source has listed: in memory or on disk, whole or cut, and what is refused."""
+"""Lists of image files: loaded in memory or read from disk, whole or cropped, and what is refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def reader(root: Path) -> Reader:
 
 
 def put(root: Path, count: int = 4, size: tuple[int, int] | None = None) -> Inventory:
-    """Listed pictures from number 0."""
+    """Saves and lists pictures from number 0."""
     names = joined("images", [f"{number}.png" for number in range(count)])
     for number, name in enumerate(names):
         synthetic.save(root / name, number, size)
@@ -185,7 +185,7 @@ def test_test_classes_have_the_numbers_of_the_training_classes() -> None:
 
 
 class FirstPixel(Augmentation):
-    """In place of the crop."""
+    """Uses the first pixel of an image in place of a crop."""
 
     def crop_on_worker(self, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
         return image[:1, :1]

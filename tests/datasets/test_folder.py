@@ -1,4 +1,4 @@
-"""Folders of images: the layouts, what is left out, and what is refused."""
+"""Folders of images: layouts, skipped files, and what is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from datasets.images import ImageFiles
 
 
 def put(root: Path, *names: str, shade: int = 100) -> None:
-    """Images of 4 x 5 pixels; the first pixel tells which one it is by its place in ``names``."""
+    """Saves images of 4 x 5 pixels. The first pixel of each holds its place in ``names``."""
     for number, name in enumerate(names):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def test_class_folders_give_the_labels(test_name: str, tmp_path: Path) -> None:
     assert splits.notes == () and splits.skipped == ()
 
 
-def test_the_images_are_those_of_the_names(tmp_path: Path) -> None:
+def test_images_match_their_names(tmp_path: Path) -> None:
     names = ["train/b/0.png", "train/a/1.png", "train/a/2.png"]
     put(tmp_path, *names)
     train = read(tmp_path).train
@@ -84,7 +84,7 @@ def test_the_images_are_those_of_the_names(tmp_path: Path) -> None:
     assert all((image[1:] == 100).all() for image in train.images)
 
 
-def test_test_is_taken_before_val(tmp_path: Path) -> None:
+def test_test_folder_takes_precedence_over_val(tmp_path: Path) -> None:
     put(tmp_path, "train/a/1.png", "test/a/2.png", "val/a/3.png", "val/b/4.png")
     test = read(tmp_path).test
     assert test is not None and list(test.names or []) == ["test/a/2.png"]
@@ -98,7 +98,7 @@ def test_images_without_class_folders_have_no_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("test_image", ["test/a/3.png", "test/3.png"])
-def test_a_test_folder_of_the_other_kind_has_no_labels(test_image: str, tmp_path: Path) -> None:
+def test_classes_in_only_one_split_give_no_test_labels(test_image: str, tmp_path: Path) -> None:
     put(tmp_path, "train/1.png" if test_image.count("/") == 2 else "train/a/1.png", test_image)
     assert without_labels(read(tmp_path).test) == [test_image]
 
@@ -113,12 +113,12 @@ def test_without_train_folder_all_images_are_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["test", "val"])
-def test_a_test_folder_without_a_train_folder_is_refused(name: str, tmp_path: Path) -> None:
+def test_test_folder_without_train_folder_is_refused(name: str, tmp_path: Path) -> None:
     put(tmp_path, f"{name}/a/1.png", "other/2.png")
     assert str(tmp_path / "train") in refusal(tmp_path)
 
 
-def test_images_in_folders_of_a_class_folder_are_of_that_class(tmp_path: Path) -> None:
+def test_images_in_subfolders_belong_to_the_class_folder(tmp_path: Path) -> None:
     put(tmp_path, "train/cat/1.png", "train/cat/wild/2.png", "train/cat/wild/old/3.png", "train/dog/cat/4.png")
     assert by_name(read(tmp_path).train) == {
         "train/cat/1.png": "cat",
@@ -135,46 +135,46 @@ def test_images_beside_class_folders_are_refused(split: str, tmp_path: Path) -> 
     assert str(tmp_path / split) in text and "stray.png" in text and "both" in text
 
 
-def test_a_class_that_train_lacks_is_refused_by_name(tmp_path: Path) -> None:
+def test_test_class_without_training_images_is_refused(tmp_path: Path) -> None:
     put(tmp_path, "train/a/1.png", "train/b/1.png", "test/a/1.png", "test/zebra/1.png")
     assert "zebra" in refusal(tmp_path)
 
 
-def test_a_class_that_the_test_folder_lacks_keeps_its_number(tmp_path: Path) -> None:
+def test_class_without_test_images_keeps_its_number(tmp_path: Path) -> None:
     put(tmp_path, "train/a/1.png", "train/b/1.png", "train/c/1.png", "test/c/1.png")
     splits = read(tmp_path)
     assert splits.test is not None and splits.test.labels is not None
     assert splits.test.labels.tolist() == [2]
 
 
-def test_without_a_test_folder_there_is_no_test_split(tmp_path: Path) -> None:
+def test_without_test_folder_there_is_no_test_split(tmp_path: Path) -> None:
     put(tmp_path, "train/a/1.png")
     assert read(tmp_path).test is None
 
 
 @pytest.mark.parametrize("inside", ["test", "test/a"])
-def test_an_empty_test_folder_is_none(inside: str, tmp_path: Path) -> None:
+def test_empty_test_folder_gives_no_test_split(inside: str, tmp_path: Path) -> None:
     put(tmp_path, "train/a/1.png")
     (tmp_path / inside).mkdir(parents=True)
     assert read(tmp_path).test is None
 
 
 @pytest.mark.parametrize("inside", [".", "train", "train/a", "deep/deeper"])
-def test_a_folder_without_an_image_is_refused(inside: str, tmp_path: Path) -> None:
+def test_folder_without_images_is_refused(inside: str, tmp_path: Path) -> None:
     (tmp_path / inside).mkdir(parents=True, exist_ok=True)
     (tmp_path / inside / "notes.txt").write_text("no image")
     text = refusal(tmp_path)
     assert str(tmp_path) in text and "no image" in text and "train/<class>/" in text
 
 
-def test_a_root_that_is_missing_or_a_file_or_not_set_is_told(tmp_path: Path) -> None:
+def test_missing_or_invalid_root_is_refused(tmp_path: Path) -> None:
     assert str(tmp_path / "none") in refusal(tmp_path / "none")
     (tmp_path / "file").write_text("")
     assert str(tmp_path / "file") in refusal(tmp_path / "file")
     assert "--data-root" in refusal(None)
 
 
-def test_hidden_files_and_folders_are_no_images(tmp_path: Path) -> None:
+def test_hidden_files_and_folders_are_ignored(tmp_path: Path) -> None:
     put(tmp_path, "train/a/1.png", "train/a/.2.png", "train/.b/3.png", "train/__MACOSX/4.png", "train/a/._1.png")
     put(tmp_path, "train/.DS_Store.png", "train/a/.thumbs/5.png")
     splits = read(tmp_path)
@@ -182,7 +182,7 @@ def test_hidden_files_and_folders_are_no_images(tmp_path: Path) -> None:
     assert splits.train.classes == ("a",) and splits.skipped == ()
 
 
-def test_hidden_files_are_no_images_without_a_train_folder_either(tmp_path: Path) -> None:
+def test_hidden_files_are_ignored_without_a_train_folder(tmp_path: Path) -> None:
     put(tmp_path, "1.png", ".2.png", ".git/3.png", "a/.4.png", "__MACOSX/5.png")
     assert without_labels(read(tmp_path).train) == ["1.png"]
 
@@ -216,7 +216,7 @@ BROKEN = ["test/a/text.png", "train/a/cut.jpg", "train/a/empty.png", "train/b/al
 
 
 @pytest.mark.parametrize("in_memory", [0, 2**30])
-def test_what_cannot_be_read_is_left_out_and_named_with_the_reason(
+def test_unreadable_images_are_skipped_with_the_reason(
     in_memory: int, damaged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "IN_MEMORY", in_memory)
@@ -230,14 +230,16 @@ def test_what_cannot_be_read_is_left_out_and_named_with_the_reason(
 
 
 @pytest.mark.parametrize("in_memory", [0, 2**30])
-def test_strictness_refuses_them_all_by_name(in_memory: int, damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strict_data_refuses_unreadable_images_by_name(
+    in_memory: int, damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "IN_MEMORY", in_memory)
     text = refusal(damaged, strict=True)
     assert str(damaged) in text and "4 unreadable" in text and "--strict-data" in text
     assert all(name in text for name in BROKEN)
 
 
-def test_strictness_minds_nothing_else(tmp_path: Path) -> None:
+def test_strict_data_accepts_readable_images(tmp_path: Path) -> None:
     put(tmp_path, "train/a/1.png")
     assert len(read(tmp_path, strict=True).train) == 1
 
@@ -249,7 +251,7 @@ def test_split_without_readable_image_is_refused(tmp_path: Path) -> None:
     assert "bad.png" in text and "no training image could be read" in text
 
 
-def test_a_test_split_none_of_which_can_be_read_is_none(tmp_path: Path) -> None:
+def test_without_readable_test_images_there_is_no_test_split(tmp_path: Path) -> None:
     put(tmp_path, "train/a/1.png")
     (tmp_path / "test" / "a").mkdir(parents=True)
     (tmp_path / "test" / "a" / "bad.png").write_bytes(b"x")
@@ -269,7 +271,7 @@ def many(tmp_path: Path) -> Path:
     return tmp_path / "many"
 
 
-def test_large_collections_stay_on_disk_and_give_the_same_images(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_collections_stay_on_disk_with_equal_images(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = read(many)
     assert not isinstance(small.train.images, ImageFiles)
     monkeypatch.setattr(files, "IN_MEMORY", 0)
@@ -283,7 +285,7 @@ def test_large_collections_stay_on_disk_and_give_the_same_images(many: Path, mon
             assert np.array_equal(one.images[number], other.images[number])
 
 
-def test_a_split_stays_in_memory_up_to_the_limit_and_no_further(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_is_in_memory_up_to_the_limit_only(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = sum(3 * (3 + number) * (9 - number) for number in range(6))
     monkeypatch.setattr(files, "IN_MEMORY", pixels)
     assert not isinstance(read(many).train.images, ImageFiles)
@@ -291,7 +293,7 @@ def test_a_split_stays_in_memory_up_to_the_limit_and_no_further(many: Path, monk
     assert isinstance(read(many).train.images, ImageFiles)
 
 
-def test_a_file_deleted_later_is_told_by_its_path(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_deleted_later_is_named(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "IN_MEMORY", 0)
     train = read(many).train
     assert train.names is not None
@@ -316,18 +318,18 @@ def test_progress_counts_every_file_of_each_split(many: Path) -> None:
     assert {(total, seen) for what, total, seen in messages if "test" in what} == {(5, 5)}
 
 
-def test_the_name_of_the_source_counts_in_any_case(many: Path) -> None:
+def test_data_set_name_ignores_case(many: Path) -> None:
     assert len(datasets.load("Folder", many).train) == 6
     with pytest.raises(KeyError):
         datasets.load("folders", many)
 
 
-def test_the_normalisation_of_a_folder_is_imagenet_s() -> None:
+def test_folder_uses_the_normalisation_of_imagenet() -> None:
     source = datasets.DATASETS["folder"]
     assert (source.means, source.stds) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def test_links_to_parent_folders_are_not_followed(tmp_path: Path) -> None:
+def test_linked_folders_are_read_and_cycles_are_not_followed(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     root = tmp_path / "root"
     for place in (elsewhere, root):
@@ -340,8 +342,8 @@ def test_links_to_parent_folders_are_not_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["", "train", "train/a"])
-def test_a_folder_that_may_not_be_read_is_refused_by_name(place: str, tmp_path: Path) -> None:
-    """The tests may run as root, whom no permission stops, so the listing itself is made to fail."""
+def test_folder_without_read_permission_is_refused_with_its_name(place: str, tmp_path: Path) -> None:
+    """Permissions do not stop tests that run as root, so the listing is made to fail."""
     (tmp_path / "train" / "a").mkdir(parents=True)
     Image.new("RGB", (2, 2)).save(tmp_path / "train" / "a" / "0.png")
     forbidden, scandir, is_dir, iterdir = tmp_path / place, os.scandir, Path.is_dir, Path.iterdir
@@ -350,7 +352,7 @@ def test_a_folder_that_may_not_be_read_is_refused_by_name(place: str, tmp_path: 
         if Path(path) == forbidden:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    with pytest.MonkeyPatch.context() as patch:  # over before pytest removes the folder by these functions
+    with pytest.MonkeyPatch.context() as patch:  # undone before pytest removes the folder with these functions
         patch.setattr(os, "scandir", lambda path: refuse(path) or scandir(path))
         patch.setattr(Path, "iterdir", lambda path: refuse(path) or iterdir(path))
         patch.setattr(Path, "is_dir", lambda path: refuse(path.parent) or is_dir(path))
@@ -361,10 +363,8 @@ def test_a_folder_that_may_not_be_read_is_refused_by_name(place: str, tmp_path: 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_a_named_pipe_among_the_images_is_left_out(
-    in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Opening it would wait for ever."""
+def test_named_pipe_is_skipped(in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening a pipe would block forever."""
     monkeypatch.setattr(files, "IN_MEMORY", 2**30 if in_memory else 0)
     (tmp_path / "train" / "a").mkdir(parents=True)
     Image.new("RGB", (2, 2)).save(tmp_path / "train" / "a" / "0.png")
@@ -377,14 +377,14 @@ def test_a_named_pipe_among_the_images_is_left_out(
 
 
 def encoded(kind: str) -> bytes:
-    """A picture of 16 x 16 pixels in a format of Pillow's."""
+    """An image of 16 x 16 pixels in one of Pillow's formats."""
     file = io.BytesIO()
     Image.new("RGB", (16, 16), (200, 10, 10)).save(file, kind)
     return file.getvalue()
 
 
 @pytest.mark.parametrize("in_memory", [0, 2**30])
-def test_what_pillow_decodes_is_taken_whatever_its_ending(
+def test_images_are_read_whatever_their_file_extension(
     in_memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "IN_MEMORY", in_memory)
@@ -413,17 +413,17 @@ def without_heif(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("without_heif")
 @pytest.mark.parametrize("in_memory", [0, 2**30])
-def test_unreadable_queries_are_named_for_any_extension(
+def test_unreadable_files_of_any_extension_are_reported(
     in_memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "IN_MEMORY", in_memory)
     put(tmp_path, "train/a/1.png")
-    raw = encoded("TIFF")  # Pillow reads the thumbnail of a raw file as if it were the photograph
+    raw = encoded("TIFF")  # Pillow would read the thumbnail in a raw file
     contents = {"a/2.HEIC": HEIC, "a/3.heif": HEIC, "a/4.CR2": raw, "a/5.eps": POSTSCRIPT, "6.xyz": b"?", "a/7": b""}
     for name, content in contents.items():
         (tmp_path / "train" / name).write_bytes(content)
     splits = read(tmp_path)
-    assert by_name(splits.train) == {"train/a/1.png": "a"}  # 6.xyz lies beside the class folders, and is no image
+    assert by_name(splits.train) == {"train/a/1.png": "a"}  # 6.xyz is next to the class folders but no image
     reasons = dict(splits.skipped)
     assert sorted(reasons) == sorted(f"train/{name}" for name in contents)
     assert all("pip install pillow-heif" in reasons[f"train/a/{name}"] for name in ("2.HEIC", "3.heif"))
@@ -432,7 +432,7 @@ def test_unreadable_queries_are_named_for_any_extension(
     assert "6 unreadable" in refusal(tmp_path, strict=True)
 
 
-QUIET = [
+IGNORED = [
     "notes.TXT",
     "labels.json",
     "list.csv",
@@ -445,23 +445,23 @@ QUIET = [
 ]
 
 
-def test_text_tables_archives_and_system_files_are_no_errors(tmp_path: Path) -> None:
+def test_text_archive_and_system_files_are_ignored(tmp_path: Path) -> None:
     put(tmp_path, "train/a/1.png")
-    for name in QUIET:
+    for name in IGNORED:
         for folder in ("train", "train/a"):
             (tmp_path / folder / name).write_bytes(b"P3 this is no image")
     splits = read(tmp_path, strict=True)
     assert by_name(splits.train) == {"train/a/1.png": "a"} and splits.skipped == ()
 
 
-def test_a_folder_without_an_image_tells_of_a_file_that_is_none(tmp_path: Path) -> None:
+def test_folder_without_images_names_an_unreadable_file(tmp_path: Path) -> None:
     (tmp_path / "movie.mov").write_bytes(b"?")
     text = refusal(tmp_path)
     assert "no image found" in text and "movie.mov" in text
 
 
-def heif_stand_in() -> SimpleNamespace:
-    """pillow-heif, as far as it is used: it registers an opener, whose files are uniformly green here."""
+def fake_pillow_heif() -> SimpleNamespace:
+    """Replaces pillow-heif: registers an opener that reads every file as a green image."""
 
     class Green(ImageFile.ImageFile):
         format = "HEIF"
@@ -480,19 +480,19 @@ def heif_stand_in() -> SimpleNamespace:
 
 
 @pytest.mark.usefixtures("without_heif")
-def test_heic_files_are_read_where_pillow_heif_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heic_files_are_read_if_pillow_heif_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, "train/a/1.png")
     (tmp_path / "train" / "a" / "2.heic").write_bytes(HEIC)
     assert len(read(tmp_path).train) == 1
     monkeypatch.setattr(Image, "OPEN", {**Image.OPEN})
-    monkeypatch.setattr(Image, "ID", [*Image.ID])  # what register_open adds to, too
-    monkeypatch.setitem(sys.modules, "pillow_heif", heif_stand_in())
+    monkeypatch.setattr(Image, "ID", [*Image.ID])  # register_open appends to both
+    monkeypatch.setitem(sys.modules, "pillow_heif", fake_pillow_heif())
     images.formats.cache_clear()
     train = read(tmp_path, strict=True).train
     assert (train.images[1] == (0, 255, 0)).all() and train.images[1].shape == (16, 16, 3)
 
 
-def test_heic_files_of_pillow_heif_s_own_are_read(tmp_path: Path) -> None:
+def test_heic_files_written_by_pillow_heif_are_read(tmp_path: Path) -> None:
     pytest.importorskip("pillow_heif")
     put(tmp_path, "train/a/1.png")
     images.formats()

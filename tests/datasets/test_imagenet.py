@@ -1,4 +1,4 @@
-"""ImageNet as its archives unpack, with validation images sorted and flat."""
+"""ImageNet as its archives unpack, with validation images in class folders or in one flat folder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def refusal(root: Path, **changes: Any) -> str:
 
 
 def check(images: ImageSet | None, numbers: dict[str, int], part: str, classes: int = 3) -> None:
-    """Every picture is there, with the class that its colour tells."""
+    """Checks that every image is present with its class."""
     assert images is not None and images.labels is not None and images.names is not None
     assert images.labels.dtype == np.int64
     assert images.classes == tuple(sorted(synthetic.WNIDS[:classes]))
@@ -57,14 +57,14 @@ def test_every_image_has_the_class_of_its_folder(root: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_flat_validation_images_have_the_class_that_the_devkit_tells(packed: bool, root: Path) -> None:
+def test_flat_validation_images_have_the_classes_of_the_devkit(packed: bool, root: Path) -> None:
     numbers = synthetic.imagenet(root, classes=5, per_class=2, val=3, flat=True)
     if packed:
         synthetic.pack_devkit(root)
     check(read(root).test, numbers, "val/", classes=5)
 
 
-def test_flat_and_sorted_validation_images_are_the_same(root: Path, tmp_path: Path) -> None:
+def test_flat_and_sorted_validation_images_are_equal(root: Path, tmp_path: Path) -> None:
     synthetic.imagenet(root, val=4, flat=True)
     synthetic.imagenet(tmp_path / "sorted", val=4)
 
@@ -88,7 +88,7 @@ def test_ground_truth_is_in_order_of_image_numbers(root: Path) -> None:
     assert [test.classes[label] for label in test.labels] == [synthetic.WNIDS[i - 1] for i in truth]
 
 
-def test_a_few_of_the_flat_validation_images_keep_their_numbers(root: Path) -> None:
+def test_subset_of_flat_validation_images_keeps_its_classes(root: Path) -> None:
     numbers = synthetic.imagenet(root, val=4, flat=True)
     for place in (1, 2, 5, 9):
         name = f"val/ILSVRC2012_val_{place:08d}.JPEG"
@@ -97,26 +97,26 @@ def test_a_few_of_the_flat_validation_images_keep_their_numbers(root: Path) -> N
     check(read(root).test, numbers, "val/")
 
 
-def test_a_part_of_the_images_is_said_to_be_one(root: Path) -> None:
+def test_subset_of_imagenet_is_noted(root: Path) -> None:
     synthetic.imagenet(root)
     (note,) = read(root).notes
     assert str(root) in note and "12 training images of 3 classes" in note and "1281167 of 1000" in note
 
 
-def test_the_whole_is_not_said_to_be_a_part(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_complete_imagenet_has_no_note(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synthetic.imagenet(root)
     monkeypatch.setattr(datasets.imagenet, "IMAGES", 12)
     monkeypatch.setattr(datasets.imagenet, "CLASSES", 3)
     assert read(root).notes == ()
 
 
-def test_without_a_validation_folder_there_is_no_test_split(root: Path) -> None:
+def test_without_validation_folder_there_is_no_test_split(root: Path) -> None:
     synthetic.imagenet(root, val=0)
     assert read(root).test is None
 
 
 @pytest.mark.parametrize("inside", ["val", f"val/{synthetic.WNIDS[0]}"])
-def test_a_validation_folder_without_images_is_refused(inside: str, root: Path) -> None:
+def test_validation_folder_without_images_is_refused(inside: str, root: Path) -> None:
     synthetic.imagenet(root, val=0)
     (root / inside).mkdir(parents=True)
     text = refusal(root)
@@ -124,7 +124,7 @@ def test_a_validation_folder_without_images_is_refused(inside: str, root: Path) 
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_a_validation_class_that_train_lacks_is_refused_by_name(flat: bool, root: Path) -> None:
+def test_validation_class_without_training_images_is_refused(flat: bool, root: Path) -> None:
     synthetic.imagenet(root, flat=flat)
     for path in (root / "train" / synthetic.WNIDS[1]).iterdir():
         path.unlink()
@@ -150,7 +150,7 @@ def test_flat_validation_images_need_the_devkit(root: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["ILSVRC2012_val_00000007.JPEG", "ILSVRC2012_val_00000000.JPEG", "holiday.jpg", "holiday_2.jpg"]
 )
-def test_flat_image_without_ground_truth_is_refused_by_name(name: str, root: Path) -> None:
+def test_flat_image_without_ground_truth_is_refused(name: str, root: Path) -> None:
     synthetic.imagenet(root, val=2, flat=True)
     synthetic.save(root / "val" / name, 5)
     text = refusal(root)
@@ -168,14 +168,14 @@ def test_invalid_ground_truth_is_refused(root: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"one\ntwo\n", b"1.5\n", b"\xff\xfe\x00", b"1 2 x"])
-def test_a_ground_truth_of_something_else_is_refused(content: bytes, root: Path) -> None:
+def test_unreadable_ground_truth_is_refused(content: bytes, root: Path) -> None:
     synthetic.imagenet(root, flat=True)
     (root / synthetic.DEVKIT / "data" / "ILSVRC2012_validation_ground_truth.txt").write_bytes(content)
     assert f"{synthetic.DEVKIT} is damaged" in refusal(root)
 
 
 @pytest.mark.parametrize("eighths", range(8))
-def test_a_truncated_meta_file_is_refused(eighths: int, root: Path) -> None:
+def test_truncated_meta_file_is_refused(eighths: int, root: Path) -> None:
     synthetic.imagenet(root, per_class=1, flat=True)
     meta = root / synthetic.DEVKIT / "data" / "meta.mat"
     whole = meta.read_bytes()
@@ -185,7 +185,7 @@ def test_a_truncated_meta_file_is_refused(eighths: int, root: Path) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0, 0.5, 0.8])
-def test_a_truncated_devkit_archive_is_refused(fraction: float, root: Path) -> None:
+def test_truncated_devkit_archive_is_refused(fraction: float, root: Path) -> None:
     synthetic.imagenet(root, per_class=1, flat=True)
     archive = synthetic.pack_devkit(root)
     whole = archive.read_bytes()
@@ -204,15 +204,15 @@ def test_devkit_archive_with_other_content_is_refused(root: Path) -> None:
     assert f"{synthetic.DEVKIT} is damaged or not the published one" in text and "meta.mat" in text
 
 
-def test_an_archive_packed_from_inside_its_folder_is_read(root: Path) -> None:
+def test_devkit_archive_with_dot_prefix_is_read(root: Path) -> None:
     numbers = synthetic.imagenet(root, flat=True)
     with tarfile.open(root / f"{synthetic.DEVKIT}.tar.gz", "w:gz") as file:
         file.add(root / synthetic.DEVKIT, f"./{synthetic.DEVKIT}")
-    (root / synthetic.DEVKIT / "data" / "meta.mat").unlink()  # the folder is not whole, the archive is
+    (root / synthetic.DEVKIT / "data" / "meta.mat").unlink()  # the folder is incomplete, the archive is not
     check(read(root).test, numbers, "val/")
 
 
-def test_training_archives_that_are_not_unpacked_are_told(root: Path) -> None:
+def test_training_archives_not_unpacked_are_reported(root: Path) -> None:
     (root / "train").mkdir(parents=True)
     (root / "train" / "n01440764.tar").write_bytes(b"")
     text = refusal(root)
@@ -242,7 +242,7 @@ def test_refused_download_names_the_files_and_writes_nothing(root: Path) -> None
     assert "--download" in text and "https://image-net.org" in text and not root.exists()
 
 
-def test_images_that_cannot_be_read_are_skipped_with_their_labels(root: Path) -> None:
+def test_unreadable_images_are_skipped_with_their_labels(root: Path) -> None:
     numbers = synthetic.imagenet(root, flat=True)
     bad = [name for name in numbers if numbers[name] in (1, 13)]
     for name in bad:

@@ -1,4 +1,4 @@
-"""Image files of every kind become RGB, or are refused with a reason."""
+"""Image files of every format become RGB arrays or are refused with a reason."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def is_rgb(image: np.ndarray, height: int = 6, width: int = 10) -> bool:
 
 
 def grey_of(image: np.ndarray) -> np.ndarray:
-    """The one channel of an image whose three are equal."""
+    """The common value of three equal channels."""
     assert (image[..., 0] == image[..., 1]).all() and (image[..., 0] == image[..., 2]).all()
     return np.asarray(image[..., 0])
 
@@ -50,12 +50,12 @@ def test_rgb_files_give_their_pixels(ending: str, tmp_path: Path) -> None:
     assert size_of(path) == (10, 6)
 
 
-def test_a_lossless_webp_gives_its_pixels(tmp_path: Path) -> None:
+def test_lossless_webp_gives_its_pixels(tmp_path: Path) -> None:
     Image.fromarray(RGB).save(tmp_path / "image.webp", lossless=True)
     assert (read_rgb(tmp_path / "image.webp") == RGB).all()
 
 
-def test_a_jpeg_gives_about_its_pixels(tmp_path: Path) -> None:
+def test_jpeg_gives_approximately_its_pixels(tmp_path: Path) -> None:
     smooth = np.zeros((32, 32, 3), np.uint8)
     smooth[:, :, 0] = np.linspace(0, 255, 32)
     smooth[:, :, 1] = np.linspace(255, 0, 32)[:, None]
@@ -64,7 +64,7 @@ def test_a_jpeg_gives_about_its_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["png", "pgm", "bmp", "tiff"])
-def test_greyscale_is_spread_over_three_channels(ending: str, tmp_path: Path) -> None:
+def test_greyscale_is_repeated_in_three_channels(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"image.{ending}"
     Image.fromarray(GREY).save(path)
     assert is_rgb(read_rgb(path)) and (grey_of(read_rgb(path)) == GREY).all()
@@ -91,21 +91,21 @@ def palette_image() -> tuple[Image.Image, np.ndarray]:
 
 
 @pytest.mark.parametrize("ending", ["png", "tiff", "bmp"])
-def test_a_palette_is_resolved(ending: str, tmp_path: Path) -> None:
+def test_palette_image_becomes_rgb(ending: str, tmp_path: Path) -> None:
     image, expected = palette_image()
     image.save(tmp_path / f"image.{ending}")
     assert (read_rgb(tmp_path / f"image.{ending}") == expected).all()
 
 
 @pytest.mark.parametrize("transparency", [2, bytes([0, 128, 255, 3])], ids=["one colour", "every colour"])
-def test_a_palette_with_transparency_is_resolved_without_a_warning(transparency: int | bytes, tmp_path: Path) -> None:
+def test_palette_with_transparency_becomes_rgb_without_a_warning(transparency: int | bytes, tmp_path: Path) -> None:
     image, expected = palette_image()
     image.save(tmp_path / "image.png", transparency=transparency)
     assert (read_rgb(tmp_path / "image.png") == expected).all()
 
 
 @pytest.mark.parametrize("kind", ["grey", "rgb", "1-bit", "16-bit"])
-def test_a_colour_named_as_transparent_stays_what_it_is(kind: str, tmp_path: Path) -> None:
+def test_transparent_colour_keeps_its_value(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     deep = GREY.astype(np.uint16) * 257
     image, named, expected = {
@@ -121,7 +121,7 @@ def test_a_colour_named_as_transparent_stays_what_it_is(kind: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("ending", ["png", "tiff"])
-def test_transparency_is_dropped_and_the_colours_below_it_stay(ending: str, tmp_path: Path) -> None:
+def test_alpha_channel_is_dropped_and_colours_are_kept(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"image.{ending}"
     alpha = np.arange(60, dtype=np.uint8).reshape(6, 10, 1) * 4
     Image.fromarray(np.concatenate([RGB, alpha], axis=2)).save(path)
@@ -136,7 +136,7 @@ def test_transparency_is_dropped_and_the_colours_below_it_stay(ending: str, tmp_
     ("inks", "colour"),
     [((0, 255, 255, 0), (255, 0, 0)), ((0, 0, 0, 255), (0, 0, 0)), ((0, 0, 0, 0), (255, 255, 255))],
 )
-def test_a_cmyk_jpeg_gives_the_colours_its_inks_print(
+def test_cmyk_jpeg_is_converted_to_rgb(
     inks: tuple[int, int, int, int], colour: tuple[int, int, int], tmp_path: Path
 ) -> None:
     Image.new("CMYK", (10, 6), inks).save(tmp_path / "image.jpg", quality=100)
@@ -158,7 +158,7 @@ def test_16_bit_grey_keeps_its_upper_eight_bits(ending: str, tmp_path: Path) -> 
     assert grey_of(read_rgb(path)).tolist() == UPPER
 
 
-def test_16_bit_grey_of_the_other_byte_order_is_read_the_same(tmp_path: Path) -> None:
+def test_big_endian_16_bit_grey_is_read_the_same(tmp_path: Path) -> None:
     Image.frombytes("I;16B", (4, 3), DEEP.astype(">u2").tobytes()).save(tmp_path / "image.tiff")
     assert grey_of(read_rgb(tmp_path / "image.tiff")).tolist() == UPPER
 
@@ -169,41 +169,41 @@ def test_floating_point_pixels_are_refused_with_the_reason(tmp_path: Path) -> No
         read_rgb(tmp_path / "image.tiff")
 
 
-# EXIF: which edge of what is seen the first row and the first column of what is stored are
-TURNED = {
+# EXIF orientation: where the first row and the first column of the stored image are when it is shown upright
+ORIENTATIONS = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],  # right edge: mirrored
-    3: lambda a: a[::-1, ::-1],  # bottom, right: half a turn
+    3: lambda a: a[::-1, ::-1],  # bottom, right: 180 degrees
     4: lambda a: a[::-1],  # bottom, left: upside down
     5: lambda a: a.swapaxes(0, 1),  # left, top: transposed
-    6: lambda a: np.rot90(a, -1),  # right, top: a quarter turn clockwise
+    6: lambda a: np.rot90(a, -1),  # right, top: 90 degrees clockwise
     7: lambda a: np.rot90(a, 2).swapaxes(0, 1),  # right, bottom
-    8: lambda a: np.rot90(a, 1),  # left, bottom: a quarter turn the other way
+    8: lambda a: np.rot90(a, 1),  # left, bottom: 90 degrees anticlockwise
 }
 
 
-@pytest.mark.parametrize("orientation", TURNED)
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
 @pytest.mark.parametrize("ending", ["png", "tiff"])
-def test_the_orientation_of_exif_is_applied(orientation: int, ending: str, tmp_path: Path) -> None:
+def test_exif_orientation_is_applied(orientation: int, ending: str, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = orientation
     path = tmp_path / f"image.{ending}"
     Image.fromarray(RGB).save(path, exif=exif)
-    assert np.array_equal(read_rgb(path), TURNED[orientation](RGB))
+    assert np.array_equal(read_rgb(path), ORIENTATIONS[orientation](RGB))
 
 
-@pytest.mark.parametrize("orientation", TURNED)
-def test_the_orientation_of_a_photograph_is_applied(orientation: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_exif_orientation_of_a_jpeg_is_applied(orientation: int, tmp_path: Path) -> None:
     quarters = np.kron(np.array([[0, 80, 120], [160, 200, 255]], np.uint8), np.ones((16, 16), np.uint8))
     exif = Image.Exif()
     exif[274] = orientation
     Image.fromarray(quarters).save(tmp_path / "image.jpg", exif=exif, quality=100)
     image = grey_of(read_rgb(tmp_path / "image.jpg")).astype(int)
-    expected = TURNED[orientation](quarters)
+    expected = ORIENTATIONS[orientation](quarters)
     assert image.shape == expected.shape and np.abs(image - expected).max() <= 3
 
 
-def test_16_bit_grey_is_turned_too(tmp_path: Path) -> None:
+def test_exif_orientation_of_16_bit_grey_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 6
     Image.fromarray(DEEP).save(tmp_path / "image.png", exif=exif)
@@ -211,13 +211,13 @@ def test_16_bit_grey_is_turned_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0nothing of the kind", b"nothing", b"Exif\0\0"])
-def test_a_photograph_with_senseless_exif_is_read_as_it_lies(exif: bytes, tmp_path: Path) -> None:
+def test_invalid_exif_is_ignored(exif: bytes, tmp_path: Path) -> None:
     Image.new("RGB", (10, 6), (200, 10, 10)).save(tmp_path / "image.jpg", exif=exif, quality=100)
     assert np.abs(read_rgb(tmp_path / "image.jpg").astype(int) - (200, 10, 10)).max() <= 4
 
 
 @pytest.mark.parametrize("ending", ["tiff", "webp", "png"])
-def test_of_several_frames_the_first_is_taken(ending: str, tmp_path: Path) -> None:
+def test_first_of_several_frames_is_read(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"image.{ending}"
     others = [Image.fromarray(255 - RGB), Image.fromarray(RGB // 2)]
     Image.fromarray(RGB).save(
@@ -229,7 +229,7 @@ def test_of_several_frames_the_first_is_taken(ending: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("kind", "ending"), [("PNG", "jpg"), ("BMP", "png"), ("TIFF", "jpeg"), ("GIF", "png")])
-def test_the_content_counts_and_not_the_ending(kind: str, ending: str, tmp_path: Path) -> None:
+def test_format_is_recognised_by_content_not_extension(kind: str, ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"image.{ending}"
     if kind == "GIF":
         image, expected = palette_image()
@@ -248,7 +248,7 @@ def photograph(path: Path) -> bytes:
 @pytest.mark.parametrize("read", [read_rgb, check_whole])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.5, 0.9])
 @pytest.mark.parametrize("ending", ["jpg", "png"])
-def test_a_file_cut_short_is_refused(share: float, read: Callable[[Path], Any], ending: str, tmp_path: Path) -> None:
+def test_truncated_file_is_refused(share: float, read: Callable[[Path], Any], ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"image.{ending}"
     whole = photograph(path)
     path.write_bytes(whole[: int(share * len(whole))])
@@ -271,10 +271,8 @@ def test_non_images_are_refused_with_a_short_reason(content: bytes, tmp_path: Pa
 
 
 @pytest.mark.parametrize("ending", [".eps", ".jpg", ".png"])
-def test_a_file_that_would_run_a_program_is_refused_and_runs_nothing(
-    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """PostScript is a program, and Pillow hands it to Ghostscript whatever the file is called."""
+def test_postscript_is_refused_and_not_run(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostScript is a program. Pillow runs it with Ghostscript, whatever the extension of the file."""
     proof, ghostscript = tmp_path / "proof", tmp_path / "gs"
     ghostscript.write_text(f"#!/bin/sh\ntouch {proof}\n")
     ghostscript.chmod(0o755)
@@ -287,14 +285,14 @@ def test_a_file_that_would_run_a_program_is_refused_and_runs_nothing(
     assert not proof.exists()
     with pytest.raises(OSError), Image.open(path) as opened:
         opened.load()
-    assert proof.exists()  # the trap is a real one
+    assert proof.exists()  # Pillow alone does run it
 
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def test_a_decompression_bomb_is_refused_before_it_goes_off(tmp_path: Path) -> None:
+def test_decompression_bomb_is_refused_before_decoding(tmp_path: Path) -> None:
     """30,000 x 30,000 pixels in a file of 150 kB: 2.7 GB of RGB."""
     side, pack = 30_000, zlib.compressobj(9)
     rows = b"".join([*(pack.compress(bytes(1 + side // 8)) for _ in range(side)), pack.flush()])
@@ -310,7 +308,7 @@ def test_a_decompression_bomb_is_refused_before_it_goes_off(tmp_path: Path) -> N
         read_picture(path)
 
 
-def test_random_bytes_never_raise_anything_else(tmp_path: Path) -> None:
+def test_damaged_bytes_raise_only_unreadable_image_error(tmp_path: Path) -> None:
     draw = np.random.default_rng(2)
     path = tmp_path / "image.png"
     whole = photograph(path)
@@ -327,20 +325,20 @@ def test_random_bytes_never_raise_anything_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("read", [read_rgb, size_of])
-def test_a_file_that_is_not_there_or_a_folder_is_refused(read: object, tmp_path: Path) -> None:
+def test_missing_file_and_folder_are_refused(read: object, tmp_path: Path) -> None:
     assert callable(read)
     for path in (tmp_path / "none.png", tmp_path):
         with pytest.raises(UnreadableImageError):
             read(path)
 
 
-def test_a_quick_check_accepts_what_a_full_reading_accepts(tmp_path: Path) -> None:
+def test_check_whole_accepts_a_readable_image(tmp_path: Path) -> None:
     photograph(tmp_path / "image.jpg")
     check_whole(tmp_path / "image.jpg")
     assert read_rgb(tmp_path / "image.jpg").shape == (64, 64, 3)
 
 
-def test_images_in_files_are_decoded_when_they_are_asked_for(tmp_path: Path) -> None:
+def test_images_in_files_are_decoded_on_access(tmp_path: Path) -> None:
     names = ["0.png", "1.png", "2.png"]
     for number, name in enumerate(names):
         Image.fromarray(RGB // (number + 1)).save(tmp_path / name)
@@ -371,7 +369,7 @@ def labelled(images: Any) -> ImageSet:
 
 @pytest.mark.parametrize("kind", ["array", "list", "files"])
 @pytest.mark.parametrize("fraction", [0.2, 0.5])
-def test_a_share_of_each_class_is_held_out(kind: str, fraction: float, tmp_path: Path) -> None:
+def test_val_fraction_of_each_class_is_held_out(kind: str, fraction: float, tmp_path: Path) -> None:
     pixels = np.arange(13, dtype=np.uint8).repeat(12).reshape(13, 2, 2, 3)
     images: Any = pixels
     if kind == "list":
@@ -399,7 +397,7 @@ def test_a_share_of_each_class_is_held_out(kind: str, fraction: float, tmp_path:
     assert again.val is not None and list(again.val.names or []) == list(splits.val.names or [])
 
 
-def test_nothing_to_hold_out_is_refused() -> None:
+def test_impossible_val_fraction_is_refused() -> None:
     pixels = np.zeros((13, 2, 2, 3), np.uint8)
     for splits, fraction in (
         (Splits(labelled(pixels)), 0.01),
@@ -411,7 +409,7 @@ def test_nothing_to_hold_out_is_refused() -> None:
 
 
 def in_mode(mode: str, width: int, height: int) -> Image.Image:
-    """Noise in a mode of Pillow's."""
+    """Noise in one of Pillow's modes."""
     draw = np.random.default_rng(5)
     if mode == "I;16":
         return Image.fromarray(draw.integers(0, 2**16, (height, width)).astype(np.uint16))
@@ -437,7 +435,7 @@ def test_conversion_in_strips_is_exact(mode: str, strip: int, tmp_path: Path, mo
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA"])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_a_very_large_image_is_halved(
+def test_very_large_image_is_halved(
     mode: str, orientation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(images, "STRIP", 50)
@@ -451,12 +449,12 @@ def test_a_very_large_image_is_halved(
     monkeypatch.setattr(images, "LARGE", 17 * 23 - 1)
     assert (read_rgb(tmp_path / "image.png") == np.asarray(Image.fromarray(whole).reduce(2))).all()
     stored = np.asarray(image.convert("RGB"))
-    assert (read_rgb(tmp_path / "image.png", upright=False) == stored).all()  # boxes count its pixels
+    assert (read_rgb(tmp_path / "image.png", upright=False) == stored).all()  # bounding boxes refer to these pixels
     assert size_of(tmp_path / "image.png") == (17, 23)
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_a_very_large_jpeg_is_decoded_at_half_its_size(
+def test_very_large_jpeg_is_decoded_at_half_size(
     orientation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exif = Image.Exif()
@@ -476,7 +474,7 @@ from pathlib import Path
 from datasets.images import check_whole, quiet, read_rgb
 
 def peak():
-    # not getrusage, whose peak begins with that of the process that started this one
+    # not getrusage, whose peak includes that of the parent process
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 before = peak()
@@ -489,7 +487,7 @@ print(peak() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize(("what", "most"), [("check", 400), ("read", 500)])
 def test_very_large_image_needs_little_more_memory_than_pillow(what: str, most: int, tmp_path: Path) -> None:
-    """Of 9,000 x 9,000 pixels, which are 309 MiB in Pillow; three copies and an array besides took 1,087 MiB."""
+    """An image of 9,000 x 9,000 pixels takes 309 MiB in Pillow. Three copies and an array took 1,087 MiB."""
     side, pack = 9_000, zlib.compressobj(1)
     rows = b"".join([*(pack.compress(bytes(1 + 3 * side)) for _ in range(side)), pack.flush()])
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""What is remembered of large folders, and when it is listed again."""
+"""The cached list of the files of a large folder, and when the folder is listed again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FILE_NAMES = st.lists(st.binary(max_size=12).map(lambda text: os.fsdecode(text.r
 
 
 @given(FILE_NAMES)
-def test_names_of_any_bytes_come_back(names: list[str]) -> None:
+def test_packed_names_of_any_bytes_are_unpacked_unchanged(names: list[str]) -> None:
     packed = Names(names)
     assert len(packed) == len(names)
     assert [packed[i] for i in range(len(names))] == names == list(packed)
@@ -36,7 +36,7 @@ def test_names_of_any_bytes_come_back(names: list[str]) -> None:
 
 
 @given(FILE_NAMES, st.slices(10), st.integers(-12, 12))
-def test_names_are_indexed_as_lists_are(names: list[str], part: slice, place: int) -> None:
+def test_packed_names_are_indexed_like_a_list(names: list[str], part: slice, place: int) -> None:
     packed = Names(names)
     assert packed[part] == names[part]
     if -len(names) <= place < len(names):
@@ -46,7 +46,7 @@ def test_names_are_indexed_as_lists_are(names: list[str], part: slice, place: in
             packed[place]
 
 
-def test_names_are_searched_as_lists_are() -> None:
+def test_packed_names_are_searched_like_a_list() -> None:
     packed = Names(name for name in ("a", "b b", "c\nd", ""))
     assert "c\nd" in packed and "d" not in packed and packed.index("b b") == 1 and next(reversed(packed)) == ""
     assert list(Names()) == [] and not Names()
@@ -54,14 +54,14 @@ def test_names_are_searched_as_lists_are() -> None:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for what is remembered; and everything is large."""
+    """The cache folder. Every split counts as too large for the memory, so every one is cached."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(files, "IN_MEMORY", 0)
     return tmp_path / "cache" / "anchor-neighbourhoods"
 
 
 class Opened:
-    """Counts the files that are opened before training."""
+    """Counts the image files that are opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.paths: list[Path] = []
@@ -76,7 +76,7 @@ class Opened:
         return counted
 
     def by(self, work: Callable[[], Any]) -> int:
-        """Different files that some work opens."""
+        """Number of different files that ``work`` opens."""
         self.paths.clear()
         work()
         return len(set(self.paths))
@@ -88,7 +88,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
 
 
 def content(splits: Splits) -> Any:
-    """All that a load tells, with every pixel."""
+    """Everything that a load returns, including all pixels."""
     parts = []
     for images in (splits.train, splits.test):
         if images is not None:
@@ -100,7 +100,7 @@ def content(splits: Splits) -> Any:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Seven pictures of two classes, one of them damaged, unchanged for a minute."""
+    """Seven images of two classes, one of them damaged, unchanged for a minute."""
     root = tmp_path / "root"
     for number in range(4):
         synthetic.save(root / "train" / "ab"[number % 2] / f"{number}.png", number)
@@ -115,7 +115,7 @@ def load(root: Path) -> Splits:
     return datasets.load("folder", root)
 
 
-def test_a_second_load_opens_no_file_and_tells_the_same(root: Path, opened: Opened) -> None:
+def test_second_load_opens_no_file_and_gives_the_same_result(root: Path, opened: Opened) -> None:
     first = content(load(root))
     assert opened.by(lambda: load(root)) == 0
     assert content(load(root)) == first
@@ -131,12 +131,14 @@ def test_ignored_files_are_reported_in_each_run(root: Path, opened: Opened, monk
     assert content(load(root)) == first
     monkeypatch.setattr(files, "formats", lambda: ("PNG", "HEIF"))
     assert opened.by(lambda: load(root)) == 8
-    (root / "train" / "a" / "6.xyz").write_bytes((root / "train" / "b" / "1.png").read_bytes())  # its folder stays
+    (root / "train" / "a" / "6.xyz").write_bytes(
+        (root / "train" / "b" / "1.png").read_bytes()
+    )  # its folder's modification time does not change
     assert "train/a/6.xyz" in list(load(root).train.names or [])
 
 
 @pytest.mark.parametrize("name", ["imagenet", "cub200", "dogs"])
-def test_every_source_of_files_is_remembered(name: str, tmp_path: Path, opened: Opened) -> None:
+def test_every_data_set_of_files_is_cached(name: str, tmp_path: Path, opened: Opened) -> None:
     root = tmp_path / name
     {"imagenet": synthetic.imagenet, "cub200": synthetic.cub200, "dogs": synthetic.dogs}[name](root)
     synthetic.age(root)
@@ -149,7 +151,7 @@ def test_every_source_of_files_is_remembered(name: str, tmp_path: Path, opened: 
         assert content(again[0])[0][0][0] == first[0][0][0] and again[0].train.images[0].shape[1] == 20
 
 
-def test_a_remembered_split_that_fits_into_memory_is_read_into_it(
+def test_cached_split_that_fits_in_memory_is_loaded(
     root: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = content(load(root))
@@ -157,13 +159,13 @@ def test_a_remembered_split_that_fits_into_memory_is_read_into_it(
     assert isinstance(load(root).train.images, list) and content(load(root)) == first
 
 
-def test_small_collections_are_not_remembered(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_collections_are_not_cached(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "IN_MEMORY", 2**30)
     load(root)
     assert not cache.exists()
 
 
-def test_nothing_is_written_beside_the_images(root: Path) -> None:
+def test_nothing_is_written_to_the_image_folder(root: Path) -> None:
     before = sorted(root.rglob("*"))
     load(root)
     assert sorted(root.rglob("*")) == before
@@ -200,12 +202,12 @@ def replace(root: Path) -> None:
 
 
 def repair(root: Path) -> None:
-    with (root / "train" / "a" / "bad.png").open("wb") as file:  # the folder does not notice
+    with (root / "train" / "a" / "bad.png").open("wb") as file:  # the folder's modification time does not change
         file.write((root / "train" / "b" / "3.png").read_bytes())
 
 
 @pytest.mark.parametrize("change", [add, add_class, add_deeper, remove, rename, rename_class, replace, repair])
-def test_a_change_is_seen_at_the_next_load(
+def test_changed_folder_is_read_again(
     change: Callable[[Path], None], root: Path, tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(root)
@@ -216,13 +218,13 @@ def test_a_change_is_seen_at_the_next_load(
     assert content(changed[0]) == content(load(root))
 
 
-def test_a_change_of_one_split_leaves_the_other_remembered(root: Path, opened: Opened) -> None:
+def test_change_of_one_split_keeps_the_other_cached(root: Path, opened: Opened) -> None:
     load(root)
     (root / "test" / "b" / "4.png").unlink()
     assert opened.by(lambda: load(root)) == 1
 
 
-def test_a_file_that_is_mended_to_the_same_size_is_seen_by_its_time(root: Path, opened: Opened) -> None:
+def test_repaired_file_of_equal_size_is_detected_by_its_time(root: Path, opened: Opened) -> None:
     path = root / "train" / "a" / "bad.png"
     path.write_bytes(b"x" * (root / "train" / "b" / "1.png").stat().st_size)
     synthetic.age(root)
@@ -231,7 +233,7 @@ def test_a_file_that_is_mended_to_the_same_size_is_seen_by_its_time(root: Path, 
     assert load(root).skipped == ()
 
 
-def test_another_list_of_images_is_another_inventory(tmp_path: Path, opened: Opened) -> None:
+def test_changed_image_list_invalidates_the_cache(tmp_path: Path, opened: Opened) -> None:
     synthetic.cub200(tmp_path)
     synthetic.age(tmp_path)
     home = tmp_path / "CUB_200_2011"
@@ -241,7 +243,7 @@ def test_another_list_of_images_is_another_inventory(tmp_path: Path, opened: Ope
         before = path.read_text()
         path.write_text("\n".join(before.splitlines()[:-1]) + "\n")
         if list_of == "images":
-            assert opened.by(lambda: datasets.load("cub200", tmp_path)) == 5  # the other split is as it was
+            assert opened.by(lambda: datasets.load("cub200", tmp_path)) == 5  # the five images of the changed split
             assert len(datasets.load("cub200", tmp_path).test or []) == 5
         else:
             path.write_text(before.replace("\n12 0", "\n12 1"))
@@ -251,9 +253,7 @@ def test_another_list_of_images_is_another_inventory(tmp_path: Path, opened: Ope
 
 
 @pytest.mark.parametrize("inside", ["train", "train/a"])
-def test_a_folder_that_was_changed_a_moment_ago_is_not_remembered(
-    inside: str, root: Path, cache: Path, opened: Opened
-) -> None:
+def test_recently_changed_folder_is_not_cached(inside: str, root: Path, cache: Path, opened: Opened) -> None:
     then = time.time() - 1
     os.utime(root / inside, (then, then))
     load(root)
@@ -261,13 +261,13 @@ def test_a_folder_that_was_changed_a_moment_ago_is_not_remembered(
     assert len(list(cache.iterdir())) == 1  # the test split
 
 
-def test_a_folder_from_the_future_is_not_remembered(root: Path, opened: Opened) -> None:
+def test_folder_with_a_future_modification_time_is_not_cached(root: Path, opened: Opened) -> None:
     synthetic.age(root / "train" / "b", seconds=-3600)
     load(root)
     assert opened.by(lambda: load(root)) == 5
 
 
-def test_folder_that_changes_during_listing_is_listed_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_that_changes_during_listing_is_not_cached(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size_of = files.size_of
 
     def slow(path: Path) -> tuple[int, int]:
@@ -280,14 +280,14 @@ def test_folder_that_changes_during_listing_is_listed_again(root: Path, monkeypa
     assert len(load(root).train) == 5
 
 
-def test_two_roots_of_the_same_content_do_not_share(root: Path, tmp_path: Path, opened: Opened) -> None:
+def test_copies_of_a_root_do_not_share_a_cache(root: Path, tmp_path: Path, opened: Opened) -> None:
     load(root)
     other = tmp_path / "other"
     shutil.copytree(root, other)
     assert opened.by(lambda: load(other)) == 7
 
 
-def test_a_root_is_the_same_under_another_spelling(
+def test_other_paths_to_the_same_root_share_the_cache(
     root: Path, tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(root)
@@ -297,7 +297,7 @@ def test_a_root_is_the_same_under_another_spelling(
         assert opened.by(lambda spelling=spelling: load(spelling)) == 0
 
 
-def test_without_the_variable_the_home_folder_s_cache_serves(
+def test_without_xdg_cache_home_the_home_folder_is_used(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -306,7 +306,7 @@ def test_without_the_variable_the_home_folder_s_cache_serves(
     assert len(list((tmp_path / "home" / ".cache" / "anchor-neighbourhoods").glob("*.npz"))) == 2
 
 
-def test_without_a_home_folder_the_run_goes_on_and_says_so(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_home_folder_is_noted_and_run_continues(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def homeless(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -328,9 +328,7 @@ def test_unwritable_cache_folder_is_logged_and_run_continues(
     assert opened.by(lambda: load(root)) == 7
 
 
-def test_a_full_disk_is_noted_and_leaves_nothing_behind(
-    root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_is_noted_and_leaves_no_file(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(file: Any, **arrays: Any) -> None:
         file.write(b"some")
         raise OSError(28, "No space left on device")
@@ -341,7 +339,7 @@ def test_a_full_disk_is_noted_and_leaves_nothing_behind(
     assert list(cache.iterdir()) == []
 
 
-def test_an_interrupted_writing_leaves_nothing_behind(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_write_leaves_no_file(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
@@ -351,7 +349,7 @@ def test_an_interrupted_writing_leaves_nothing_behind(root: Path, cache: Path, m
     assert list(cache.iterdir()) == []
 
 
-def test_what_is_remembered_is_the_user_s_own(root: Path, cache: Path) -> None:
+def test_cache_files_are_private_to_the_user(root: Path, cache: Path) -> None:
     load(root)
     assert len(list(cache.iterdir())) == 2
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in cache.iterdir())
@@ -360,8 +358,8 @@ def test_what_is_remembered_is_the_user_s_own(root: Path, cache: Path) -> None:
 KEY = "some"
 
 
-def remembered(root: Path, names: tuple[str, ...] = ("train/a/0.png", "train/a/bad.png")) -> Inventory:
-    """Takes and remembers an inventory of two files, the second of which is damaged."""
+def write_cache(root: Path, names: tuple[str, ...] = ("train/a/0.png", "train/a/bad.png")) -> Inventory:
+    """Lists two files, the second of which is damaged, and caches the result."""
     taken = inventory.take(root, KEY, lambda: Listing(names, ["train", "train/a"]))
     sizes = np.array([[40, 40], [0, 0]], np.int32)
     found = Inventory(KEY, taken.names, taken.folders, sizes, {names[1]: "a reason"}, taken.changed)
@@ -369,68 +367,68 @@ def remembered(root: Path, names: tuple[str, ...] = ("train/a/0.png", "train/a/b
     return found
 
 
-def recalled(root: Path) -> Inventory | None:
-    """What is remembered, or None where the folder is listed again."""
+def read_cache(root: Path) -> Inventory | None:
+    """The cached list, or None if the folder is listed again."""
     listed_again: list[bool] = []
     found = inventory.take(root, KEY, lambda: listed_again.append(True) or Listing([], []))  # type: ignore[func-returns-value]
     return None if listed_again else found
 
 
-def the_file(cache: Path) -> Path:
+def only_file(cache: Path) -> Path:
     (path,) = cache.iterdir()
     return path
 
 
-def test_all_of_an_inventory_comes_back(root: Path) -> None:
-    kept, found = remembered(root), recalled(root)
+def test_cached_inventory_is_read_back_unchanged(root: Path) -> None:
+    kept, found = write_cache(root), read_cache(root)
     assert found is not None and found.sizes is not None and kept.sizes is not None
     assert (list(found.names), list(found.folders)) == (list(kept.names), list(kept.folders))
     assert np.array_equal(found.sizes, kept.sizes) and found.sizes.dtype == np.int32
     assert found.reasons == {"train/a/bad.png": "a reason"} and found.key == KEY
 
 
-def test_names_that_are_no_text_come_back(root: Path) -> None:
+def test_file_names_that_are_not_utf8_are_kept(root: Path) -> None:
     odd = (os.fsdecode(b"train/a/\xff\n \xc3.png"), os.fsdecode(b"train/a/sp ace\xfe.png"))
     try:
         shutil.copy(root / "train" / "a" / "0.png", root / odd[0])
         (root / odd[1]).write_bytes(b"no image")
     except OSError:
-        pytest.skip("this file system takes text only")
+        pytest.skip("this file system accepts valid UTF-8 names only")
     synthetic.age(root)
     first = content(load(root))
     assert odd[0] in first[0][0][0] and odd[1] in dict(first[1])
     assert content(load(root)) == first
-    remembered(root, odd)
-    assert list((recalled(root) or remembered(root)).names) == list(odd)
+    write_cache(root, odd)
+    assert list((read_cache(root) or write_cache(root)).names) == list(odd)
 
 
-def test_a_file_that_is_cut_anywhere_is_not_believed(root: Path, cache: Path) -> None:
-    remembered(root)
-    path = the_file(cache)
+def test_truncated_cache_file_is_ignored(root: Path, cache: Path) -> None:
+    write_cache(root)
+    path = only_file(cache)
     whole = path.read_bytes()
     for length in [*range(0, len(whole), 41), len(whole) - 1]:
         path.write_bytes(whole[:length])
-        assert recalled(root) is None, length
+        assert read_cache(root) is None, length
     path.write_bytes(whole)
-    assert recalled(root) is not None
+    assert read_cache(root) is not None
 
 
-def test_a_file_with_a_flipped_byte_gives_the_truth_or_nothing(root: Path, cache: Path) -> None:
-    kept = remembered(root)
-    path = the_file(cache)
+def test_damaged_cache_file_is_ignored_or_read_correctly(root: Path, cache: Path) -> None:
+    kept = write_cache(root)
+    path = only_file(cache)
     whole = path.read_bytes()
-    believed = 0
+    accepted = 0
     for place in range(0, len(whole), 13):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
-        if found := recalled(root):  # a time of the archive, or the like
-            believed += 1
+        if found := read_cache(root):  # for instance, the byte was in a time stamp of the archive
+            accepted += 1
             assert list(found.names) == list(kept.names) and np.array_equal(found.sizes, kept.sizes)
             assert found.reasons == kept.reasons and list(found.folders) == list(kept.folders)
-    assert believed < len(whole) / 13 / 2
+    assert accepted < len(whole) / 13 / 2
 
 
 class Evil:
-    """Runs code where it is unpickled."""
+    """Runs code when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -440,9 +438,9 @@ class Evil:
 
 
 @pytest.mark.parametrize("form", ["array", "archive", "pickle"])
-def test_code_in_a_remembered_file_does_not_run(form: str, root: Path, cache: Path, tmp_path: Path) -> None:
-    remembered(root)
-    path, trace = the_file(cache), tmp_path / "ran"
+def test_code_in_a_cache_file_is_not_run(form: str, root: Path, cache: Path, tmp_path: Path) -> None:
+    write_cache(root)
+    path, trace = only_file(cache), tmp_path / "ran"
     evil = np.array([Evil(trace)], dtype=object)
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
@@ -454,28 +452,28 @@ def test_code_in_a_remembered_file_does_not_run(form: str, root: Path, cache: Pa
         else:
             file.write(evil.dumps())
     trace.unlink(missing_ok=True)
-    assert recalled(root) is None and not trace.exists()
+    assert read_cache(root) is None and not trace.exists()
     np.load(path, allow_pickle=True)["names" if form == "archive" else ...]
-    assert trace.exists()  # it would have run
+    assert trace.exists()  # the code does run if the file is trusted
 
 
-def test_a_file_of_another_form_root_or_key_is_not_believed(root: Path, cache: Path, tmp_path: Path) -> None:
-    remembered(root)
-    path = the_file(cache)
+def test_cache_file_of_another_version_root_or_key_is_ignored(root: Path, cache: Path, tmp_path: Path) -> None:
+    write_cache(root)
+    path = only_file(cache)
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
     other = Names([str(tmp_path), KEY]).packed
     for change in ({"form": np.array(inventory.FORM + 1)}, {"key": other}, {"sizes": arrays["sizes"][:1]}):
         np.savez(path, **{**arrays, **change})
-        assert recalled(root) is None
+        assert read_cache(root) is None
     for name in arrays:
         np.savez(path, **{key: value for key, value in arrays.items() if key != name})
-        assert recalled(root) is None
+        assert read_cache(root) is None
     np.savez(path, **arrays)
-    assert recalled(root) is not None
+    assert read_cache(root) is not None
 
 
-def test_a_damaged_file_is_replaced_by_the_next_load(root: Path, cache: Path, opened: Opened) -> None:
+def test_damaged_cache_file_is_replaced_at_the_next_load(root: Path, cache: Path, opened: Opened) -> None:
     first = content(load(root))
     for path in cache.iterdir():
         path.write_bytes(path.read_bytes()[:100])
@@ -509,7 +507,7 @@ def loading(root: Path, how: str) -> subprocess.Popen[str]:
     return start(str(root), how, program=("-c", LOAD))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_partial_files_of_killed_processes_are_removed(root: Path, cache: Path, opened: Opened) -> None:
     process = loading(root, "killed")
     output_of(process)
@@ -522,14 +520,14 @@ def test_partial_files_of_killed_processes_are_removed(root: Path, cache: Path, 
     assert not left.exists() and not list(cache.glob("*.part"))
 
 
-def test_concurrent_downloads_leave_one_complete_file(root: Path, cache: Path, opened: Opened) -> None:
+def test_concurrent_loads_leave_one_complete_file_per_split(root: Path, cache: Path, opened: Opened) -> None:
     both = [loading(root, "whole") for _ in range(2)]
     assert [output_of(process).strip() for process in both] == ["4", "4"]
     assert not list(cache.glob("*.part"))
     assert opened.by(lambda: load(root)) == 0 and len(load(root).train) == 4
 
 
-def test_nothing_is_remembered_of_a_root_that_is_gone(root: Path) -> None:
-    remembered(root)
+def test_deleted_root_is_listed_again(root: Path) -> None:
+    write_cache(root)
     shutil.rmtree(root)
-    assert recalled(root) is None
+    assert read_cache(root) is None

@@ -1,4 +1,4 @@
-"""Parquet files as Hugging Face publishes image data sets: layouts, labels, names, damage, and access to one image."""
+"""Parquet files as Hugging Face publishes image data sets: layouts, labels, names, damage, access to single images."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def put(
     group: int = 3,
     **columns: Any,
 ) -> Path:
-    """A file with the pictures of ``numbers`` in its column ``image``, and other columns."""
+    """Writes a file with the pictures of ``numbers`` in the column ``image``, and other columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"bytes": encoded(number), "path": f"{number}.png"} for number in numbers]
     save(path, {"image": rows, **columns}, features, group)
@@ -144,7 +144,7 @@ def test_files_without_a_split_are_training_images(tmp_path: Path) -> None:
     assert "no file is named as a split" in splits.notes[0]
 
 
-def test_other_files_are_left_out_with_a_note(tmp_path: Path) -> None:
+def test_files_without_a_split_name_are_skipped_with_a_note(tmp_path: Path) -> None:
     put(tmp_path / "train-00000-of-00001.parquet", [0, 1])
     save(tmp_path / "words.parquet", {"a": [1]})
     put(tmp_path / ".cache" / "train.parquet", [5])
@@ -189,7 +189,7 @@ def test_images_are_found_by_type_or_metadata(tmp_path: Path) -> None:
         (pa.array([10, 9, 10], pa.uint64()), ["10", "9", "10"]),
     ],
 )
-def test_plain_numbers_and_text_are_classes(tmp_path: Path, values: Any, expected: list[str]) -> None:
+def test_integers_and_strings_are_classes(tmp_path: Path, values: Any, expected: list[str]) -> None:
     train = read(put(tmp_path / "a.parquet", range(3), label=values)).train
     assert classes(train) == expected
     assert len(train.classes) == len(set(expected))
@@ -219,13 +219,13 @@ def test_labels_are_found_by_the_only_class_label(tmp_path: Path) -> None:
     assert splits.train.labels is None and "label holds double, which is no class" in splits.notes[0]
 
 
-def test_label_column_is_the_user_s_choice(tmp_path: Path) -> None:
+def test_label_column_option_selects_the_column(tmp_path: Path) -> None:
     path = put(tmp_path / "a.parquet", [0, 1], label=[0, 0], coarse_label=["x", "y"])
     assert classes(read(path, label_column="coarse_label").train) == ["x", "y"]
 
 
 @pytest.mark.parametrize("unknown", [None, -1])
-def test_partly_labelled_training_images_serve_to_evaluate(tmp_path: Path, unknown: int | None) -> None:
+def test_labelled_part_of_training_images_is_used_to_evaluate(tmp_path: Path, unknown: int | None) -> None:
     names = class_label("cat", "dog")
     put(tmp_path / "train.parquet", range(5), features=names, label=[0, unknown, 1, unknown, 1])
     put(tmp_path / "test.parquet", [5, 6], features=names, label=[unknown, 1])
@@ -236,7 +236,7 @@ def test_partly_labelled_training_images_serve_to_evaluate(tmp_path: Path, unkno
     assert len(splits.notes) == 2
 
 
-def test_paths_are_names_where_they_tell_images_apart(tmp_path: Path) -> None:
+def test_unique_paths_are_image_names(tmp_path: Path) -> None:
     paths = ["a/x.png", "y.png", "same.png", None, "same.png", ""]
     rows = [{"bytes": encoded(i), "path": path} for i, path in enumerate(paths)]
     (tmp_path / "data").mkdir()
@@ -252,7 +252,7 @@ def test_paths_are_names_where_they_tell_images_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["in memory", "on access"])
-def test_damaged_images_are_left_out_and_named(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_images_are_skipped_and_named(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if where == "on access":
         for module in (files, parquet):
             monkeypatch.setattr(module, "IN_MEMORY", 0)
@@ -262,7 +262,7 @@ def test_damaged_images_are_left_out_and_named(tmp_path: Path, where: str, monke
     rows[3]["bytes"] = None
     rows[4] = None
     save(tmp_path / "train.parquet", {"image": rows, "label": [0, 1, 2, 3, 4, 5]})
-    for _ in range(2):  # the second start reads what the first one found
+    for _ in range(2):  # the second start reads the cache
         splits = read(tmp_path)
         assert numbers(splits.train) == [0, 5] and classes(splits.train) == ["0", "5"]
         assert list(splits.train.names or []) == ["0.png", "5.png"]
@@ -271,7 +271,7 @@ def test_damaged_images_are_left_out_and_named(tmp_path: Path, where: str, monke
     assert "4 unreadable images" in refusal(tmp_path, strict=True)
 
 
-def test_only_damaged_images_are_refused(tmp_path: Path) -> None:
+def test_file_with_only_damaged_images_is_refused(tmp_path: Path) -> None:
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     save(tmp_path / "train.parquet", {"image": pa.array([{"path": "/far/away.png"}], kind)})
     assert "no training image could be read, for instance /far/away.png (no bytes)" in refusal(tmp_path)
@@ -286,7 +286,7 @@ def test_images_on_access_equal_those_in_memory(tmp_path: Path, monkeypatch: pyt
     expected = read(tmp_path).train.images
     assert isinstance(expected, np.ndarray) and not cache.exists()
     monkeypatch.setattr(files, "IN_MEMORY", 0)
-    for limit in (2**30, 0):  # the encoded images fit into the memory, or do not
+    for limit in (2**30, 0):  # the encoded images fit in memory, or do not
         monkeypatch.setattr(parquet, "IN_MEMORY", limit)
         train = read(tmp_path).train
         found = pickle.loads(pickle.dumps(train.images))
@@ -316,12 +316,12 @@ def test_workers_read_images_in_any_order(tmp_path: Path, large: None, method: s
     assert torch.cat(list(batches)).tolist() == order
 
 
-def test_later_starts_read_the_copy_and_no_row(
+def test_later_starts_read_the_cached_copy(
     tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     path = put(tmp_path / "train.parquet", range(5))
     before = path.stat()
-    os.utime(path, (before.st_atime - 60, before.st_mtime - 60))  # has not changed for long
+    os.utime(path, (before.st_atime - 60, before.st_mtime - 60))  # unchanged for a minute
     assert numbers(read(tmp_path).train) == [0, 1, 2, 3, 4]
     with monkeypatch.context() as patch:
         patch.setattr(parquet.Shard, "images", None)
@@ -335,7 +335,7 @@ def test_later_starts_read_the_copy_and_no_row(
 
 
 @pytest.mark.parametrize("damage", ["short", "empty", "missing"])
-def test_a_damaged_copy_is_made_again(tmp_path: Path, large: None, cache: Path, damage: str) -> None:
+def test_damaged_copy_is_written_again(tmp_path: Path, large: None, cache: Path, damage: str) -> None:
     put(tmp_path / "train.parquet", range(5))
     read(tmp_path)
     (copy,) = cache.glob("*.images")
@@ -345,7 +345,7 @@ def test_a_damaged_copy_is_made_again(tmp_path: Path, large: None, cache: Path, 
     assert copy.read_bytes() == content
 
 
-def test_a_full_disk_is_told_before_the_copy_is_written(
+def test_lack_of_disk_space_is_refused_before_copying(
     tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     put(tmp_path / "train.parquet", range(5))
@@ -356,7 +356,7 @@ def test_a_full_disk_is_told_before_the_copy_is_written(
     assert not list(cache.glob("*.images")) and not list(cache.glob("*.part"))
 
 
-def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_cache_folder_is_refused(tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     text = refusal(put(tmp_path / "train.parquet", range(5)))
@@ -366,14 +366,14 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, large: None, mon
 # what is refused
 
 
-def test_what_is_no_parquet_file_is_named(tmp_path: Path) -> None:
+def test_file_that_is_not_parquet_is_named(tmp_path: Path) -> None:
     path = tmp_path / "train.parquet"
     for content in (b"", b"PAR1 but not for long", b"x" * 100):
         path.write_bytes(content)
         assert refusal(tmp_path).startswith(f"{path}: cannot be read as a Parquet file: ")
 
 
-def test_a_damaged_page_is_told(tmp_path: Path) -> None:
+def test_damaged_page_is_reported(tmp_path: Path) -> None:
     path = put(tmp_path / "train.parquet", range(40), group=40)
     content = bytearray(path.read_bytes())
     content[4:200] = bytes(196)  # the first page's header
@@ -397,13 +397,13 @@ def test_files_without_images_are_refused(tmp_path: Path) -> None:
         ("tags", "holds list<"),
     ],
 )
-def test_a_column_that_is_no_label_is_refused(tmp_path: Path, name: str, words: str) -> None:
+def test_column_that_holds_no_labels_is_refused(tmp_path: Path, name: str, words: str) -> None:
     put(tmp_path / "train.parquet", [0, 1], label=[0, 1], weight=[0.5, 1.0], tags=[[1], [2]])
     text = refusal(tmp_path, label_column=name)
     assert text.startswith(f"--label-column {name}: {tmp_path / 'train.parquet'} ") and words in text
 
 
-def test_label_column_is_for_tables_only(tmp_path: Path) -> None:
+def test_label_column_is_refused_for_other_data_sets(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^--label-column fine: digits is not in tables; drop the flag"):
         datasets.load("digits", None, label_column="fine")
 
@@ -423,7 +423,7 @@ def test_shards_with_different_schemas_are_refused(tmp_path: Path, second: dict[
     assert text.startswith(f"{path}: its schema differs from that of train-00000-of-00002.parquet: ") and how in text
 
 
-def test_classes_that_cannot_be_are_refused(tmp_path: Path) -> None:
+def test_invalid_classes_are_refused(tmp_path: Path) -> None:
     put(tmp_path / "a" / "train.parquet", [0, 1], features=class_label("cat", "dog"), label=[0, 2])
     assert "the train split holds 2, but there are names for 2 classes only" in refusal(tmp_path / "a")
     put(tmp_path / "b" / "train.parquet", [0, 1], label=["x", "y"])
@@ -431,7 +431,7 @@ def test_classes_that_cannot_be_are_refused(tmp_path: Path) -> None:
     assert "the test split holds 'z', a class without training images" in refusal(tmp_path / "b")
 
 
-def test_layouts_that_are_unclear_are_refused(tmp_path: Path) -> None:
+def test_unclear_layouts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert refusal(tmp_path / "empty").startswith(f"{tmp_path / 'empty'}: holds no Parquet file; ")
     assert refusal(tmp_path / "none").startswith(f"{tmp_path / 'none'}: no such file or folder; ")

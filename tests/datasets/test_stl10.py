@@ -1,4 +1,4 @@
-"""STL-10 as its archive unpacks: planes of uint8 column by column, labels from 1, and most images without a label."""
+"""STL-10 as its archive unpacks: uint8 planes in column-major order, labels from 1, most images unlabelled."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_labelled_and_test_images_have_their_labels(root: Path) -> None:
     assert splits.labelled.classes == splits.test.classes and splits.test.classes[8] == "ship"
 
 
-def test_the_images_are_those_of_torchvision(root: Path) -> None:
+def test_images_equal_those_of_torchvision(root: Path) -> None:
     splits = datasets.load("stl10", root)
     for found, split in ((splits.train, "train+unlabeled"), (splits.labelled, "train"), (splits.test, "test")):
         assert found is not None
@@ -80,14 +80,14 @@ def test_damaged_files_are_refused(root: Path, name: str, damage: str) -> None:
         datasets.load("stl10", root)
 
 
-def test_a_root_without_the_images_says_how_to_get_them(tmp_path: Path) -> None:
+def test_root_without_images_is_refused_with_the_download(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"stl10_binary: does not exist; use --download"):
         datasets.load("stl10", tmp_path)
     with pytest.raises(DataError, match=r"--data-root"):
         datasets.load("stl10", None)
 
 
-def test_the_archive_is_fetched_and_unpacked(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_archive_is_fetched_and_unpacked(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz") as file:
         file.add(root / "stl10_binary", "stl10_binary")

@@ -1,4 +1,4 @@
-"""SVHN as it is published: MATLAB files of X (32, 32, 3, N) and y (N, 1), where 10 stands for the digit 0."""
+"""SVHN as it is published: MATLAB files with X (32, 32, 3, N) and y (N, 1), where 10 means the digit 0."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAGE = "http://ufldl.stanford.edu/housenumbers/"
 
 
 def put(root: Path, part: str, first: int) -> None:
-    """Images by number: red is the number, green the row of a pixel, blue its column."""
+    """Numbered images: red is the number, green the row of a pixel, blue its column."""
     digits = DIGITS[part]
     images = np.zeros((32, 32, 3, len(digits)), np.uint8)
     images[:, :, 0] = np.arange(first, first + len(digits))
@@ -33,7 +33,7 @@ def put(root: Path, part: str, first: int) -> None:
 
 @pytest.fixture
 def svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Made files, and their sums in place of the published ones."""
+    """Synthetic files, with their MD5 sums in place of the published ones."""
     root = tmp_path / "data"
     root.mkdir()
     for first, (part, name) in enumerate(FILES.items()):
@@ -45,7 +45,7 @@ def svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def source(svhn: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Source]:
-    """A server of the synthetic files in place of Stanford's."""
+    """A local server of the synthetic files."""
     monkeypatch.setenv("no_proxy", "*")
     with serving(**{name: (svhn / name).read_bytes() for name in FILES.values()}) as source:
         for part, (_, name, digits) in [(part, SVHN.split_list[part]) for part in FILES]:
@@ -82,7 +82,7 @@ def test_images_are_upright_and_ten_is_zero(svhn: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES.values())
 @pytest.mark.parametrize("damage", ["missing", "short", "altered", "empty"])
-def test_files_that_are_not_whole_are_refused(damage: str, name: str, svhn: Path) -> None:
+def test_missing_or_damaged_files_are_refused(damage: str, name: str, svhn: Path) -> None:
     path = svhn / name
     content = path.read_bytes()
     damaged = {"short": content[:-1], "altered": content[:150] + b"?" + content[151:], "empty": b""}
@@ -95,7 +95,7 @@ def test_files_that_are_not_whole_are_refused(damage: str, name: str, svhn: Path
     assert damage == "missing" or path.read_bytes() == damaged[damage]
 
 
-def test_a_place_that_is_none_is_told_with_what_it_should_hold(tmp_path: Path) -> None:
+def test_missing_root_is_refused_with_the_expected_files(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for root in (tmp_path / "none", tmp_path / "file"):
         text = refusal(root)
@@ -104,11 +104,11 @@ def test_a_place_that_is_none_is_told_with_what_it_should_hold(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("download", [False, True])
-def test_without_a_root_the_option_is_named(download: bool) -> None:
+def test_unset_root_is_refused_with_the_option(download: bool) -> None:
     assert "--data-root" in refusal(None, download=download)
 
 
-def test_the_published_addresses_and_sums_are_used() -> None:
+def test_published_addresses_and_checksums_are_used() -> None:
     assert SVHN.split_list["train"] == [PAGE + FILES["train"], FILES["train"], "e26dedcc434d2e4c54c9b2d4a06d8373"]
     assert SVHN.split_list["test"] == [PAGE + FILES["test"], FILES["test"], "eb5a983be6a315427106f1b164d9cef3"]
 
@@ -127,7 +127,7 @@ def test_only_the_missing_file_is_fetched(source: Source, svhn: Path) -> None:
     assert source.asked == [(FILES["test"], None)]
 
 
-def test_a_download_names_the_file_that_is_damaged(source: Source, svhn: Path) -> None:
+def test_damaged_file_is_named_and_not_overwritten(source: Source, svhn: Path) -> None:
     (svhn / FILES["test"]).write_bytes(b"half")
     assert refusal(svhn, download=True).startswith(f"{svhn / FILES['test']}: ")
     assert (svhn / FILES["test"]).read_bytes() == b"half" and source.asked == []

@@ -1,4 +1,4 @@
-"""What each transform option does to an image, seen from the pixels that come out."""
+"""The effect of each augmentation option on the pixels of an image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lib.config.options import Options
 from lib.data.augmentation import NUM_RANDOM, Augmentation, for_testing, for_training, jitter_of
 
 PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-"""Means and deviations that change nothing, so that the output times 255 is pixels."""
+"""Means and deviations that change nothing: the output times 255 gives the pixels."""
 
 
 def options_of(**options: Any) -> Options:
@@ -25,7 +25,7 @@ def options_of(**options: Any) -> Options:
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
-    """Red tells the row, green the column, blue both."""
+    """An image whose red encodes the row, green the column and blue both."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([rows * 2, columns * 2, 255 - rows - columns], axis=2).astype(np.uint8)
 
@@ -40,7 +40,7 @@ def pixels(output: torch.Tensor) -> np.ndarray:
 
 
 def made_of(augmentation: Augmentation, image: np.ndarray, random_numbers: np.ndarray, by_worker: bool) -> torch.Tensor:
-    """What becomes of an image (H, W, 3) with each of the draws (n, ``DRAWS``): (n, 3, h, w)."""
+    """The augmented image (H, W, 3) for each row of random numbers (n, ``NUM_RANDOM``): (n, 3, h, w)."""
     if by_worker:
         return augmentation.augment_on_device(
             torch.from_numpy(np.stack([augmentation.crop_on_worker(image, d) for d in random_numbers])), random_numbers
@@ -49,7 +49,7 @@ def made_of(augmentation: Augmentation, image: np.ndarray, random_numbers: np.nd
 
 
 def trained(image: np.ndarray, times: int = 30, **options: Any) -> list[np.ndarray]:
-    """The pixels that the training's augmentation makes of an image, ``times`` times; half of them by a worker."""
+    """The pixels of ``times`` training augmentations of an image, half of them cropped by a worker."""
     augmentation = for_training(options_of(**options), *PLAIN)
     random_numbers = np.random.default_rng(5).random((times, NUM_RANDOM))
     halves = ((random_numbers[: -(-times // 2)], False), (random_numbers[-(-times // 2) :], True))
@@ -62,7 +62,7 @@ def trained(image: np.ndarray, times: int = 30, **options: Any) -> list[np.ndarr
 
 
 def for_the_test(image: np.ndarray, means_and_stds: Any = PLAIN, **options: Any) -> torch.Tensor:
-    """What testing makes of an image, alike in a batch and by a worker."""
+    """The image after the test transform; checks that batch and worker agree."""
     augmentation = for_testing(options_of(**options), *means_and_stds)
     batch, worker = (
         made_of(augmentation, image, np.zeros((1, NUM_RANDOM)), by_worker)[0] for by_worker in (False, True)
@@ -76,7 +76,7 @@ def different(outputs: list[np.ndarray]) -> int:
 
 
 def window(output: np.ndarray) -> tuple[int, int]:
-    """Top left corner of the cut-out of ``coordinates`` that this is; fails if it is none."""
+    """Top left corner of a crop of ``coordinates``; fails if the output is not such a crop."""
     top, left = int(output[0, 0, 0]) // 2, int(output[0, 0, 1]) // 2
     height, width, _ = output.shape
     np.testing.assert_array_equal(output, coordinates(80, 80)[top : top + height, left : left + width])
@@ -92,14 +92,14 @@ def test_without_scale_the_crop_is_a_window_of_the_resized_image() -> None:
     assert {left for _, left in corners} == {0, 1, 2, 3, 4}
 
 
-def test_a_crop_of_the_whole_image_changes_nothing() -> None:
+def test_crop_of_the_whole_image_changes_nothing() -> None:
     for output in trained(coordinates(16, 16), 3):
         np.testing.assert_array_equal(output, coordinates(16, 16))
 
 
 def test_scale_is_the_share_of_the_area() -> None:
     outputs = trained(coordinates(80, 80), 60, size=40, resize=80, scale=(0.25, 0.25), ratio=(1, 1))
-    corners = {window(output) for output in outputs}  # half the edge: cut out, and not resized
+    corners = {window(output) for output in outputs}  # half of the edge: cropped and not resized
     assert len(corners) > 40
     assert min(min(corner) for corner in corners) < 10
     assert max(max(corner) for corner in corners) > 30
@@ -118,7 +118,7 @@ def test_ratio_is_width_to_height() -> None:
 
 
 def test_scales_cover_the_whole_range() -> None:
-    """How much of the rows a crop spans, from red; the blur of the resizing costs a pixel or so."""
+    """Red shows how many rows a crop spans. Resizing blurs about a pixel."""
     outputs = trained(coordinates(80, 80), 150, resize=80, size=16, scale=(0.2, 1), ratio=(1, 1))
     spans = [(np.ptp(output[:, :, 0]) / 2 + 80 / 16) / 80 for output in outputs]
     assert min(spans) < 0.2**0.5 + 0.06
@@ -130,7 +130,7 @@ def test_scales_cover_the_whole_range() -> None:
     ("size", "shape"), [(8, (8, 8)), ((8, 8), (8, 8)), ((6, 12), (6, 12)), ("(12, 6)", (12, 6)), ([6, 8], (6, 8))]
 )
 @pytest.mark.parametrize("scale", [None, (0.5, 1.0)])
-def test_a_size_is_a_square_or_height_and_width(size: Any, shape: tuple[int, int], scale: Any) -> None:
+def test_size_is_a_square_or_height_and_width(size: Any, shape: tuple[int, int], scale: Any) -> None:
     options = options_of(size=size, scale=scale)
     for augmentation in (for_training(options, *PLAIN), for_testing(options, *PLAIN)):
         for by_worker in (False, True):
@@ -142,12 +142,12 @@ def test_a_size_is_a_square_or_height_and_width(size: Any, shape: tuple[int, int
 # Colours.
 
 
-def test_disabled_options_keep_colours_and_sides() -> None:
+def test_disabled_augmentation_leaves_the_image_unchanged() -> None:
     for output in trained(coordinates(16, 16), 5, colorjitter=None, random_grayscale=0, random_horizontal_flip=False):
         np.testing.assert_array_equal(output, coordinates(16, 16))
 
 
-def test_the_first_jitter_is_brightness() -> None:
+def test_first_jitter_strength_is_brightness() -> None:
     outputs = trained(flat(100, 60, 20), 60, colorjitter=(0.4, 0, 0, 0))
     factors = [output[0, 0, 0] / 100 for output in outputs]
     assert min(factors) >= 0.6
@@ -159,7 +159,7 @@ def test_the_first_jitter_is_brightness() -> None:
         )
 
 
-def test_the_second_jitter_is_contrast() -> None:
+def test_second_jitter_strength_is_contrast() -> None:
     image = flat(80, 80, 80)
     image[:8] = 160  # mean 120
     outputs = trained(image, 60, colorjitter=(0, 0.5, 0, 0))
@@ -171,16 +171,16 @@ def test_the_second_jitter_is_contrast() -> None:
         assert output.mean() == pytest.approx(120, abs=1.5)
 
 
-def test_the_third_jitter_is_saturation() -> None:
+def test_third_jitter_strength_is_saturation() -> None:
     outputs = trained(flat(160, 120, 80), 60, colorjitter=(0, 0, 0.5, 0))
     spreads = [(int(output[0, 0, 0]) - int(output[0, 0, 2])) / 80 for output in outputs]
     assert min(spreads) >= 0.5 - 0.03
     assert max(spreads) <= 1.5 + 0.03
     assert max(spreads) - min(spreads) > 0.7
-    assert different(trained(flat(90, 90, 90), 20, colorjitter=(0, 0, 0.5, 0))) == 1  # grey has none
+    assert different(trained(flat(90, 90, 90), 20, colorjitter=(0, 0, 0.5, 0))) == 1  # grey has no saturation
 
 
-def test_the_fourth_jitter_is_hue() -> None:
+def test_fourth_jitter_strength_is_hue() -> None:
     turns = []
     for output in trained(flat(255, 0, 0), 60, colorjitter=(0, 0, 0, 0.25)):
         hue, saturation, value = colorsys.rgb_to_hsv(*(output[0, 0] / 255))
@@ -192,7 +192,7 @@ def test_the_fourth_jitter_is_hue() -> None:
     assert max(map(abs, turns)) < 0.27
 
 
-def test_greyscale_gives_equal_channels_of_the_lightness() -> None:
+def test_greyscale_sets_all_channels_to_the_luminance() -> None:
     for output in trained(flat(200, 100, 50), 5, random_grayscale=1):
         np.testing.assert_array_equal(output[:, :, 0], output[:, :, 1])
         np.testing.assert_array_equal(output[:, :, 0], output[:, :, 2])
@@ -216,7 +216,7 @@ def test_greyscale_has_the_given_probability() -> None:
     assert different(outputs) == 2
 
 
-def test_a_flip_mirrors_about_half_of_the_images() -> None:
+def test_flip_mirrors_about_half_of_the_images() -> None:
     image = coordinates(16, 16)
     outputs = trained(image, 400, random_horizontal_flip=True)
     mirrored = sum(np.array_equal(output, image[:, ::-1]) for output in outputs)
@@ -232,13 +232,13 @@ def test_options_of_the_paper_work_together() -> None:
     assert {output.shape for output in outputs} == {(32, 32, 3)}
 
 
-# Against torchvision.
+# Compared with torchvision.
 
 STRONG = {"scale": (0.2, 1.0), "ratio": (0.5, 2.0), "colorjitter": (0.8, 0.8, 0.8, 0.4), "random_grayscale": 0.3}
 
 
 def by_torchvision(augmentation: Augmentation, image: np.ndarray, random_numbers: np.ndarray) -> torch.Tensor:
-    """The same by torchvision's functions on a float tensor: the parameters are ours, what they do is theirs."""
+    """The same augmentation by torchvision's functions on a float tensor, with our random parameters."""
     out = torch.from_numpy(image).permute(2, 0, 1).float() / 255
     assert augmentation.jitter
     box = augmentation.boxes(*image.shape[:2], random_numbers[None])[0].tolist()
@@ -256,8 +256,8 @@ def by_torchvision(augmentation: Augmentation, image: np.ndarray, random_numbers
 
 @pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (20, 45, (24, 18)), (64, 50, 16), (8, 8, 8)])
 @pytest.mark.parametrize("smooth", [True, False])
-def test_the_same_parameters_give_torchvisions_images(height: int, width: int, size: Any, smooth: bool) -> None:
-    """Far within 2/255: both compute in float32, in another order."""
+def test_same_parameters_give_the_images_of_torchvision(height: int, width: int, size: Any, smooth: bool) -> None:
+    """Far below 2/255: both compute in float32, in different orders."""
     rng = np.random.default_rng(height)
     image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     if smooth:
@@ -267,19 +267,19 @@ def test_the_same_parameters_give_torchvisions_images(height: int, width: int, s
     augmentation, random_numbers = for_training(options, means, stds), rng.random((200, NUM_RANDOM))
     for ours, numbers in zip(made_of(augmentation, image, random_numbers, False), random_numbers, strict=True):
         torch.testing.assert_close(ours, by_torchvision(augmentation, image, numbers), atol=1e-4, rtol=0)
-    uncoloured = replace(augmentation, jitter=None)  # which would enlarge what a worker rounds
+    uncoloured = replace(augmentation, jitter=None)  # jitter would enlarge the rounding error of a worker
     batch, worker = (made_of(uncoloured, image, random_numbers, by_worker) for by_worker in (False, True))
     rounded_twice = 1.01 / 255 / torch.tensor(stds)[:, None, None]  # Pillow resizes to 8 bits across, then down
     assert ((batch - worker).abs() <= rounded_twice).all()
 
 
 def is_equal(ours: np.ndarray, theirs: np.ndarray) -> bool:
-    """Two samples of one distribution, as far as they tell (a false alarm in ten thousand)."""
+    """Whether two samples are likely from one distribution (one false alarm in ten thousand)."""
     return bool(ks_2samp(ours, theirs, method="asymp").pvalue > 1e-4)
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 25), (30, 48), (10, 60), (60, 10)])
-def test_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
+def test_crops_are_distributed_as_those_of_torchvision(height: int, width: int) -> None:
     augmentation = for_training(options_of(scale=(0.2, 1.0)), *PLAIN)
     ours = augmentation.boxes(height, width, np.random.default_rng(0).random((10_000, NUM_RANDOM)))
     torch.manual_seed(0)
@@ -295,7 +295,7 @@ def test_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
     assert abs(shares[0] - shares[1]) < 0.03
 
 
-def test_jitter_is_distributed_as_torchvisions() -> None:
+def test_jitter_is_distributed_as_that_of_torchvision() -> None:
     ours, order = jitter_of((0.4, 0.3, 1.5, 0.1), np.random.default_rng(1).random((10_000, NUM_RANDOM)))
     torch.manual_seed(1)
     ranges = ([0.6, 1.4], [0.7, 1.3], [0.0, 2.5], [-0.1, 0.1])
@@ -340,9 +340,9 @@ def striped() -> np.ndarray:
     return image
 
 
-def test_one_number_resizes_the_shorter_edge_and_keeps_the_shape() -> None:
+def test_one_number_resizes_the_shorter_edge() -> None:
     output = pixels(for_the_test(striped(), resize=8, size=8))
-    assert output[:, 1:7].max() == 0  # the black half, and no more than a blur of the white
+    assert output[:, 1:7].max() == 0  # the black half; the white parts are cropped off
 
 
 def test_two_numbers_resize_to_height_and_width() -> None:
@@ -361,7 +361,7 @@ def test_training_and_test_images_are_resized_equally() -> None:
 @pytest.mark.parametrize("scale", [None, (0.2, 1)])
 @pytest.mark.parametrize("size", [16, (8, 12)])
 def test_empty_batch_stays_empty(make: Any, scale: Any, size: Any) -> None:
-    """As in a process that has no share of a small last batch."""
+    """A rank can have no image of a small last batch."""
     augmentation = make(options_of(scale=scale, size=size, colorjitter=(0.4,) * 4, random_grayscale=0.2), *PLAIN)
     none = torch.empty(0, 32, 32, 3, dtype=torch.uint8)
     assert augmentation(none, np.empty((0, NUM_RANDOM))).shape == (0, 3, *augmentation.size)

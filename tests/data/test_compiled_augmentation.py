@@ -1,4 +1,4 @@
-"""The augmentation as one function of tensors equals the one that is not compiled."""
+"""The compiled augmentation compared with the one that is not compiled."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def pictures(count: int, seed: int, side: int = 12) -> tuple[torch.Tensor, np.nd
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("on_worker", [False, True])
-def test_it_equals_the_augmentation(change: dict[str, Any], on_worker: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_augmentation_equals_the_plain_one(
+    change: dict[str, Any], on_worker: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compiled_augmentation, "_compiled", lambda: compiled_augmentation._augment)
     plain, ours = Augmentation(**PAPER | change), CompiledAugmentation(**PAPER | change)
     for count in (64, 1, 0):
@@ -55,7 +57,9 @@ def test_it_equals_the_augmentation(change: dict[str, Any], on_worker: bool, mon
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [CHANGES[0], CHANGES[2]])
-def test_it_is_compiled_once_for_all_batch_sizes(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_augmentation_is_compiled_once_for_all_batch_sizes(
+    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.compiler.reset()
     compiled = cache(lambda: torch.compile(compiled_augmentation._augment, backend="aot_eager", fullgraph=True))
     monkeypatch.setattr(compiled_augmentation, "_compiled", compiled)

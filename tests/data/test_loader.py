@@ -1,4 +1,4 @@
-"""Batches: every sample once, the same ones for the same seed whoever prepares them."""
+"""Batches: every sample once, and equal for a seed with any number of workers."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def images(samples: int) -> list[np.ndarray]:
-    """One pixel each, which says which sample it is."""
+    """Images of one pixel that encodes the sample's index."""
     return [np.array([[[i // 128, i % 128, 7]]], dtype=np.uint8) for i in range(samples)]
 
 
 PLAIN = synthetic.untouched(1, 1, stds=(1 / 255,) * 3)
 NOISY = replace(PLAIN, jitter=(0.9, 0, 0, 0))
-"""Another brightness each time, which the third channel tells."""
+"""With random brightness, which the third channel shows."""
 
 
 def loader_of(samples: int, augmentation: Augmentation = NOISY, *, in_memory: bool = False, **options: Any) -> Loader:
@@ -48,15 +48,15 @@ def order(batches: Batches) -> list[int]:
 
 
 @contextmanager
-def generator_untouched() -> Iterator[None]:
+def global_generator_unchanged() -> Iterator[None]:
     before = torch.get_rng_state()
     yield
-    assert torch.equal(torch.get_rng_state(), before), "PyTorch's generator moved"
+    assert torch.equal(torch.get_rng_state(), before), "PyTorch's global generator was used"
 
 
 @many
 @given(st.integers(1, 70), st.integers(1, 20), st.sampled_from([None, 0, 5]), st.integers(0, 3), st.booleans())
-def test_an_epoch_has_every_sample_once(
+def test_epoch_has_every_sample_once(
     samples: int, batch_size: int, seed: int | None, epoch: int, in_memory: bool
 ) -> None:
     loader = loader_of(samples, PLAIN, batch_size=batch_size, seed=seed, in_memory=in_memory)
@@ -70,7 +70,7 @@ def test_an_epoch_has_every_sample_once(
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
-def test_views_of_an_image_follow_one_another_and_differ(in_memory: bool) -> None:
+def test_views_of_an_image_are_consecutive_and_differ(in_memory: bool) -> None:
     loader = loader_of(10, views=3, in_memory=in_memory)
     batches = list(loader.epoch(1, 2))
     assert sorted(order(batches)) == list(range(10)) and [len(index) for _, index in batches] == [4, 4, 2]
@@ -88,7 +88,7 @@ def test_views_of_an_image_follow_one_another_and_differ(in_memory: bool) -> Non
 
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_each_epoch_has_its_size(in_memory: bool) -> None:
-    """As an augmentation of that size gives them."""
+    """The images of each epoch equal those of an augmentation with that size."""
     sizes = {(0, 0): (2, 3), (0, 1): (4, 4), (1, 0): (1, 1)}
     wide = replace(NOISY, scale=(0.2, 1.0))
     loader = loader_of(6, wide, in_memory=in_memory, size_of=lambda round, epoch: sizes[round, epoch])
@@ -124,7 +124,7 @@ def test_images_are_decoded_once_for_all_views() -> None:
     ],
 )
 @pytest.mark.parametrize("seed", [None, 1])
-def test_a_single_image_left_over_joins_the_batch_before(
+def test_single_remaining_image_joins_the_previous_batch(
     samples: int, batch_size: int, sizes: list[int], seed: int | None
 ) -> None:
     loader = loader_of(samples, batch_size=batch_size, seed=seed)
@@ -132,27 +132,27 @@ def test_a_single_image_left_over_joins_the_batch_before(
     assert len(loader) == len(sizes)
 
 
-def test_without_a_seed_the_order_is_the_images() -> None:
+def test_without_a_seed_images_keep_their_order() -> None:
     loader = loader_of(11, PLAIN, seed=None)
     for epoch in range(2):
         assert order(list(loader.epoch(0, epoch))) == list(range(11))
 
 
-def test_with_a_seed_the_order_is_another_in_every_epoch_and_round() -> None:
+def test_order_differs_in_every_epoch_and_round() -> None:
     loader = loader_of(40)
     orders = [order(list(loader.epoch(round, epoch))) for round in range(3) for epoch in range(3)]
     assert list(range(40)) not in orders
     assert len({tuple(o) for o in orders}) == 9
 
 
-def test_the_random_order_favours_no_place() -> None:
+def test_random_order_is_uniform() -> None:
     loader = loader_of(6, PLAIN, batch_size=6)
     places = np.array([order(list(loader.epoch(0, epoch))) for epoch in range(600)])
     for sample in range(6):
         np.testing.assert_allclose((places == sample).mean(axis=0), 1 / 6, atol=0.076)  # five deviations
 
 
-def test_another_seed_gives_other_batches() -> None:
+def test_another_seed_gives_another_order() -> None:
     first, second = (list(loader_of(40, seed=seed).epoch()) for seed in (1, 2))
     assert order(first) != order(second)
 
@@ -164,8 +164,8 @@ def test_augmentation_differs_by_epoch_and_sample(in_memory: bool) -> None:
     assert len(torch.cat(drawn).unique()) == 60
 
 
-def test_images_in_memory_give_the_batches_that_workers_give() -> None:
-    """But for the rounding of a crop to 8 bits, and there is none where nothing is resized."""
+def test_batches_from_memory_equal_those_of_the_workers() -> None:
+    """A worker rounds a crop to 8 bits, which changes nothing here: the images are not resized."""
     pairs = zip(loader_of(23).epoch(1, 2), loader_of(23, in_memory=True).epoch(1, 2), strict=True)
     for (decoded, index), (resident, same_index) in pairs:
         assert torch.equal(index, same_index)
@@ -174,18 +174,18 @@ def test_images_in_memory_give_the_batches_that_workers_give() -> None:
 
 def test_batches_are_channels_last() -> None:
     augmentation = synthetic.untouched(5, 6)
-    given = np.zeros((4, 3, 5, 6), np.uint8).transpose(0, 2, 3, 1)  # as CIFAR's files have them
+    given = np.zeros((4, 3, 5, 6), np.uint8).transpose(0, 2, 3, 1)  # the layout of CIFAR's files
     for images in (torch.from_numpy(given), list(given)):
         ((batch, _),) = Loader(images, augmentation, batch_size=4, workers=0, seed=None, device=CPU).epoch()
         assert batch.shape == (4, 3, 5, 6)
         assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_batches_do_not_depend_on_what_came_before() -> None:
+def test_batches_do_not_depend_on_earlier_epochs() -> None:
     fresh = list(loader_of(30).epoch(2, 5))
     loader = loader_of(30)
     list(loader.epoch(0, 0))
-    next(loader.epoch(1, 1))  # an epoch that is left early
+    next(loader.epoch(1, 1))  # an epoch that stops early
     torch.manual_seed(99)
     assert same(list(loader.epoch(2, 5)), fresh)
 
@@ -204,22 +204,22 @@ def test_workers_keep_the_order_without_a_seed() -> None:
     assert order(list(loader_of(23, PLAIN, workers=2, seed=None).epoch())) == list(range(23))
 
 
-def test_preparing_batches_leaves_pytorchs_generator_alone() -> None:
+def test_preparing_batches_does_not_use_the_global_generator() -> None:
     loader = loader_of(10)
     batches = loader.epoch()
-    with generator_untouched():
+    with global_generator_unchanged():
         assert len(list(batches)) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("seed", [None, 3])
-def test_an_epoch_leaves_pytorchs_generator_alone(workers: int, seed: int | None) -> None:
+def test_epoch_does_not_use_the_global_generator(workers: int, seed: int | None) -> None:
     loader = loader_of(10, workers=workers, seed=seed)
     for epoch in range(2):
-        with generator_untouched():
+        with global_generator_unchanged():
             list(loader.epoch(0, epoch))
 
 
-def test_building_a_loader_leaves_pytorchs_generator_alone() -> None:
-    with generator_untouched():
+def test_building_a_loader_does_not_use_the_global_generator() -> None:
+    with global_generator_unchanged():
         loader_of(10)

@@ -1,4 +1,4 @@
-"""The warning of collapse, on the figures that healthy and collapsed runs have recorded."""
+"""The collapse warning, with recorded figures of healthy and collapsed runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEALTHY = {  # (samples, temperature, entropy_05, neighbours kept) of each epoch
     "high temperature": (1437, 1.0, [7.263, 7.26, 7.256, 7.243, 7.22, 7.196, 7.184, 7.177, 7.173, 7.171], [None] * 10),
 }
 COLLAPSED = [1.255, 5.964, 6.477, 6.757, 7.041, 7.1, 7.102, 7.107, 7.105, 7.227]
-"""entropy_05 of digits at a learning rate of 30."""
+"""entropy_05 of the digits at a learning rate of 30."""
 
 
 def rows(entropies: list[float], kept: list[float | None] | None = None, each: int = 10) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Health figures against plain loops. In float64, so that tolerances can be tight and orders are certain."""
+"""Health figures compared with plain loops, in float64 for tight tolerances and exact orders."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def figures_of(
 
 
 def quantile(values: list[float], share: float) -> float:
-    """Between the two nearest values, linearly."""
+    """Linear interpolation between the two nearest values."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     below = math.floor(place)
@@ -55,7 +55,7 @@ def skewness(counts: list[int]) -> float:
 
 
 def expected(memory: np.ndarray, rows: list[int], size: int) -> Figures:
-    """The figures that need no earlier measurement, one sample at a time."""
+    """The figures that need no earlier measurement, computed sample by sample."""
     near = {i: oracles.neighbours(memory, i, size) for i in range(len(memory))}
     entropies = [oracles.entropy(memory[i], memory, 0.2) for i in rows]
     result: Figures = {name: quantile(entropies, share) for name, share in QUANTILES.items()}
@@ -94,12 +94,12 @@ def test_figures_of_a_subset_equal_the_oracle(memory: np.ndarray, size: int, row
 
 
 def test_hub_raises_hubness_and_largest_hub() -> None:
-    """Samples around a middle, each far from the others: all have the middle as nearest."""
+    """Samples around a centre, each far from the others: the centre is the nearest neighbour of all."""
     memory = np.eye(10)[1:] + 3 * np.eye(10)[0]
     memory = np.vstack([np.eye(10)[:1], memory / np.linalg.norm(memory, axis=1, keepdims=True)])
     found, _ = figures_of(memory)
     assert found["largest_hub"] == 0.9  # the nine others
-    assert found["orphans"] == 0.8  # all but the middle and its own neighbour
+    assert found["orphans"] == 0.8  # all but the centre and its own neighbour
     assert found["reciprocal"] == 0.2  # those two
     assert found["hubness"] == pytest.approx(skewness([9, 1] + [0] * 8))
 
@@ -110,12 +110,12 @@ def test_many_samples_are_measured_on_a_fixed_subset() -> None:
     assert len(some) == diagnostics.ROWS == len(some.unique())
     assert some.equal(some.sort().values) and some.equal(measured(3 * diagnostics.ROWS))
     assert 0 <= some.min() < diagnostics.ROWS / 10 and 2.9 * diagnostics.ROWS < some.max() < 3 * diagnostics.ROWS
-    torch.manual_seed(3)  # no state of others matters, and none is changed
+    torch.manual_seed(3)  # PyTorch's global generator has no effect and is not used
     before = torch.random.get_rng_state()
     assert some.equal(measured(3 * diagnostics.ROWS)) and before.equal(torch.random.get_rng_state())
 
 
-# What changes from measurement to measurement.
+# Changes from measurement to measurement.
 
 
 @many
@@ -134,7 +134,7 @@ def test_drift_and_kept_neighbours_equal_the_oracle(memory: np.ndarray, seed: in
 
 
 def test_drift_ignores_the_length_of_rows() -> None:
-    """Rows are not of unit length before their first update."""
+    """Rows do not have unit length before their first update."""
     memory = oracles.rows("random", 6, 4, seed=1)
     _, state = figures_of(memory)
     assert figures_of(3 * memory, state)[0]["drift"] == pytest.approx(0, abs=1e-12)
@@ -181,7 +181,7 @@ def test_kept_is_the_share_of_earlier_neighbours_for_any_size() -> None:
     assert figures_of(memory, much, round=1, size=2)[0]["kept"] == 0.5
 
 
-# Going on from a checkpoint.
+# Resuming from a checkpoint.
 
 
 def test_restored_state_gives_the_same_figures(tmp_path: Any) -> None:
@@ -208,7 +208,7 @@ def test_restored_state_gives_the_same_figures(tmp_path: Any) -> None:
         {"before": 3},
     ],
 )
-def test_a_damaged_state_is_refused(change: dict[str, Any]) -> None:
+def test_damaged_state_is_refused(change: dict[str, Any]) -> None:
     whole = {"round": 1, "rows": torch.zeros(3, 2), "nearest": torch.zeros(3, 1, dtype=torch.long), "before": None}
     State.from_state_dict(whole)
     with pytest.raises(ValueError, match=r"^health state: .+"):
@@ -221,7 +221,7 @@ def test_a_damaged_state_is_refused(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("size", [1, 3, 50])
 @pytest.mark.parametrize("samples", [1, 2, 3, 20])
 @pytest.mark.parametrize("kind", ["equal", "zero", "one zero", "random"])
-def test_figures_are_finite_for_any_rows(kind: str, samples: int, size: int) -> None:
+def test_figures_are_finite_for_degenerate_rows(kind: str, samples: int, size: int) -> None:
     memory = oracles.rows("equal" if kind == "equal" else "random", samples, 3, seed=1).astype(np.float32)
     memory[: {"zero": samples, "one zero": 1}.get(kind, 0)] = 0
     for rows in (1, 2, samples):
@@ -252,12 +252,12 @@ def test_nonfinite_rows_do_not_raise() -> None:
     figures_of(np.full((4, 2), np.nan), state, round=1)
 
 
-def test_every_figure_has_a_sentence_on_how_to_read_it() -> None:
+def test_every_figure_has_an_explanation() -> None:
     found, _ = figures_of(oracles.rows("random", 5, 3, seed=1))
     assert {"entropy" if name in QUANTILES else name for name in found} == set(READING)
     for sentence in READING.values():
         assert sentence[0].isupper() and sentence.endswith(".") and sentence.count(". ") == 0
-        assert not set(sentence) & set("<>&|\n")  # for tables and pages alike
+        assert not set(sentence) & set("<>&|\n")  # they are shown in Markdown tables and in HTML
 
 
 def test_measuring_changes_nothing_and_needs_no_gradient() -> None:

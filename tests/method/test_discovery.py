@@ -1,4 +1,4 @@
-"""Discovery against the naive oracles. In float64, so that tolerances can be tight and orders are certain."""
+"""Discovery compared with the naive oracles, in float64 for tight tolerances and exact orders."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def test_entropies_equal_the_oracle(memory: np.ndarray, temperature: float, bloc
 
 @many
 @given(memories(kinds=("random",), samples=3, low_dim=2), st.integers(0, 14), st.integers(1, 4), st.integers(1, 5))
-def test_reciprocal_samples_come_first_if_asked(memory: np.ndarray, anchors: int, size: int, partners: int) -> None:
+def test_reciprocal_first_selects_mutual_neighbours_first(
+    memory: np.ndarray, anchors: int, size: int, partners: int
+) -> None:
     samples, anchors = len(memory), min(anchors, len(memory))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(discovery, "PARTNERS", partners)
@@ -56,7 +58,7 @@ def test_reciprocal_samples_come_first_if_asked(memory: np.ndarray, anchors: int
 
 
 @many
-@given(  # without ties: two samples, or one dimension, would have nothing else
+@given(  # without ties: two samples or one dimension would give only ties
     memories(kinds=("random",), samples=3, low_dim=2), st.integers(0, 14), st.integers(1, 20), st.integers(1, 60)
 )
 def test_anchors_positions_and_neighbours_equal_the_oracle(
@@ -75,7 +77,7 @@ def test_anchors_positions_and_neighbours_equal_the_oracle(
 
 @many
 @given(memories(), st.integers(1, 20), st.integers(1, 60))
-def test_neighbours_with_ties_are_as_similar_as_the_oracle_s(memory: np.ndarray, size: int, block: int) -> None:
+def test_tied_neighbours_are_as_similar_as_those_of_the_oracle(memory: np.ndarray, size: int, block: int) -> None:
     samples = len(memory)
     found = found_in(memory, temperature=0.1, anchors=samples, size=size, block=block)
     for anchor, chosen in zip(found.anchors.tolist(), found.neighbours.tolist(), strict=True):
@@ -99,7 +101,7 @@ def test_with_ties_the_anchors_have_the_lowest_entropies(memory: np.ndarray, anc
 @many
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.sampled_from([torch.float32, torch.float64]))
 def test_ties_in_entropy_go_to_the_lower_index(groups: list[int], dtype: torch.dtype) -> None:
-    """Samples on axes, and no temperature to speak of: the entropy is log(size of the own group), exactly."""
+    """Samples on axes at a very low temperature: the entropy is exactly log(size of the own group)."""
     memory = torch.eye(5, dtype=dtype)[groups]
     found = discover(memory, temperature=1e-5, anchors=len(groups), size=1)
     assert found.anchors.tolist() == sorted(range(len(groups)), key=lambda i: (groups.count(groups[i]), i))
@@ -107,7 +109,7 @@ def test_ties_in_entropy_go_to_the_lower_index(groups: list[int], dtype: torch.d
     np.testing.assert_allclose(found.entropy.numpy(), expected, rtol=1e-6)
 
 
-def test_a_single_sample_has_zero_entropy_and_no_neighbours() -> None:
+def test_single_sample_has_zero_entropy_and_no_neighbours() -> None:
     found = discover(torch.tensor([[0.6, 0.8]]), temperature=0.1, anchors=1, size=1)
     assert found.entropy.tolist() == [0.0]
     assert found.neighbours.shape == (1, 0)
@@ -115,7 +117,7 @@ def test_a_single_sample_has_zero_entropy_and_no_neighbours() -> None:
     assert found.of(torch.tensor([0])).tolist() == [[0]]
 
 
-def test_equal_samples_have_the_greatest_entropy() -> None:
+def test_equal_samples_have_maximum_entropy() -> None:
     found = discover(torch.tensor([[0.6, 0.8]]).repeat(50, 1), temperature=0.1, anchors=10, size=3)
     np.testing.assert_allclose(found.entropy.numpy(), math.log(50), rtol=1e-6)
 
@@ -152,7 +154,7 @@ def test_entropy_is_invariant_to_shifted_logits() -> None:
 
 @pytest.mark.parametrize("block", [1, 7, 35, 49, 50, 10_000])
 def test_blocks_of_any_size_cover_every_sample(block: int) -> None:
-    memory = oracles.rows("random", 7, 3, seed=4)  # 1 row a block, 5 and 2, all 7
+    memory = oracles.rows("random", 7, 3, seed=4)  # blocks of 1 row, of 5 and 2 rows, of all 7
     found = found_in(memory, temperature=0.1, anchors=7, size=2, block=block)
     np.testing.assert_allclose(found.entropy.numpy(), oracles.entropies(memory, 0.1), rtol=1e-9)
     assert found.neighbours.tolist() == [oracles.neighbours(memory, a, 2) for a in found.anchors.tolist()]

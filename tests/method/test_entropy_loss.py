@@ -1,4 +1,4 @@
-"""The entropy of the similarities to other samples, as a loss: value and gradient."""
+"""Value and gradient of the entropy loss, which uses the similarities to all other samples."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_value_and_gradient_equal_the_dense_formula(block: int, temperature: flo
     torch.testing.assert_close(ours.grad, dense.grad, rtol=1e-8, atol=1e-10)
 
 
-def test_a_single_other_sample_has_no_entropy() -> None:
+def test_single_other_sample_has_zero_entropy() -> None:
     embeddings = rows_of(2, seed=3).requires_grad_()
     loss = entropy_loss(embeddings, rows_of(2), torch.tensor([0, 1]), temperature=0.1)
     loss.backward()

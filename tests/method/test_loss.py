@@ -1,4 +1,4 @@
-"""The neighbourhood loss and its gradient against the naive oracles."""
+"""The neighbourhood loss and its gradient compared with the naive oracles."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def padded(own: list[list[int]]) -> torch.Tensor:
-    """(B, 1 + K), -1 where a neighbourhood is smaller than the largest."""
+    """(B, 1 + K), padded with -1 where a neighbourhood is smaller than the largest."""
     width = max(map(len, own))
     return torch.tensor([[*members, *[-1] * (width - len(members))] for members in own])
 
 
 @pytest.fixture(params=[1, 4, 2**20], autouse=True)
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One column at a time, some, or all."""
+    """Blocks of one column, of several and of all."""
     monkeypatch.setattr(chunking, "CPU_BLOCK", request.param)
 
 
 def by_logits(logits: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """The loss of given logits (B, N): embeddings of one number each cannot make them, but of N numbers can."""
+    """The loss of given logits (B, N), which serve as embeddings of N dimensions with the identity as memory."""
     memory = torch.eye(logits.shape[1], dtype=logits.dtype)
     return neighbourhood_loss(logits, memory, own, temperature=1)
 
 
 @many
 @given(cases(), st.sampled_from([0.05, 0.1, 1.0, 5.0]))
-def test_the_loss_is_the_oracles(case: Case, temperature: float) -> None:
+def test_loss_equals_the_oracle(case: Case, temperature: float) -> None:
     x, memory, own = case
     loss = neighbourhood_loss(torch.from_numpy(x), torch.from_numpy(memory), padded(own), temperature=temperature)
     assert loss.shape == ()
@@ -67,7 +67,7 @@ def test_the_loss_is_the_oracles(case: Case, temperature: float) -> None:
 
 @many
 @given(cases(), st.sampled_from([0.05, 0.1, 1.0, 5.0]))
-def test_the_gradient_is_the_oracles(case: Case, temperature: float) -> None:
+def test_gradient_equals_the_oracle(case: Case, temperature: float) -> None:
     x, memory, own = case
     leaf = torch.from_numpy(x).requires_grad_()
     neighbourhood_loss(leaf, torch.from_numpy(memory), padded(own), temperature=temperature).backward()
@@ -122,7 +122,7 @@ def test_loss_of_a_distant_instance_does_not_underflow() -> None:
     assert by_logits(logits, torch.tensor([[0]])).item() == 2000
 
 
-def test_uniform_probabilities_give_the_log_of_samples_over_members() -> None:
+def test_loss_of_uniform_probabilities_equals_the_formula() -> None:
     logits = torch.zeros(2, 12)
     assert by_logits(logits, torch.tensor([[0], [5]])).item() == pytest.approx(math.log(12))
     assert by_logits(logits, torch.tensor([[0, 1, 2], [5, 4, 3]])).item() == pytest.approx(math.log(4))
@@ -130,23 +130,23 @@ def test_uniform_probabilities_give_the_log_of_samples_over_members() -> None:
     assert mixed == pytest.approx((math.log(4) + math.log(12)) / 2)
 
 
-def test_a_neighbourhood_of_all_samples_has_no_loss() -> None:
+def test_neighbourhood_of_all_samples_has_zero_loss() -> None:
     logits = torch.tensor([[0.3, -2.0, 5.0]], dtype=torch.float64)
     assert by_logits(logits, torch.tensor([[2, 0, 1]])).item() == pytest.approx(0, abs=1e-15)
 
 
-def test_a_single_sample_has_no_loss() -> None:
+def test_single_sample_has_zero_loss() -> None:
     assert by_logits(torch.tensor([[3.0]]), torch.tensor([[0]])).item() == 0
 
 
-def test_empty_places_take_no_gradient_to_the_first_row() -> None:
+def test_padding_indices_contribute_no_gradient() -> None:
     logits = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
     by_logits(logits, torch.tensor([[2, -1, -1]])).backward()
     assert logits.grad is not None
     np.testing.assert_allclose(logits.grad.numpy(), [[0.25, 0.25, -0.75, 0.25]])
 
 
-def test_the_gradient_goes_to_the_embeddings_and_not_to_the_memory() -> None:
+def test_gradient_flows_to_embeddings_and_not_to_the_memory() -> None:
     memory = torch.from_numpy(oracles.rows("random", 6, 3, seed=1)).requires_grad_()
     before = memory.detach().clone()
     x = torch.from_numpy(oracles.rows("random", 2, 3, seed=2)).requires_grad_()
@@ -155,7 +155,7 @@ def test_the_gradient_goes_to_the_embeddings_and_not_to_the_memory() -> None:
     assert torch.equal(memory, before)
 
 
-def test_without_a_gradient_to_come_there_is_only_the_loss() -> None:
+def test_loss_without_requires_grad_is_equal_and_has_no_graph() -> None:
     x, memory = (torch.from_numpy(oracles.rows("random", n, 3, seed=n)) for n in (2, 6))
     own = torch.tensor([[1, 2], [4, -1]])
     alone = neighbourhood_loss(x, memory, own, temperature=0.5)
@@ -163,7 +163,7 @@ def test_without_a_gradient_to_come_there_is_only_the_loss() -> None:
     assert torch.equal(alone, neighbourhood_loss(x.requires_grad_(), memory, own, temperature=0.5).detach())
 
 
-def test_a_gradient_from_above_scales_the_gradient() -> None:
+def test_upstream_gradient_scales_the_gradient() -> None:
     x, memory = (torch.from_numpy(oracles.rows("random", n, 3, seed=n)) for n in (2, 6))
     gradients = []
     for factor in (1.0, -2.5):
@@ -175,7 +175,7 @@ def test_a_gradient_from_above_scales_the_gradient() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plain", LOSSES.values(), ids=LOSSES)
-def test_compiled_loss_is_the_same_for_any_batch_without_recompiling(plain: Loss, block: None) -> None:
+def test_compiled_loss_is_equal_and_not_recompiled_for_batch_sizes(plain: Loss, block: None) -> None:
     torch.compiler.reset()
     run, draw = torch.compile(plain, backend="aot_eager", fullgraph=True), torch.Generator().manual_seed(0)
     memory = torch.nn.functional.normalize(torch.randn(50, 4, generator=draw), dim=1)

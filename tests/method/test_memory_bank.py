@@ -1,4 +1,4 @@
-"""The memory bank against equations 2 and 3 of docs/method.md."""
+"""The memory bank compared with equations 2 and 3 of docs/method.md."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_rows_start_as_uniform_noise_within_the_bound(low_dim: int) -> None:
     shares = np.histogram(noise, bins=10, range=(-bound, bound))[0] / noise.size
     np.testing.assert_allclose(shares, 0.1, atol=0.01)  # eight deviations of 60,000 draws
     lengths = (noise.astype(np.float64) ** 2).sum(axis=1)
-    assert lengths.mean() == pytest.approx(1, abs=0.03)  # as long as the unit rows that replace them
+    assert lengths.mean() == pytest.approx(1, abs=0.03)  # the mean length is that of the unit rows which replace them
 
 
 def test_noise_depends_only_on_the_seed() -> None:
@@ -76,7 +76,7 @@ def test_update_equals_the_oracle_and_keeps_other_rows(
     np.testing.assert_allclose(np.linalg.norm(bank.memory.numpy()[index], axis=1), 1, rtol=1e-12)
 
 
-def test_an_update_is_in_place() -> None:
+def test_update_is_in_place() -> None:
     bank = bank_of(4, 3)
     rows = bank.memory
     bank.update(torch.eye(3), torch.tensor([2, 0, 3]))
@@ -89,7 +89,7 @@ def test_opposite_rows_cancel_to_zero_instead_of_nan() -> None:
     assert bank.memory.tolist() == [[0.0, 0.0], [0.6, 0.8]]
 
 
-def test_the_first_update_makes_the_row_unit_length() -> None:
+def test_first_update_normalises_the_row() -> None:
     bank = bank_of(5, 8, seed=1)
     bank.update(torch.nn.functional.one_hot(torch.tensor([3]), 8).float(), torch.tensor([2]))
     assert bank.memory[2].norm().item() == pytest.approx(1, abs=1e-6)
@@ -103,7 +103,7 @@ def test_update_detaches_the_memory() -> None:
     assert bank.memory.grad_fn is None
 
 
-def test_the_state_is_temperature_momentum_and_memory() -> None:
+def test_state_dict_holds_temperature_momentum_and_memory() -> None:
     bank = bank_of(4, 2, temperature=0.25, momentum=0.75)
     state = bank.state_dict()
     assert sorted(state) == ["memory", "params"]
@@ -118,7 +118,7 @@ def test_restored_state_sets_rows_but_not_constants() -> None:
     assert torch.equal(bank.memory, saved.memory)
     assert (bank.temperature, bank.momentum) == (0.5, 0.125)
     bank.update(torch.ones(1, 2), torch.tensor([0]))
-    assert not torch.equal(bank.memory, saved.memory), "the two share their rows"
+    assert not torch.equal(bank.memory, saved.memory), "the banks share their rows"
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (5, 2), (4, 3)])

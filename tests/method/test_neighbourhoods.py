@@ -1,4 +1,4 @@
-"""Anchors, their shares and their neighbourhoods against the naive oracles."""
+"""Anchors, their number and their neighbourhoods compared with the naive oracles."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ many = settings(max_examples=50, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 
 
-# How many, and how pure.
+# Number of anchors, and consistency.
 
 
 @many
@@ -32,7 +32,7 @@ def test_number_of_anchors_equals_the_oracle(samples: int, rate: float, round: i
         assert num_anchors(samples, rate, round) == oracles.anchor_count(samples, rate, round)
 
 
-def test_a_quarter_more_of_the_samples_are_anchors_in_each_round() -> None:
+def test_share_of_anchors_grows_by_a_quarter_each_round() -> None:
     assert [num_anchors(50_000, 0.25, r) for r in range(6)] == [0, 12_500, 25_000, 37_500, 50_000, 50_000]
     assert [num_anchors(7, 0.25, r) for r in range(5)] == [0, 1, 3, 5, 7]
 
@@ -81,7 +81,7 @@ def test_neighbourhood_is_the_sample_and_its_neighbours(samples: int, anchors: i
         assert all(j == -1 for j in row if j < 0)
 
 
-# Stored and read back.
+# State dictionaries.
 
 
 def some() -> Neighbourhoods:
@@ -100,7 +100,7 @@ def test_restored_state_is_equal(share: float | None, anchors: int) -> None:
     assert again.consistency == share
 
 
-def test_a_state_has_the_references_names_and_sizes() -> None:
+def test_state_dict_has_the_keys_and_shapes_of_the_reference() -> None:
     state = some().state_dict()
     names = "samples_num anchor_indexes instance_indexes position neighbours entropy consistency"
     assert sorted(state) == sorted(names.split())
@@ -116,7 +116,7 @@ def test_a_state_has_the_references_names_and_sizes() -> None:
     }
 
 
-def test_the_state_of_round_0_is_read_back() -> None:
+def test_state_dict_of_round_0_is_restored() -> None:
     again = Neighbourhoods.from_state_dict(Neighbourhoods.none(6).state_dict())
     assert again.num_anchors == 0
     assert again.of(torch.tensor([3, 5])).tolist() == [[3], [5]]

@@ -1,4 +1,4 @@
-"""The loss as a sum of terms, and what the rows of the bank move to."""
+"""The loss as a sum of terms, and the direction to which rows of the bank are updated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def batch_of(views: int) -> EmbeddedBatch:
     return EmbeddedBatch(rows_of(3, views, 4, seed=1), ShardedRows.of(rows_of(7, 4, seed=2)), members, 0.1)
 
 
-def test_the_default_is_the_papers_loss_bit_for_bit() -> None:
+def test_default_loss_is_that_of_the_paper_bit_for_bit() -> None:
     batch = batch_of(1)
     expected = neighbourhood_loss(batch.views[:, 0], batch.bank, batch.neighbourhoods, temperature=0.1)
     assert torch.equal(total(build(Options()), batch), expected) and torch.equal(total(PAPER_TERMS, batch), expected)
@@ -41,7 +41,7 @@ def test_loss_against_the_bank_is_the_mean_over_the_views() -> None:
     torch.testing.assert_close(total(PAPER_TERMS, batch), torch.stack(each).mean())
 
 
-def test_the_terms_are_weighted_and_added() -> None:
+def test_loss_terms_are_weighted_and_added() -> None:
     batch, options = batch_of(2), Options(views=2, view_loss=0.25, view_temperature=0.5)
     expected = total(PAPER_TERMS, batch) + 0.25 * view_loss(batch.views, temperature=0.5)
     torch.testing.assert_close(total(build(options), batch), expected)
@@ -65,6 +65,6 @@ def test_rows_move_to_the_direction_of_the_mean_view() -> None:
         torch.testing.assert_close((middle * view).sum(dim=1), other)
 
 
-def test_an_unknown_loss_is_refused() -> None:
+def test_unknown_loss_is_refused() -> None:
     with pytest.raises(UsageError, match="--loss nothing: unknown name"):
         build(Options(loss="nothing"))

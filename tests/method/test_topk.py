@@ -1,4 +1,4 @@
-"""The running top-k, against sorting the rows."""
+"""The running top-k compared with sorted rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every test gets."""
+"""Fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from team import Team
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What trains in several processes is marked so."""
+    """Marks the tests that use several processes."""
     for item in items:
         if "team" in getattr(item, "fixturenames", ()):
             item.add_marker("distributed")
 
 
 @pytest.fixture(autouse=True)
-def log_of_its_own() -> Iterator[None]:
-    """A log of its own: what one test lets the program say does not show in the next.
+def separate_log() -> Iterator[None]:
+    """Resets the program's log, so that one test does not affect the next.
 
     A fixture of a module may have started the log, which ends propagation. Newer versions of pytest then add their
     handlers to this logger, too, and a test that turns propagation on would see each message twice.
@@ -40,21 +40,21 @@ def log_of_its_own() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_process_left() -> Iterator[None]:
-    """What a failed test leaves running would slow the next ones down, and its open pipes would fail one of them."""
+def end_processes() -> Iterator[None]:
+    """Ends processes that a failed test left: they would slow down later tests, and their open pipes could fail one."""
     yield
     runs.end_started()
 
 
 @pytest.fixture(autouse=True)
-def no_remembered_files(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The user's cache folder stays out of the tests."""
+def separate_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Gives each test its own cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of small photographs of many sizes, in three classes."""
+    """A folder of small images of many sizes in three classes."""
     folder = tmp_path_factory.mktemp("photos")
     runs.save_photos(folder)
     return folder
@@ -62,7 +62,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", params=[2, 3, 4])
 def team(request: pytest.FixtureRequest) -> Iterator[Team]:
-    """Two processes, three and four: with even numbers two parts visit each other at the same time."""
+    """Two, three and four processes. With an even number, two shards exchange rows at the same time."""
     team = Team(request.param)
     yield team
     team.close()

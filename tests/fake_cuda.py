@@ -1,14 +1,13 @@
-"""Runs code on a GPU that is not there, and lists where the host would wait for it.
+"""Runs code on a simulated GPU and lists where the host would wait for it.
 
 ``trace`` runs a function under PyTorch's ``FakeTensorMode``: tensors on ``cuda:0`` have a shape, a type and a device,
 but no values. An operation on tensors of two devices fails, as on a real GPU. Each operation that makes the host wait
 for the device is recorded with the line of ``lib`` that it comes from: reading a value (``item()``, ``if tensor:``),
 results whose size depends on values (``nonzero``, ``unique``, indexing by a mask), and copies that block.
 
-What it does not show: the backward pass of the autograd engine, which has threads of its own (tests replace it by
-gradients of the right shape), and DistributedDataParallel; autocast's choice of types, since modules are run as they
-are; streams, events and the caching allocator; a pageable source of a ``non_blocking`` copy, which CUDA stages; and
-whether values are right.
+Not covered: the backward pass of the autograd engine, which has its own threads (tests replace it by gradients of the
+right shape); DistributedDataParallel; the types that autocast chooses; streams, events and the caching allocator; a
+pageable source of a ``non_blocking`` copy, which CUDA stages; and the values.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).parent.parent
 CUDA = torch.device("cuda:0")
 VALUES: dict[torch.dtype, Any] = {torch.float32: 1.0, torch.float64: 1.0, torch.bool: True}
-"""What reading a scalar of a type gives; 1 for integers."""
+"""The value of a scalar of each type when it is read; 1 for integers."""
 
 
 @dataclass
 class Trace:
-    """What was recorded.
+    """The recorded operations.
 
     Attributes:
         waits: "operation at folder/file.py function" -> how often the host would wait there.
@@ -55,7 +54,7 @@ def trace(work: Callable[..., Any], given: Callable[[], Any] | None = None) -> T
 
     Args:
         work: the function to run. It makes its tensors on ``CUDA``.
-        given: called before, without being recorded; what it returns is passed to ``work``.
+        given: called first and not recorded; its return value is passed to ``work``.
     """
     watch = _Watch()
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
@@ -82,7 +81,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _wait(name: str, arguments: Any, options: dict[str, Any]) -> str | None:
-    """What makes the host wait for the GPU in this operation, or None."""
+    """Why the host waits for the GPU in this operation, or None."""
     first = arguments[0] if arguments and isinstance(arguments[0], torch.Tensor) else None
     copy = "aten._to_copy" in name or "aten.copy_" in name
     if copy:
@@ -103,13 +102,13 @@ def _wait(name: str, arguments: Any, options: dict[str, Any]) -> str | None:
 
 
 def _place() -> str:
-    """The innermost function of the program that is running."""
+    """The innermost running function of the program."""
     frames = [f for f in traceback.extract_stack() if Path(f.filename).is_relative_to(ROOT / "lib")]
     return f"{Path(frames[-1].filename).relative_to(ROOT / 'lib')} {frames[-1].name}" if frames else "the test"
 
 
 def _without_values(name: str, function: Any, arguments: Any, options: dict[str, Any]) -> Any:
-    """The result of an operation; of those whose shape or value depends on values, some that are possible."""
+    """The result of an operation. If its shape or value depends on values, a possible result is made up."""
     first = arguments[0] if arguments else None
     if "aten.nonzero." in name:
         return first.new_empty((first.numel(), first.dim()), dtype=torch.long)

@@ -32,7 +32,7 @@ def probabilities(x: Array, memory: Array, temperature: float) -> Array:
 
 
 def entropy(x: Array, memory: Array, temperature: float) -> float:
-    """-sum_j p_ij log p_ij, where 0 log 0 is 0."""
+    """-sum_j p_ij log p_ij, with 0 log 0 = 0."""
     return math.fsum(-p * math.log(p) for p in probabilities(x, memory, temperature) if p > 0)
 
 
@@ -59,18 +59,18 @@ def anchor_count(samples: int, select_rate: float, round: int) -> int:
 
 
 def anchors(entropy: Array, count: int) -> list[int]:
-    """The samples of lowest entropy, ascending; among equals the lower index first."""
+    """The samples of lowest entropy in ascending order; ties go to the lower index."""
     return sorted(range(len(entropy)), key=lambda i: (entropy[i], i))[:count]
 
 
 def neighbours(memory: Array, anchor: int, size: int) -> list[int]:
-    """The samples most similar to an anchor, itself left out, most similar first."""
+    """The other samples most similar to an anchor, most similar first."""
     similarity = {j: dot(memory[anchor], memory[j]) for j in range(len(memory)) if j != anchor}
     return sorted(similarity, key=lambda j: (-similarity[j], j))[:size]
 
 
 def positions(anchors: Sequence[int], samples: int) -> list[int]:
-    """j: the j-th anchor; -j-1: the j-th of the others, which are counted in ascending order."""
+    """j for the j-th anchor; -j-1 for the j-th instance sample, in ascending order."""
     table, others = [], 0
     for sample in range(samples):
         if sample in anchors:
@@ -82,7 +82,7 @@ def positions(anchors: Sequence[int], samples: int) -> list[int]:
 
 
 def neighbourhood(sample: int, anchors: Sequence[int], neighbours: Sequence[Sequence[int]]) -> list[int]:
-    """Itself, and for an anchor its neighbours, too."""
+    """The sample itself and, if it is an anchor, its neighbours."""
     return [sample, *(list(neighbours[list(anchors).index(sample)]) if sample in anchors else [])]
 
 
@@ -142,7 +142,7 @@ def nearest_class(query: Array, bank: Array, labels: Sequence[int]) -> int:
 
 
 def accuracy_range(scores: Array, labels: Sequence[int], k: int) -> tuple[float, float]:
-    """Top-k accuracy where ties go against the right class, and where they go for it."""
+    """Top-k accuracy if all ties go against the right class, and if all go in its favour."""
     against = favour = 0
     for row, label in zip(scores, labels, strict=True):
         against += sum(row[c] >= row[label] for c in range(len(row)) if c != label) < k
@@ -151,7 +151,7 @@ def accuracy_range(scores: Array, labels: Sequence[int], k: int) -> tuple[float,
 
 
 def accuracy(scores: Array, labels: Sequence[int], k: int) -> float:
-    """Top-k accuracy of scores among which the right class is never tied."""
+    """Top-k accuracy of scores without ties at the right class."""
     against, favour = accuracy_range(scores, labels, k)
     assert against == favour, "the oracle has no answer for ties"
     return against
@@ -178,7 +178,7 @@ def step_rate(base: float, epoch: int, *, offset: int, every: int, rate: float) 
 
 
 def multistep_rate(changes: Sequence[tuple[int, float]], epoch: int) -> float:
-    """Walks through the changes in order of their epochs, and stays with the last that has come."""
+    """The rate of the last change at or before the epoch."""
     current = math.nan
     for start, rate in sorted(changes):
         if start <= epoch:

@@ -13,7 +13,7 @@ from lib.method import chunking, memory_bank
 
 @contextmanager
 def blocks_of(numbers: int) -> Iterator[None]:
-    """Sets the block size to so many elements, without a minimum of rows."""
+    """Sets the block size to a number of elements, without a minimum of rows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunking, "CPU_BLOCK", numbers)
         patch.setattr(chunking, "MIN_ROWS", 1)
@@ -22,7 +22,7 @@ def blocks_of(numbers: int) -> Iterator[None]:
 
 @contextmanager
 def chunks_of(numbers: int) -> Iterator[None]:
-    """Sets the chunk size of drawing and exchanging rows to so many elements."""
+    """Sets the chunk size for drawing and exchanging rows to a number of elements."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (processes, sharded, memory_bank):
             patch.setattr(module, "CHUNK", numbers)

@@ -1,4 +1,4 @@
-"""Runs of the program in processes of their own, and what they leave."""
+"""Runs the program in separate processes and reads what they write."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RUN = """
 --ckpt-every 5 --ckpt-interval 0"""
 TIMES = {"images_per_s", "train_s", "evaluate_s"}
 LIMIT = 600
-"""Seconds after which a process that hangs is killed. Nothing else here depends on how fast the machine is."""
+"""Seconds after which a hanging process is killed. Nothing else here depends on the speed of the machine."""
 _started: list[tuple[subprocess.Popen[str], threading.Timer]] = []
 
 
@@ -38,9 +38,9 @@ def start(
     program: tuple[str, ...] = ("main.py",),
     cwd: Path = ROOT,
 ) -> subprocess.Popen[str]:
-    """Starts the program in a process group of its own, as a shell does.
+    """Starts the program in its own process group, as a shell does.
 
-    Whatever is left of it when the test ends is killed (``conftest.py``).
+    Processes that are left when the test ends are killed (``conftest.py``).
 
     Args:
         words: the command line.
@@ -67,13 +67,13 @@ def start(
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
-    """Kills a process and those it has started."""
+    """Kills a process and its children."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def end_started() -> None:
-    """Kills what ``start`` has started and is still running, and closes its pipes."""
+    """Kills all running processes of ``start`` and closes their pipes."""
     while _started:
         process, watchdog = _started.pop()
         watchdog.cancel()
@@ -83,7 +83,7 @@ def end_started() -> None:
 
 
 def output_of(process: subprocess.Popen[str]) -> str:
-    """What a process writes until it ends, on standard output and standard error together."""
+    """Everything that a process writes to standard output and standard error until it ends."""
     return process.communicate()[0]
 
 
@@ -119,7 +119,7 @@ def kill_itself():
 
 
 def await_signals(number):
-    # says that it waits, once for each signal; one that comes before it reads is not missed
+    # prints a line for each signal it waits for; a signal that comes before the read is not missed
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -151,7 +151,7 @@ def altered(action: str) -> tuple[str, str]:
 
 
 def nothing_is_saved() -> None:
-    """A limit on the size of files stands for a quota: metrics fit, checkpoints do not."""
+    """A limit on the size of files acts like a quota: metrics fit, checkpoints do not."""
     import resource  # Windows has none
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20,) * 2)
@@ -179,7 +179,7 @@ def metrics(session: Path) -> list[dict[str, Any]]:
 
 
 def equal(one: Any, other: Any) -> bool:
-    """To the last bit; NaN equals NaN, and nothing else."""
+    """Bit-for-bit equality, with NaN equal to NaN."""
     if isinstance(one, torch.Tensor):
         if not isinstance(other, torch.Tensor) or one.shape != other.shape or one.dtype != other.dtype:
             return False
@@ -202,13 +202,13 @@ def assert_alike(session: Path, whole: Path) -> None:
 
 
 def written(session: Path) -> int:
-    """When the latest checkpoint was, 0 without one."""
+    """Modification time of the latest checkpoint; 0 without one."""
     latest = session / "checkpoint" / "latest.ckpt"
     return latest.stat().st_mtime_ns if latest.exists() else 0
 
 
 def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    """Waits until something is true, which a process brings about before it ends."""
+    """Waits until a condition holds, and fails if the process ends first."""
     while not condition():
         if process.poll() is not None:
             assert condition(), output_of(process)
@@ -216,7 +216,7 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
 
 
 def save_photos(folder: Path) -> None:
-    """Of many sizes, so that worker processes crop them."""
+    """Saves images of many sizes, so that worker processes crop them."""
     for split, count in (("train", 100), ("test", 20)):
         for number in range(count):
             path = folder / split / str(number % 3) / f"{number}.png"

@@ -1,4 +1,4 @@
-"""Processes that train together over gloo, for tests: started once, given one thing to do after another."""
+"""Processes of a gloo process group for tests, which are started once and then run one function after another."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lib.distributed.processes import Ranks
 from runs import LIMIT
 
 GRACE = 20
-"""Seconds that the other processes have to answer after one has failed: they may wait for it in a collective."""
+"""Seconds that the other processes may take to reply after one failed: they may hang in a collective."""
 
 
 class Team:
-    """G processes. After a failure they are started again, since the others may hang in a collective.
+    """G processes. After a failure all are restarted, since some may hang in a collective.
 
     Args:
         size: G.
@@ -45,12 +45,12 @@ class Team:
             environment = {"RANK": rank, "WORLD_SIZE": self.size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             process = context.Process(target=_serve, args=(environment, theirs), daemon=True)
             process.start()
-            theirs.close()  # so that the end of the process ends the pipe
+            theirs.close()  # so that the pipe closes when the process ends
             self._pipes.append(ours)
             self._processes.append(process)
 
     def run(self, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What ``work(ranks, *arguments)`` returns in each process; a failure of one fails the test."""
+        """The return values of ``work(ranks, *arguments)`` of all processes; fails if one of them fails."""
         if not self._processes:
             self._start()
         for pipe in self._pipes:
@@ -70,7 +70,7 @@ class Team:
             if errors:
                 limit = GRACE
             if not ready:
-                errors |= {rank: f"process {rank} gave no answer" for rank in waiting.values()}
+                errors |= {rank: f"process {rank} did not reply" for rank in waiting.values()}
         if errors:
             self.close()
         assert not errors, "\n".join(errors.values())
@@ -89,18 +89,18 @@ class Team:
 def _serve(environment: dict[str, Any], pipe: Connection) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123  # gloo's messages at the end
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123  # gloo prints messages when a process ends
     ranks = Ranks.from_environment()
     while True:
         work, arguments = pipe.recv()
         try:
-            pipe.send((None, work(ranks, *copy.deepcopy(arguments))))  # tensors come in memory that all share
+            pipe.send((None, work(ranks, *copy.deepcopy(arguments))))  # tensors arrive in shared memory
         except BaseException:
             pipe.send((f"process {ranks.rank}:\n{traceback.format_exc()}", None))
 
 
 def assert_alike(ours: Any, theirs: Any, where: str = "") -> None:
-    """Tensors and numbers within 1e-5, all else equal."""
+    """Compares tensors and floats with a tolerance of 1e-5 and all else exactly."""
     if isinstance(theirs, dict):
         assert ours.keys() == theirs.keys(), where
         for name in theirs.keys() - {"images_per_s", "train_s", "evaluate_s", "num_batches_tracked"}:

@@ -22,7 +22,7 @@ def rank_sum(ranks: Ranks, fails: str) -> float:
 
 
 @pytest.mark.distributed
-def test_failed_process_fails_the_test_and_the_team_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_process_fails_the_test_and_the_team_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(team_module, "GRACE", 1)
     shared = Team(2)
     try:

@@ -1,4 +1,4 @@
-"""What TensorBoard would show of event files."""
+"""Reads event files as TensorBoard shows them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from tensorboardX.proto import event_pb2
 
 
 def events(folder: Path) -> list[event_pb2.Event]:
-    """All events of a folder, by the framing of TFRecord files: length, its sum, data, its sum."""
+    """All events of a folder, read as TFRecord files: length, its checksum, data, its checksum."""
     found = []
     for path in sorted(folder.glob("*tfevents*")):
         data, at = path.read_bytes(), 0
         while at < len(data):
             (length,) = struct.unpack_from("<Q", data, at)
-            if at + 16 + length > len(data):  # a killed run's last words
+            if at + 16 + length > len(data):  # incomplete event of a killed run
                 break
             found.append(event_pb2.Event.FromString(data[at + 12 : at + 12 + length]))
             at += 16 + length
@@ -23,7 +23,7 @@ def events(folder: Path) -> list[event_pb2.Event]:
 
 
 def shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Tag -> points as TensorBoard shows them: a start at step s hides what was written before for s and later."""
+    """Tag -> points as TensorBoard shows them: a start at step s hides earlier points of steps s and later."""
     points: dict[str, list[tuple[int, float]]] = {}
     for event in events(folder):
         if event.session_log.status == 1:  # START

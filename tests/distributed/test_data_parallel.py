@@ -1,6 +1,6 @@
-"""Gradients that DistributedDataParallel sums during the backward pass equal those that are summed after it.
+"""Gradients summed by DistributedDataParallel during the backward pass equal those summed after it.
 
-Here over gloo on CPUs; the program does so on GPUs only.
+The tests use gloo on CPUs. The program overlaps the two on GPUs only.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ SAMPLES, LOW_DIM = 27, 6
 
 
 class Batches:
-    """Batches of this rank's images in one order; the last one of three images leaves ranks without any."""
+    """Batches of this rank's images in a fixed order. The last batch has three images, so some ranks have none."""
 
-    def __init__(self, ranks: Ranks, size: int, spoilt: int | None) -> None:
+    def __init__(self, ranks: Ranks, size: int, nan_batch: int | None) -> None:
         draw = torch.Generator().manual_seed(5)
         self.images = torch.randn(SAMPLES, 3, 16, 16, generator=draw)
         self.ranks, self.parts = ranks, torch.arange(SAMPLES).split(size)
-        if spoilt is not None:
-            self.images[self.parts[spoilt][0]] = torch.nan
+        if nan_batch is not None:
+            self.images[self.parts[nan_batch][0]] = torch.nan
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -51,8 +51,8 @@ class Batches:
         return self.parts[batch].tolist()
 
 
-def epoch_of(ranks: Ranks, overlapping: tuple[str, ...], size: int, spoilt: int | None, changes: Any) -> Any:
-    """One epoch: network, momentum and memory bank, the skipped batches, and how often gradients were summed after."""
+def epoch_of(ranks: Ranks, overlapping: tuple[str, ...], size: int, nan_batch: int | None, changes: Any) -> Any:
+    """One epoch: network, momentum and bank, the skipped batches, and the number of sums after the backward pass."""
     torch.manual_seed(0)
     network = device.place(models.build("resnet10-w16", low_dim=LOW_DIM), CPU, ranks, sync_bn=True)
     bank = MemoryBank(SAMPLES, LOW_DIM, temperature=0.2, momentum=0.5, seed=1, device="cpu", ranks=ranks)
@@ -72,7 +72,7 @@ def epoch_of(ranks: Ranks, overlapping: tuple[str, ...], size: int, spoilt: int 
         patch.setattr(ranks, "all_reduce_gradients", counted)
         options = Options(network="resnet10-w16", **changes)
         recorder = Recorder(Session(None), options)
-        trainer = Trainer(options, state, Batches(ranks, size, spoilt), optim.fixed(0.01), recorder, ranks=ranks)
+        trainer = Trainer(options, state, Batches(ranks, size, nan_batch), optim.fixed(0.01), recorder, ranks=ranks)
         optim.set_learning_rate(optimizer, 0.01)
         trainer.train_steps()
     momentum = [value["momentum_buffer"] for value in optimizer.state.values()]
@@ -91,29 +91,29 @@ def epoch_of(ranks: Ranks, overlapping: tuple[str, ...], size: int, spoilt: int 
     ],
     ids=str,
 )
-def test_summing_during_the_backward_pass_equals_summing_after_it(size: int, changes: Any, team: Team) -> None:
+def test_gradient_sums_during_backward_equal_those_after_it(size: int, changes: Any, team: Team) -> None:
     after = team.run(epoch_of, (), size, None, changes)
     during = team.run(epoch_of, ("cpu",), size, None, changes)
     steps = after[0][2]
-    assert steps > 1 and all(answer[2] == 1 for answer in during)  # only the first step is summed after
+    assert steps > 1 and all(answer[2] == 1 for answer in during)  # only the first step sums after the backward pass
     for ours, theirs in zip(during, after, strict=True):
         for one, other in zip(ours[0], theirs[0], strict=True):
             assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("spoilt", [0, 1, 2])
-def test_skippable_batches_sum_gradients_after_the_backward_pass(spoilt: int, team: Team) -> None:
-    """The first and the last batch of a step, and one of the next step."""
+@pytest.mark.parametrize("nan_batch", [0, 1, 2])
+def test_skippable_batches_sum_gradients_after_the_backward_pass(nan_batch: int, team: Team) -> None:
+    """The NaN is in the first or the last batch of a step, or in the next step."""
     changes = {"on_nonfinite": "skip", "iter_size": 2}
-    after = team.run(epoch_of, (), 7, spoilt, changes)
-    during = team.run(epoch_of, ("cpu",), 7, spoilt, changes)
+    after = team.run(epoch_of, (), 7, nan_batch, changes)
+    during = team.run(epoch_of, ("cpu",), 7, nan_batch, changes)
     for ours, theirs in zip(during, after, strict=True):
         assert ours[1:] == theirs[1:] == (1, 2)
         assert all(map(torch.equal, ours[0], theirs[0]))
 
 
 class Unused(torch.nn.Module):
-    """With parameters that have no gradient."""
+    """A network with parameters that receive no gradient."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -29,14 +29,14 @@ def test_without_gpus_the_cpu_is_selected(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(("gpus", "first"), [((0,), 0), ((1,), 1), ((1, 0), 1), ((0, 1, 2, 3), 0)])
-def test_a_single_process_uses_the_first_gpu_of_the_list(
+def test_single_process_uses_the_first_gpu_of_the_list(
     gpus: tuple[int, ...], first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     has_gpus(4, monkeypatch)
     assert device.select(gpus) == torch.device("cuda", first)
 
 
-def test_the_local_rank_selects_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_rank_selects_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     has_gpus(4, monkeypatch)
     for number, gpu in enumerate((2, 0, 3)):
         monkeypatch.setenv("LOCAL_RANK", str(number))
@@ -46,7 +46,7 @@ def test_the_local_rank_selects_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None
         device.select((2, 0, 3))
 
 
-def test_gpus_on_a_machine_without_gpus_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_option_without_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     has_gpus(0, monkeypatch)
     with pytest.raises(UsageError, match=r"--gpus 0: .*no GPU.*--gpus '' runs on the CPU"):
         device.select((0,))
@@ -60,7 +60,7 @@ OLD_DRIVER = (
 
 
 def test_too_old_driver_is_named_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NVML counts the GPUs without the CUDA driver, so their number alone is no sign that they can be used."""
+    """NVML counts GPUs without the CUDA driver, so a positive count does not mean that they can be used."""
 
     def is_available() -> bool:
         warnings.warn(f"CUDA initialization: {OLD_DRIVER}", stacklevel=1)
@@ -92,7 +92,7 @@ def test_pytorch_without_cuda_is_named_in_the_error(monkeypatch: pytest.MonkeyPa
 
 
 def test_memory_of_other_programs_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 80 GiB, 70 GiB filled, of which this process holds 2."""
+    """Of 80 GiB, 70 are in use, 2 of them by this process."""
     values = {"is_initialized": True, "current_device": 1, "memory_reserved": 2 * 2**30}
     for name, value in values.items():
         monkeypatch.setattr(torch.cuda, name, lambda *gpu, value=value: value)
@@ -136,8 +136,8 @@ def restore_nondeterminism(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
-def test_allow_nondeterminism_sets_pytorchs_flags(restore_nondeterminism: None) -> None:
-    """The settings that pytorch.org/docs/stable/notes/randomness.html asks for."""
+def test_allow_nondeterminism_sets_the_flags_of_pytorch(restore_nondeterminism: None) -> None:
+    """The settings are those of pytorch.org/docs/stable/notes/randomness.html."""
     for allowed in (True, False, True):
         device.allow_nondeterminism(allowed)
         assert torch.are_deterministic_algorithms_enabled() != allowed
@@ -145,7 +145,7 @@ def test_allow_nondeterminism_sets_pytorchs_flags(restore_nondeterminism: None) 
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
-def test_a_cublas_workspace_set_by_the_user_is_kept(
+def test_cublas_workspace_set_by_the_user_is_kept(
     restore_nondeterminism: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
@@ -154,23 +154,23 @@ def test_a_cublas_workspace_set_by_the_user_is_kept(
 
 
 def test_operations_without_a_deterministic_implementation_warn(restore_nondeterminism: None) -> None:
-    """``put_`` without accumulation is one on a CPU."""
+    """On a CPU, ``put_`` without accumulation is such an operation."""
     device.allow_nondeterminism(False)
     with pytest.warns(UserWarning, match="does not have a deterministic implementation"):
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
 
 
-def test_a_network_on_the_cpu_is_not_wrapped() -> None:
+def test_network_on_the_cpu_is_not_wrapped() -> None:
     network = torch.nn.Linear(2, 3)
     assert device.place(network, torch.device("cpu")) is network
 
 
-def test_a_network_is_moved_to_its_device() -> None:
+def test_network_is_moved_to_its_device() -> None:
     placed = device.place(torch.nn.Linear(2, 3), torch.device("meta"))
     assert {parameter.device.type for parameter in placed.parameters()} == {"meta"}
 
 
-def test_a_network_is_placed_channels_last() -> None:
+def test_network_is_placed_channels_last() -> None:
     placed = device.place(torch.nn.Conv2d(3, 4, 3), torch.device("cpu"))
     assert placed.weight.is_contiguous(memory_format=torch.channels_last)
     assert not placed.weight.is_contiguous()
@@ -205,8 +205,8 @@ def test_cudnn_benchmark_is_off_with_deterministic(restore_nondeterminism: None)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="PyTorch compiles for CPUs by g++")
-def test_a_compiled_network_keeps_its_parameter_names_and_outputs() -> None:
+@pytest.mark.skipif(not shutil.which("g++"), reason="PyTorch compiles for CPUs with g++")
+def test_compiled_network_keeps_parameter_names_and_outputs() -> None:
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
     expected, images = network(torch.ones(2, 3)), torch.ones(2, 3)

@@ -1,4 +1,4 @@
-"""Several ranks give the result of a single process: loss, gradients, bank, anchors, neighbours, kNN, whole runs."""
+"""Several ranks give the results of a single process: loss, gradients, bank, anchors, neighbours, kNN, whole runs."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def loss_and_gradient(ranks: Ranks, embeddings: torch.Tensor, memory: torch.Tens
 def test_loss_and_gradient_equal_those_of_a_single_process(batch: int, samples: int, k: int, team: Team) -> None:
     draw = torch.Generator().manual_seed(batch)
     embeddings, memory = rows_of(batch, seed=1), rows_of(samples, seed=2)
-    memory[0] *= 0.1  # as before its first update
+    memory[0] *= 0.1  # shorter than 1, like a row before its first update
     index = torch.randperm(samples, generator=draw)[:batch]
     others = torch.randint(samples, (batch, k), generator=draw)
     others[::2] = -1
@@ -101,7 +101,7 @@ def bank_states_in_chunks(ranks: Ranks, samples: int, whole: torch.Tensor) -> An
 
 @pytest.mark.parametrize("chunk", [7, 2**22])
 @pytest.mark.parametrize("samples", [3, 24, 25])
-def test_the_memory_bank_equals_that_of_a_single_process(samples: int, chunk: int, team: Team) -> None:
+def test_memory_bank_equals_that_of_a_single_process(samples: int, chunk: int, team: Team) -> None:
     whole = rows_of(samples)
     expected = bank_states(SINGLE, samples, whole, 2**22)
     answers = team.run(bank_states, samples, whole, chunk)
@@ -223,7 +223,7 @@ def loader_of(ranks: Ranks, batch: int, *, train: bool, count: int = SAMPLES, vi
 
 
 class Precise(torch.nn.Module):
-    """A network in double precision: in single, steps would make large differences of small ones."""
+    """A network in double precision. In single precision, rounding differences would grow from step to step."""
 
     def __init__(self, network: torch.nn.Module, frozen: bool) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class Precise(torch.nn.Module):
         self.frozen = frozen
 
     def train(self, mode: bool = True) -> Precise:
-        """Batch normalisation stays in inference mode where it is frozen."""
+        """Keeps frozen batch normalisation in inference mode."""
         self.training = mode
         self.network.train(mode and not self.frozen)
         return self
@@ -243,7 +243,7 @@ class Precise(torch.nn.Module):
 def trained(
     ranks: Ranks, kind: str, batch: int, iter_size: int, start: Any, folder: str | None, rounds: int = 2, **changes: Any
 ) -> Any:
-    """Two rounds; the checkpoint, the figures, and the accuracy of the last epoch."""
+    """Trains two rounds; returns the checkpoint, the metrics and the accuracy of the last epoch."""
     torch.manual_seed(0)
     network = models.build("resnet10-w16", low_dim=6)
     placed = device.place(network, CPU, ranks, sync_bn=kind == "sync")
@@ -287,8 +287,8 @@ def trained(
 
 
 @pytest.mark.parametrize("kind", ["frozen", "sync"])
-@pytest.mark.parametrize(("batch", "iter_size"), [(8, 1), (12, 2)])  # the last one of three images
-def test_a_training_run_equals_that_of_a_single_process(
+@pytest.mark.parametrize(("batch", "iter_size"), [(8, 1), (12, 2)])  # the last batch has three images
+def test_training_run_equals_that_of_a_single_process(
     kind: str, batch: int, iter_size: int, team: Team, tmp_path: Path
 ) -> None:
     alone, features = trained(SINGLE, kind, batch, iter_size, None, None)
@@ -317,7 +317,7 @@ def trained_beyond(ranks: Ranks, changes: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("name", BEYOND)
-def test_options_beyond_the_paper_train_as_a_single_process(name: str, team: Team) -> None:
+def test_options_beyond_the_paper_equal_a_single_process(name: str, team: Team) -> None:
     alone = trained_beyond(SINGLE, BEYOND[name])
     assert_alike(team.run(trained_beyond, BEYOND[name])[0], alone)
     assert alone["passes"] == 4 * SAMPLES * BEYOND[name].get("views", 1)
@@ -325,7 +325,7 @@ def test_options_beyond_the_paper_train_as_a_single_process(name: str, team: Tea
 
 
 @pytest.mark.parametrize("best", [False, True])
-def test_a_checkpoint_resumes_with_another_number_of_ranks(best: bool, team: Team) -> None:
+def test_checkpoint_resumes_with_another_number_of_ranks(best: bool, team: Team) -> None:
     """The state after the first round, saved by a single process and resumed by several ranks, and vice versa."""
     whole, _ = trained(SINGLE, "sync", 8, 1, None, None)
     begun = stopped_after_a_round(SINGLE)
@@ -340,7 +340,7 @@ def stopped_after_a_round(ranks: Ranks) -> Any:
 
 
 def test_training_without_synchronised_batch_normalisation_is_finite(team: Team) -> None:
-    """Not comparable with a single process, which normalises over other batches."""
+    """The result differs from a single process, which normalises over larger batches."""
     content, features = team.run(trained, "own", 8, 1, None, None)[0]
     assert features.isfinite().all() and all(value.isfinite().all() for value in content["net"].values())
     assert content["history"][-1]["loss"] > 0
@@ -379,7 +379,7 @@ def test_synchronised_statistics_are_computed_in_float32(dtype: torch.dtype, tea
 
 
 def resumed(ranks: Ranks, there: Path, samples: int) -> Any:
-    """What each rank loads from a checkpoint that only rank 0 can read."""
+    """The state of each rank after loading a checkpoint that only rank 0 can read."""
     source, loaded = checkpoint.load_resumed(there if ranks.is_rank0 else there.parent / "not here.ckpt", ranks)
     bank = MemoryBank(samples, 5, temperature=0.1, momentum=0.3, seed=4, device="cpu", ranks=ranks)
     memory = loaded["npc"]["memory"]

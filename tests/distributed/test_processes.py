@@ -62,7 +62,7 @@ def test_broadcast_object_sends_the_object_of_rank_0(team: Team) -> None:
 def test_nccl_gets_the_gpu_if_every_rank_has_one(
     others: str, given: torch.device | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise it would wait for the rank that has none."""
+    """Otherwise NCCL would wait for the rank without a GPU."""
     arguments: dict[str, Any] = {}
     store = dist.HashStore()
     dist.PrefixStore("start 0", store).set("GPU of rank 1", others)

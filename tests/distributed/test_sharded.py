@@ -50,7 +50,7 @@ def test_ring_visits_every_row_on_every_rank(samples: int, chunk: int, team: Tea
 
 
 def pairs_met(ranks: Ranks, samples: int, chunk: int) -> Any:
-    """Pairs of rows that met on this rank, and per local row the number of rows that it met on other ranks."""
+    """Pairs of rows that were compared on this rank, and for each local row the number compared on other ranks."""
     rows = ShardedRows.scatter(torch.arange(2.0 * samples).view(samples, 2), ranks)
     counts, met = torch.zeros(rows.padded_shard_size, 3, dtype=torch.long), []
     with chunks_of(chunk):

@@ -1,4 +1,4 @@
-"""Accuracy of test images against the naive oracles, and what is said about clamping."""
+"""Accuracy of test images compared with the naive oracles, and the log lines about reduced K and top-5."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOW_DIM = 3
 
 
 class Lookup(torch.nn.Module):
-    """Image i, which is one pixel of value i, has the i-th row of a table; nonsense in training mode."""
+    """Embeds image i, one pixel of value i, as the i-th row of a table; gives zeros in training mode."""
 
     def __init__(self, rows: np.ndarray) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Lookup(torch.nn.Module):
 
 
 class Case:
-    """A test split and the training features to compare it with; the labels follow the embeddings, roughly."""
+    """A test split and a bank of training features, in noisy clusters, one for each class."""
 
     def __init__(self, *, train: int = 230, test: int = 60, classes: int = 7, seed: int = 0) -> None:
         draw = np.random.default_rng(seed)
@@ -79,8 +79,8 @@ def loader_of(samples: int, first: int = 0) -> Loader:
 
 
 @pytest.fixture
-def message() -> Iterator[list[str]]:
-    """What the program's logger is told."""
+def logged() -> Iterator[list[str]]:
+    """The lines that the program logs."""
     lines: list[str] = []
 
     class Listener(logging.Handler):
@@ -96,14 +96,14 @@ def message() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5])
-def test_knn_accuracy_is_the_oracles_with_200_voters(sigma: float) -> None:
+def test_knn_accuracy_with_200_neighbours_equals_the_oracle(sigma: float) -> None:
     case = Case()
     result = case.accuracy(sigma=sigma)
     assert [result.top1, result.top5] == case.expected(case.bank, 200, sigma)
-    assert 0.3 < result.top1 < result.top5 < 1  # else it would show nothing
+    assert 0.3 < result.top1 < result.top5 < 1  # else the comparison would be trivial
 
 
-def test_the_number_of_voters_matters() -> None:
+def test_knn_uses_the_given_number_of_neighbours() -> None:
     case = Case(train=400)
     expected = case.expected(case.bank, 200, 1.0)
     assert expected != case.expected(case.bank, 400, 1.0).expected
@@ -111,16 +111,16 @@ def test_the_number_of_voters_matters() -> None:
     assert [result.top1, result.top5] == expected
 
 
-def test_nn_accuracy_is_the_oracles() -> None:
+def test_nn_accuracy_equals_the_oracle() -> None:
     case = Case()
     nearest = [oracles.nearest_class(query, case.bank, case.train_labels) for query in case.queries]
     result = case.accuracy("nn")
     assert result.top1 == pytest.approx(np.mean(nearest == case.test_labels), abs=1e-6)
-    assert result.top5 is None  # one class is named, not five
+    assert result.top5 is None  # the nearest neighbour predicts one class only
 
 
 @pytest.mark.parametrize("protocol", ["knn", "nn"])
-def test_labelled_images_take_the_place_of_the_memory_bank(protocol: str) -> None:
+def test_labelled_images_replace_the_memory_bank(protocol: str) -> None:
     case = Case(train=150)
     expected = case.accuracy(protocol)
     evaluator = Evaluator(
@@ -140,43 +140,43 @@ def test_labelled_images_take_the_place_of_the_memory_bank(protocol: str) -> Non
     assert (evaluator.against, case.evaluator().against) == ("the labelled training images", "the memory bank")
 
 
-def test_an_evaluator_has_a_name_for_the_tables() -> None:
+def test_evaluator_has_a_name_for_the_tables() -> None:
     assert Case().evaluator("nn").name == "NN"
     assert Case().evaluator("knn", sigma=0.07).name == "weighted kNN (K=200, sigma=0.07)"
     assert Case(train=30).evaluator().name == "weighted kNN (K=30, sigma=0.1)"
 
 
-def test_k_is_reduced_for_a_small_split_and_logged_once(message: list[str]) -> None:
+def test_k_is_reduced_for_a_small_split_and_logged_once(logged: list[str]) -> None:
     case = Case(train=30)
     evaluator, network, bank = case.evaluator(), Lookup(case.queries), torch.from_numpy(case.bank).float()
     results = [evaluator(network, bank) for _ in range(3)]
     for result in results:
         assert [result.top1, result.top5] == case.expected(case.bank, 30, 0.1)
-    assert len(message) == 1
-    assert "200" in message[0]
-    assert "30" in message[0]
+    assert len(logged) == 1
+    assert "200" in logged[0]
+    assert "30" in logged[0]
 
 
 @pytest.mark.parametrize("classes", [1, 2, 4])
-def test_fewer_than_five_classes_have_no_top_5(classes: int, message: list[str]) -> None:
+def test_top_5_of_fewer_than_five_classes_is_1_and_logged_once(classes: int, logged: list[str]) -> None:
     case = Case(train=200, classes=classes)
     evaluator, network, bank = case.evaluator(), Lookup(case.queries), torch.from_numpy(case.bank).float()
     results = [evaluator(network, bank) for _ in range(2)]
     for result in results:
         assert [result.top1, result.top5] == case.expected(case.bank, 200, 0.1)
         assert result.top5 == 1
-    assert len(message) == 1
-    assert "top-5" in message[0]
-    assert str(classes) in message[0]
+    assert len(logged) == 1
+    assert "top-5" in logged[0]
+    assert str(classes) in logged[0]
 
 
-def test_nothing_is_said_where_nothing_is_clamped(message: list[str]) -> None:
+def test_nothing_is_logged_if_nothing_is_clamped(logged: list[str]) -> None:
     Case(train=200, classes=5).accuracy()
     Case(train=30, classes=4).accuracy("nn")  # one voter, and no top-5
-    assert message == []
+    assert logged == []
 
 
-def test_the_network_is_judged_in_inference_mode_and_left_as_it_was() -> None:
+def test_evaluation_uses_inference_mode_and_restores_the_mode() -> None:
     case, network = Case(), Lookup(Case().queries).train()
     result = case.evaluator()(network, torch.from_numpy(case.bank).float())
     assert [result.top1, result.top5] == case.expected(case.bank, 200, 0.1)

@@ -1,4 +1,4 @@
-"""k-means and its figures, against brute force and scikit-learn."""
+"""k-means and its scores compared with brute force and scikit-learn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lib.session.console import logger
 
 
 def accuracy_by_brute_force(labels: list[int], clusters: list[int]) -> float:
-    """The best share over every pairing of clusters with classes."""
+    """The highest share of correct samples over all assignments of clusters to classes."""
     size = max(*labels, *clusters) + 1
     pairs = list(zip(labels, clusters, strict=True))
     return max(sum(p[c] == label for label, c in pairs) for p in itertools.permutations(range(size))) / len(pairs)
@@ -40,7 +40,7 @@ def nmi_by_counting(labels: list[int], clusters: list[int]) -> float:
 
 
 def ari_by_counting(labels: list[int], clusters: list[int]) -> float:
-    """Over pairs of samples: together in both, above what chance gives."""
+    """Share of sample pairs that are together in both, corrected for chance."""
     pairs = list(itertools.combinations(range(len(labels)), 2))
     a = [labels[i] == labels[j] for i, j in pairs]
     b = [clusters[i] == clusters[j] for i, j in pairs]
@@ -50,7 +50,7 @@ def ari_by_counting(labels: list[int], clusters: list[int]) -> float:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_figures_are_those_of_counting(seed: int) -> None:
+def test_scores_equal_brute_force_counting(seed: int) -> None:
     draw = np.random.default_rng(seed)
     labels, clusters = draw.integers(0, 2 + seed % 3, 25), draw.integers(0, 2 + seed % 4, 25)
     clusters[: seed * 2] = (labels[: seed * 2] + 1) % (2 + seed % 4)
@@ -68,7 +68,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True), train.labels
 
 
-def test_digits_are_clustered_as_well_as_scikit_learn_does() -> None:
+def test_kmeans_on_digits_scores_as_scikit_learn() -> None:
     rows, labels = digits()
     ours = cluster(rows, labels, clusters=10, seed=0)
     theirs = scores(labels, KMeans(10, n_init=10, random_state=0).fit_predict(rows))
@@ -79,7 +79,7 @@ def test_digits_are_clustered_as_well_as_scikit_learn_does() -> None:
     assert np.array_equal(ours.clusters, cluster(rows, labels, clusters=10, seed=0).clusters)
 
 
-def test_many_samples_are_clustered_by_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_samples_use_mini_batch_kmeans(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, labels = digits()
     monkeypatch.setattr(clustering, "FULL_BATCH", len(rows) - 1)
     found = cluster(rows, labels, clusters=10, seed=2**40)
@@ -100,7 +100,7 @@ def silhouette_by_loops(rows: np.ndarray, clusters: np.ndarray) -> float:
     return float(np.mean(values))
 
 
-def test_without_labels_the_silhouette_tells() -> None:
+def test_silhouette_without_labels_equals_plain_loops() -> None:
     rows = np.concatenate([np.random.default_rng(i).normal(6 * i, 1, (15, 3)) for i in range(3)]).astype(np.float32)
     found = cluster(rows, None, clusters=3, seed=0)
     assert set(found.figures) == {"silhouette"}
@@ -108,7 +108,7 @@ def test_without_labels_the_silhouette_tells() -> None:
     assert sorted(np.bincount(found.clusters)) == [15, 15, 15]
 
 
-def test_the_silhouette_is_of_some_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silhouette_of_many_samples_uses_a_subset(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, _ = digits()
     whole = cluster(rows, None, clusters=5, seed=0).figures["silhouette"]
     monkeypatch.setattr(clustering, "SILHOUETTE_SAMPLES", 400)
@@ -123,7 +123,7 @@ def test_equal_rows_have_no_silhouette(caplog: pytest.LogCaptureFixture, monkeyp
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_embeddings_that_are_no_numbers_are_refused(value: float) -> None:
+def test_nonfinite_embeddings_are_refused(value: float) -> None:
     rows = np.ones((6, 2), np.float32)
     rows[3, 1] = value
     with pytest.raises(UsageError, match="finite"):

@@ -1,4 +1,4 @@
-"""A test run's figures, against those of the protocols taken one by one."""
+"""The results of a test run compared with those of the single protocols."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLASSES, TEST = 4, 60
 
 
 class Staged(torch.nn.Module):
-    """Image i, which is one pixel of value i, has the i-th row of a table; nonsense in training mode."""
+    """Embeds image i, one pixel of value i, as the i-th row of a table; gives zeros in training mode."""
 
     def __init__(self, rows: np.ndarray) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def loader_of(first: int, count: int) -> Loader:
 
 
 def subject_of(**changes: Any) -> EvaluationInputs:
-    """150 training and 60 test images in four classes that the embeddings roughly tell."""
+    """150 training and 60 test images, whose embeddings form noisy clusters of four classes."""
     draw = np.random.default_rng(0)
     centres = draw.normal(size=(CLASSES, 5))
     labels = draw.integers(0, CLASSES, 210)
@@ -87,7 +87,7 @@ def knn(inputs: EvaluationInputs, bank: np.ndarray, k: int) -> float:
     return oracles.accuracy(np.array(scores), inputs.test_labels, 1)
 
 
-def test_every_protocol_gives_its_rows_from_one_pass_over_each_split() -> None:
+def test_all_protocols_share_one_pass_over_each_split() -> None:
     inputs = subject_of()
     options = Options(protocol="knn nn linear cluster graph", linear_layers="conv1 fc", graph_neighbours=6)
     rows = evaluate.evaluate(inputs, options)
@@ -115,7 +115,7 @@ def test_every_protocol_gives_its_rows_from_one_pass_over_each_split() -> None:
     assert rows[7].figures == expected_groups.figures and "K=6" in rows[7].protocol
 
 
-def test_a_stage_is_judged_beside_the_embeddings() -> None:
+def test_embed_stage_is_evaluated_as_well_as_the_embeddings() -> None:
     inputs = subject_of(embed="conv1")
     inputs = replace(inputs, evaluators=inputs.evaluators[:1])
     rows = evaluate.evaluate(inputs, Options(protocol="knn"))
@@ -136,12 +136,12 @@ def test_a_stage_is_judged_beside_the_embeddings() -> None:
 
 
 @pytest.mark.parametrize("memory", [None, torch.ones(149, 5), torch.ones(150, 6)])
-def test_a_bank_that_is_missing_or_of_other_images_is_left_out(memory: torch.Tensor | None) -> None:
+def test_missing_or_mismatched_bank_is_not_evaluated(memory: torch.Tensor | None) -> None:
     rows = evaluate.evaluate(subject_of(memory=memory), Options(protocol="knn"))
     assert {row.features for row in rows} == {RECOMPUTED}
 
 
-def test_without_labels_there_is_clustering_alone() -> None:
+def test_without_labels_only_clustering_is_evaluated() -> None:
     inputs = subject_of(train_labels=None, test_labels=None, test=None, classes=0, evaluators=[])
     (row,) = evaluate.evaluate(inputs, Options(protocol="cluster", clusters=3))
     assert set(row.figures) == {"silhouette"} and "3 clusters" in row.protocol
@@ -153,7 +153,7 @@ def test_without_labels_there_is_clustering_alone() -> None:
 
 @pytest.mark.parametrize("protocol", ["knn", "nn", "knn nn cluster"])
 @pytest.mark.parametrize("train_labels", [None, np.arange(150) % CLASSES])
-def test_without_test_labels_neighbourhoods_and_clusters_are_judged(
+def test_without_test_labels_health_and_clusters_are_evaluated(
     protocol: str, train_labels: np.ndarray | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     classes = 0 if train_labels is None else CLASSES
@@ -172,7 +172,7 @@ def test_without_test_labels_neighbourhoods_and_clusters_are_judged(
     assert "needs labelled training and test images" in record.getMessage()
 
 
-def test_a_stage_that_is_not_there_is_refused() -> None:
+def test_unknown_stage_is_refused() -> None:
     with pytest.raises(UsageError, match=r"conv7.*conv1, fc"):
         evaluate.evaluate(subject_of(), Options(protocol="linear", linear_layers="conv7"))
 
@@ -185,7 +185,7 @@ ROWS = [
 ]
 
 
-def test_the_table_shows_what_somebody_has_and_how_it_came_about() -> None:
+def test_table_shows_only_columns_with_values() -> None:
     lines = evaluate.text(ROWS).splitlines()
     assert lines[0].split()[2:] == "top-1 top-5 top-1 best groups modularity NMI ARI accuracy".split()
     assert lines[2].startswith(f"{RECOMPUTED}: weighted kNN (K=20, sigma=0.1) ")
@@ -197,7 +197,7 @@ def test_the_table_shows_what_somebody_has_and_how_it_came_about() -> None:
     assert "best" not in short and "NMI" not in short and len(short.splitlines()) == 3
 
 
-def test_the_figures_are_kept_whole_as_json(tmp_path: Path) -> None:
+def test_results_are_saved_as_json_in_full_precision(tmp_path: Path) -> None:
     path = tmp_path / "evaluation.json"
     evaluate.save(ROWS, path, {"seed": 3, "checkpoint": None})
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -206,5 +206,7 @@ def test_the_figures_are_kept_whole_as_json(tmp_path: Path) -> None:
         "protocol": "linear probe (SGD)", "features": f"conv5, {RECOMPUTED}",
         "top1": 0.25, "top5": 0.75, "best_top1": 0.5,
     }  # fmt: skip
-    evaluate.save(ROWS, tmp_path / "none" / "evaluation.json", {})  # the figures have been shown: no error
+    evaluate.save(
+        ROWS, tmp_path / "none" / "evaluation.json", {}
+    )  # the results were logged already, so this is no error
     assert [entry.name for entry in tmp_path.iterdir()] == ["evaluation.json"]

@@ -1,4 +1,4 @@
-"""Embeddings of a whole split, against a forward pass image by image."""
+"""Embeddings of a whole split compared with a forward pass image by image."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Shuffled:
 
 
 def network() -> torch.nn.Module:
-    """Batch normalisation and dropout: both give something else in training mode."""
+    """With batch normalisation and dropout, which behave differently in training mode."""
     torch.manual_seed(1)
     norm = torch.nn.BatchNorm1d(5)
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), norm, torch.nn.Dropout(0.5))
@@ -49,7 +49,7 @@ def one_by_one(net: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_features_are_the_networks_outputs_in_sample_order(training: bool) -> None:
+def test_features_are_network_outputs_in_sample_order(training: bool) -> None:
     net, batches = network().train(training), Shuffled()
     features = extract(net, batches, "features")
     assert features.shape == (SAMPLES, 5)
@@ -57,7 +57,7 @@ def test_features_are_the_networks_outputs_in_sample_order(training: bool) -> No
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_networks_mode_and_statistics_stay_as_they_were(training: bool) -> None:
+def test_extraction_keeps_mode_and_batch_statistics(training: bool) -> None:
     net = network().train(training)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     extract(net, Shuffled(), "features")
@@ -65,7 +65,7 @@ def test_the_networks_mode_and_statistics_stay_as_they_were(training: bool) -> N
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_features_carry_no_gradient() -> None:
+def test_features_need_no_gradient() -> None:
     net = network()
     assert not extract(net, Shuffled(), "features").requires_grad
     assert all(parameter.grad is None for parameter in net.parameters())
@@ -80,7 +80,7 @@ class Staged(torch.nn.Module):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_pooled_stage_is_its_mean_over_positions_with_unit_length(training: bool) -> None:
+def test_pooled_stage_is_the_normalised_mean_over_positions(training: bool) -> None:
     net, batches = Staged().train(training), Shuffled()
     found = extract(embedder(net, "conv1"), batches, "features")
     for image, row in zip(batches.images.double(), found, strict=True):
@@ -90,6 +90,6 @@ def test_pooled_stage_is_its_mean_over_positions_with_unit_length(training: bool
     assert net.training is training
 
 
-def test_the_embeddings_are_the_network_s_own() -> None:
+def test_embedder_of_the_last_stage_is_the_network() -> None:
     net = network()
     assert embedder(net, "fc") is net

@@ -1,4 +1,4 @@
-"""Findings of a set of embeddings, against plain loops."""
+"""Findings in a set of embeddings compared with plain loops."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def embeddings(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Three well separated groups, and which image is in which."""
+    """Embeddings of three well separated groups, and the group of each image."""
     rng = np.random.default_rng(seed)
     groups = rng.integers(0, 3, N)
     return unit(4 * np.eye(D)[groups] + rng.normal(size=(N, D))), groups
@@ -33,7 +33,7 @@ def found_in(rows: np.ndarray, labels: np.ndarray | None = None, neighbours: int
     return find(rows, labels, neighbours=neighbours, resolution=1.0, seed=0)
 
 
-def test_neighbours_are_those_of_plain_loops() -> None:
+def test_neighbours_equal_plain_loops() -> None:
     rows, _ = embeddings()
     found = found_in(rows)
     assert found.neighbours.dtype == np.int64 and found.similarities.dtype == np.float32
@@ -43,7 +43,7 @@ def test_neighbours_are_those_of_plain_loops() -> None:
         assert found.similarities[sample] == pytest.approx(exact, abs=1e-6)
 
 
-def test_groups_are_the_communities_and_their_number_has_a_range() -> None:
+def test_groups_are_communities_with_a_range_of_their_number() -> None:
     rows, groups = embeddings()
     found = found_in(rows)
     expected, modularity = communities(found.neighbours, resolution=1.0, seed=0)
@@ -58,7 +58,7 @@ def test_groups_are_the_communities_and_their_number_has_a_range() -> None:
     assert sure.resolution_range == tuple(len(set(each.tolist())) for each in ends)
 
 
-def test_copies_point_to_the_first_of_them() -> None:
+def test_copies_have_the_index_of_the_first() -> None:
     rows, _ = embeddings()
     rows[[5, 50, 60]] = rows[20]
     rows[70] = unit(rows[70:71] + 1e-7)[0]
@@ -67,7 +67,7 @@ def test_copies_point_to_the_first_of_them() -> None:
     assert found_in(rows).copies.tolist() == expected.tolist()
 
 
-def test_more_copies_than_neighbours_are_one_set() -> None:
+def test_more_copies_than_neighbours_form_one_set() -> None:
     rows, _ = embeddings()
     rows[10 : 10 + 4 * K] = rows[3]
     found = found_in(rows)
@@ -76,7 +76,7 @@ def test_more_copies_than_neighbours_are_one_set() -> None:
     assert findings.nearest_sets(found, 1)[0].members == members
 
 
-def test_the_outlier_score_is_that_of_plain_loops() -> None:
+def test_outlier_score_equals_plain_loops() -> None:
     rows, _ = embeddings()
     rows[[5, 50]] = rows[20]
     distinct = [sample for sample in range(N) if sample not in (20, 50)]
@@ -92,7 +92,7 @@ def test_the_outlier_score_is_that_of_plain_loops() -> None:
         assert found.outlier_scores[sample] == pytest.approx(expected, rel=1e-4)
 
 
-def test_copies_of_a_blank_image_are_outliers_all_the_same() -> None:
+def test_many_copies_of_a_blank_image_are_outliers() -> None:
     rows = unit(np.eye(D)[embeddings()[1]] + 0.05 * np.random.default_rng(1).normal(size=(N, D)))
     blank = np.zeros((4 * K, D), np.float32)
     blank[:, D - 1] = -1
@@ -144,7 +144,7 @@ def test_few_images_have_findings(count: int) -> None:
     assert len(findings.nearest_sets(found, 5)) == (count > 1)
 
 
-def test_images_all_alike_are_one_set_and_no_outliers() -> None:
+def test_identical_images_are_one_set_without_outliers() -> None:
     rows = np.repeat(embeddings()[0][:1], 30, axis=0)
     found = found_in(rows)
     assert set(found.copies.tolist()) == {0} and set(found.outlier_scores.tolist()) == {0.0}
@@ -152,7 +152,7 @@ def test_images_all_alike_are_one_set_and_no_outliers() -> None:
     assert only.members == list(range(30)) and only.least == 1
 
 
-def test_embeddings_that_are_not_finite_are_refused() -> None:
+def test_nonfinite_embeddings_are_refused() -> None:
     rows, _ = embeddings()
     rows[3, 2] = np.nan
     with pytest.raises(UsageError, match="NaN or infinite"):
@@ -165,11 +165,11 @@ def statistics(images: list[np.ndarray]) -> np.ndarray:
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
     normalised = (batch - 0.5) / torch.tensor(stds)[:, None, None]
     found = WithStatistics(torch.nn.Flatten(), stds)(normalised)
-    assert torch.equal(found[:, :-2], normalised.flatten(1))  # what the network says stays as it is
+    assert torch.equal(found[:, :-2], normalised.flatten(1))  # the network's output is unchanged
     return found[:, -2:].numpy()
 
 
-def test_contrast_and_smoothness_are_those_of_plain_loops() -> None:
+def test_contrast_and_smoothness_equal_plain_loops() -> None:
     image = np.random.default_rng(0).random((5, 4, 3))
     variance = np.mean([np.var(image[:, :, channel]) for channel in range(3)])
     down = [(image[y, x, c] - image[y + 1, x, c]) ** 2 for y in range(4) for x in range(4) for c in range(3)]
@@ -179,7 +179,7 @@ def test_contrast_and_smoothness_are_those_of_plain_loops() -> None:
     assert statistics([np.full((1, 1, 3), 0.7)])[0] == pytest.approx([0, 1])
 
 
-def test_blank_and_noisy_images_are_told_by_their_pixels() -> None:
+def test_blank_and_noisy_images_are_found_by_their_pixels() -> None:
     rng = np.random.default_rng(0)
     ramp = np.linspace(0, 1, 16)
     scenes = [np.outer(ramp ** rng.uniform(1, 3), ramp)[:, :, None].repeat(3, 2) for _ in range(20)]
@@ -187,10 +187,10 @@ def test_blank_and_noisy_images_are_told_by_their_pixels() -> None:
     blank, noisy = findings.blank_and_noisy(statistics([*scenes, *noise, *blanks]))
     assert np.flatnonzero(blank).tolist() == [21, 22] and np.flatnonzero(noisy).tolist() == [20]
     blank, noisy = findings.blank_and_noisy(statistics([*noise * 20, *blanks]))
-    assert blank.sum() == 2 and not noisy.any()  # a set that is all like noise has no outliers of that kind
+    assert blank.sum() == 2 and not noisy.any()  # if most images look like noise, none is reported as noisy
     assert findings.blank_and_noisy(statistics(blanks))[0].all()
 
 
-def test_images_that_merely_look_alike_do_not_become_one_set() -> None:
+def test_similar_images_are_not_joined_into_one_set() -> None:
     sets = findings.nearest_sets(found_in(embeddings()[0]), N)
     assert len(sets) > 15 and max(len(each.members) for each in sets) < N / 3

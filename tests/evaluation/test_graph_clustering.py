@@ -1,4 +1,4 @@
-"""Communities of the nearest-neighbour graph, against networkx, scikit-learn and planted groups."""
+"""Communities of the nearest-neighbour graph compared with networkx, scikit-learn and planted groups."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lib.evaluation.graph_clustering import cluster, communities, nearest_neighb
 
 
 def planted(sizes: list[int], noise: float = 0.3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Unit rows (N, 8) around one direction a group, in random order, and the groups (N,)."""
+    """Unit rows (N, 8) around one direction per group, in random order, and the groups (N,)."""
     draw = np.random.default_rng(seed)
     labels = draw.permutation(np.repeat(np.arange(len(sizes)), sizes))
     rows = np.eye(8, dtype=np.float32)[labels] + draw.normal(0, noise, (len(labels), 8)).astype(np.float32)
@@ -30,7 +30,7 @@ def as_networkx(neighbours: np.ndarray) -> nx.Graph:
     return graph
 
 
-def test_the_neighbours_are_those_of_scikit_learn() -> None:
+def test_neighbours_equal_those_of_scikit_learn() -> None:
     rows, _ = planted([40, 60, 30])
     expected = kneighbors_graph(rows, 7, metric="cosine").toarray() > 0
     got = np.zeros_like(expected)
@@ -39,7 +39,7 @@ def test_the_neighbours_are_those_of_scikit_learn() -> None:
 
 
 @pytest.mark.parametrize("resolution", [0.3, 1.0, 3.0])
-def test_the_modularity_is_that_of_networkx(resolution: float) -> None:
+def test_modularity_equals_that_of_networkx(resolution: float) -> None:
     rows, _ = planted([50, 40, 60], noise=0.5)
     neighbours = nearest_neighbours(torch.from_numpy(rows), 6).numpy()
     groups, modularity = communities(neighbours, resolution=resolution, seed=0)
@@ -48,7 +48,7 @@ def test_the_modularity_is_that_of_networkx(resolution: float) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_no_partition_of_networkx_has_more_modularity(seed: int) -> None:
+def test_modularity_is_at_least_that_of_louvain_in_networkx(seed: int) -> None:
     rows, _ = planted([50, 40, 60], noise=0.5, seed=seed)
     neighbours = nearest_neighbours(torch.from_numpy(rows), 6).numpy()
     graph = as_networkx(neighbours)
@@ -71,8 +71,8 @@ def test_planted_groups_are_found_and_numbered_by_size() -> None:
     assert found.clusters.dtype == np.int64
 
 
-def test_the_same_seed_gives_the_same_groups() -> None:
-    rows, _ = planted([150, 150], noise=1.0)  # hardly any structure: another seed gives other groups
+def test_same_seed_gives_the_same_groups() -> None:
+    rows, _ = planted([150, 150], noise=1.0)  # with almost no structure, another seed gives other groups
     neighbours = nearest_neighbours(torch.from_numpy(rows), 4).numpy()
     runs = [communities(neighbours, resolution=1.0, seed=seed)[0].tolist() for seed in (5, 5, 6, 2**63 - 1)]
     assert runs[0] == runs[1] and runs[0] != runs[2] and runs[0] != runs[3]
@@ -82,7 +82,7 @@ def test_another_order_of_the_samples_gives_the_same_groups() -> None:
     rows, _ = planted([40, 100, 60, 90, 70, 80], noise=0.15)
     order = np.random.default_rng(1).permutation(len(rows))
     found, shuffled = (cluster(each, None, neighbours=10, resolution=1.0, seed=0) for each in (rows, rows[order]))
-    assert shuffled.clusters.tolist() == found.clusters[order].tolist()  # true where groups are distinct, as here
+    assert shuffled.clusters.tolist() == found.clusters[order].tolist()  # holds for well separated groups
 
 
 def test_more_resolution_gives_more_groups() -> None:
@@ -96,7 +96,7 @@ def test_equal_sizes_are_numbered_by_their_first_sample() -> None:
     assert communities(pairs, resolution=1.0, seed=0)[0].tolist() == [0, 1, 1, 0, 2, 2]
 
 
-def test_similarities_weigh_the_edges() -> None:
+def test_similarities_are_edge_weights() -> None:
     ring = np.array([[(i - 1) % 8, (i + 1) % 8] for i in range(8)])
     weights = np.ones((8, 2))
     weights[[0, 4], 0] = weights[[7, 3], 1] = -0.2  # cut between 7 and 0, and between 3 and 4
@@ -120,31 +120,31 @@ def test_fewer_images_than_neighbours_are_one_group(samples: int, groups: list[i
     assert set(without) == {"groups", "modularity"}
 
 
-def test_equal_embeddings_do_no_harm() -> None:
+def test_equal_embeddings_are_clustered() -> None:
     rows = np.tile(np.float32([0.6, 0.8]), (3000, 1))
     found = cluster(rows, None, neighbours=5, resolution=1.0, seed=0)
     assert len(found.clusters) == 3000 and found.figures["modularity"] < 0.1
     mixed, labels = planted([40, 60, 50, 45, 55], noise=0.1)
-    mixed[labels == 1] = mixed[labels == 1][0]  # a class of equal images beside ordinary ones
+    mixed[labels == 1] = mixed[labels == 1][0]  # one class of identical images
     assert cluster(mixed, labels, neighbours=10, resolution=1.0, seed=0).figures["nmi"] > 0.9
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_an_embedding_that_is_no_number_is_refused(value: float) -> None:
+def test_nonfinite_embedding_is_refused(value: float) -> None:
     rows, labels = planted([20, 20])
     rows[7, 3] = value
     with pytest.raises(UsageError, match="protocol graph: some embeddings are NaN or infinite"):
         cluster(rows, labels, neighbours=5, resolution=1.0, seed=0)
 
 
-def test_a_missing_package_is_told_before_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_leiden_package_is_named_with_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "graspologic_native", None)
     with pytest.raises(UsageError, match=r"pip install 'graspologic-native>=1\.3\.1'"):
         graph_clustering.leiden()
 
 
 @pytest.mark.slow
-def test_a_graph_that_kept_scikit_network_busy_ends() -> None:
+def test_clustering_of_a_large_sparse_graph_terminates() -> None:
     draw = np.random.default_rng(0)
     groups = draw.integers(0, 10, 20_000)
     rows = draw.normal(size=(10, 16))[groups] + 1.5 * draw.normal(size=(20_000, 16))

@@ -1,4 +1,4 @@
-"""The classifiers without parameters against the naive oracles."""
+"""The kNN classifiers compared with the naive oracles."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def scores_of(case: Case, *, block: int = 2**20, **constants: Any) -> np.ndarray
 
 
 def shares(scores: np.ndarray) -> np.ndarray:
-    """Each query's scores scaled to sum to 1, for a comparison that leaves the unit of the votes open."""
+    """Each query's scores scaled to sum to 1, since the scale of the votes is arbitrary."""
     return scores / scores.sum(axis=1, keepdims=True)
 
 
 @many
 @given(cases(), st.integers(1, 20), st.sampled_from([0.05, 0.1, 1.0]), st.integers(1, 60))
-def test_scores_are_the_oracles(case: Case, k: int, sigma: float, block: int) -> None:
+def test_scores_equal_the_oracle(case: Case, k: int, sigma: float, block: int) -> None:
     queries, bank, labels, classes = case
     scores = scores_of(case, k=k, sigma=sigma, block=block)
     expected = [oracles.knn_scores(query, bank, labels, classes=classes, k=k, sigma=sigma) for query in queries]
@@ -53,7 +53,7 @@ def test_scores_are_the_oracles(case: Case, k: int, sigma: float, block: int) ->
 
 @many
 @given(cases(kinds=oracles.KINDS), st.sampled_from([0.05, 0.1, 1.0]), st.integers(0, 5))
-def test_with_ties_all_of_a_small_bank_votes(case: Case, sigma: float, more: int) -> None:
+def test_all_rows_of_a_small_bank_vote_with_ties(case: Case, sigma: float, more: int) -> None:
     queries, bank, labels, classes = case
     scores = scores_of(case, k=len(bank) + more, sigma=sigma)
     expected = [oracles.knn_scores(q, bank, labels, classes=classes, k=len(bank), sigma=sigma) for q in queries]
@@ -62,7 +62,7 @@ def test_with_ties_all_of_a_small_bank_votes(case: Case, sigma: float, more: int
 
 @many
 @given(cases(kinds=oracles.KINDS), st.integers(1, 20), st.sampled_from([1e-3, 1e-6, 1e-20]))
-def test_scores_are_finite_however_narrow_the_weights(case: Case, k: int, sigma: float) -> None:
+def test_scores_are_finite_for_any_sigma(case: Case, k: int, sigma: float) -> None:
     queries, bank, labels, classes = case
     scores = scores_of((queries.astype(np.float32), bank.astype(np.float32), labels, classes), k=k, sigma=sigma)
     assert np.isfinite(scores).all()
@@ -71,7 +71,7 @@ def test_scores_are_finite_however_narrow_the_weights(case: Case, k: int, sigma:
 
 @many
 @given(cases(), st.integers(1, 60))
-def test_the_nearest_neighbours_class_is_the_oracles(case: Case, block: int) -> None:
+def test_nearest_neighbour_class_equals_the_oracle(case: Case, block: int) -> None:
     queries, bank, labels, classes = case
     tensors = [torch.from_numpy(array) for array in (queries, bank, labels)]
     with blocks_of(block):
@@ -90,7 +90,7 @@ def test_sigma_decides_between_one_near_and_two_far_votes() -> None:
     assert scores_of(case, k=1, sigma=1.0).argmax() == 0
 
 
-def test_with_one_class_everything_is_of_it() -> None:
+def test_single_class_is_always_predicted() -> None:
     case = (oracles.rows("random", 4, 3, 1), oracles.rows("equal", 5, 3, 2), np.zeros(5, dtype=np.int64), 1)
     assert scores_of(case, k=3, sigma=0.1).argmax(axis=1).tolist() == [0, 0, 0, 0]
 
@@ -100,7 +100,7 @@ def test_with_one_class_everything_is_of_it() -> None:
 
 @many
 @given(st.integers(1, 20), st.integers(1, 12), st.integers(1, 6), seeds)
-def test_accuracy_is_the_oracles(queries: int, classes: int, k: int, seed: int) -> None:
+def test_accuracy_equals_the_oracle(queries: int, classes: int, k: int, seed: int) -> None:
     draw = np.random.default_rng(seed)
     scores, labels = draw.random((queries, classes)), draw.integers(0, classes, queries)
     share = top_k_accuracy(torch.from_numpy(scores), torch.from_numpy(labels), k)
@@ -109,7 +109,7 @@ def test_accuracy_is_the_oracles(queries: int, classes: int, k: int, seed: int) 
 
 @many
 @given(st.integers(1, 20), st.integers(1, 8), st.integers(1, 6), seeds)
-def test_accuracy_with_ties_is_between_those_for_and_against(queries: int, classes: int, k: int, seed: int) -> None:
+def test_accuracy_with_ties_is_within_the_possible_range(queries: int, classes: int, k: int, seed: int) -> None:
     draw = np.random.default_rng(seed)
     scores, labels = draw.integers(0, 3, (queries, classes)), draw.integers(0, classes, queries)
     share = top_k_accuracy(torch.from_numpy(scores).float(), torch.from_numpy(labels), k)
@@ -118,6 +118,6 @@ def test_accuracy_with_ties_is_between_those_for_and_against(queries: int, class
 
 
 @pytest.mark.parametrize("classes", [1, 2, 4])
-def test_top_5_of_fewer_classes_is_all_of_them(classes: int) -> None:
+def test_top_5_of_fewer_classes_is_1(classes: int) -> None:
     scores, labels = torch.rand(6, classes), torch.arange(6) % classes
     assert top_k_accuracy(scores, labels, 5) == 1

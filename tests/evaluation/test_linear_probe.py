@@ -1,4 +1,4 @@
-"""The linear probe against scikit-learn's logistic regression, and its features against plain loops."""
+"""The linear probe compared with scikit-learn's logistic regression, and its features with plain loops."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def digits() -> datasets.Splits:
 
 @pytest.fixture(scope="module")
 def stages(digits: datasets.Splits) -> list[dict[str, torch.Tensor]]:
-    """Of an untrained network, for training and test images; beside them the pixels."""
+    """Stages of an untrained network and the pixels, for training and test images."""
     torch.manual_seed(0)
     network = models.build("resnet10-w16", low_dim=32)
     assert digits.test is not None
@@ -56,7 +56,7 @@ def probed(digits: datasets.Splits, train: torch.Tensor, test: torch.Tensor, see
 
 
 @pytest.mark.parametrize("layer", [*LAYERS, "pixels"])
-def test_it_is_within_a_point_of_scikit_learn(
+def test_accuracy_is_within_one_point_of_scikit_learn(
     layer: str, digits: datasets.Splits, stages: list[dict[str, torch.Tensor]]
 ) -> None:
     train, test = (part[layer] for part in stages)
@@ -71,7 +71,7 @@ def test_it_is_within_a_point_of_scikit_learn(
     assert probed(digits, train, test) == ours
 
 
-def test_features_that_never_change_and_scales_do_no_harm(
+def test_constant_features_and_large_scales_do_not_matter(
     digits: datasets.Splits, stages: list[dict[str, torch.Tensor]]
 ) -> None:
     train, test = (part["pixels"] for part in stages)
@@ -79,7 +79,7 @@ def test_features_that_never_change_and_scales_do_no_harm(
     assert probed(digits, *scaled).top1 == pytest.approx(probed(digits, train, test).top1, abs=0.01)
 
 
-def test_the_best_epoch_is_the_best_of_all(digits: datasets.Splits, stages: list[dict[str, torch.Tensor]]) -> None:
+def test_best_epoch_has_the_highest_accuracy(digits: datasets.Splits, stages: list[dict[str, torch.Tensor]]) -> None:
     seen: list[float] = []
     accuracy = linear_probe._accuracy
     with pytest.MonkeyPatch.context() as patch:
@@ -98,7 +98,7 @@ def test_many_samples_take_fewer_epochs(
     assert "SGD, 100 epochs" in probed(digits, stages[0]["fc"], stages[1]["fc"]).name
 
 
-def test_of_few_classes_and_few_samples_the_top_five_are_all() -> None:
+def test_top_5_of_few_classes_is_1() -> None:
     rows, labels = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.1, 0.9]]), torch.tensor([0, 1, 0])
     got = probe(rows, labels, rows, labels, classes=2, seed=0, device=CPU, what="x")
     assert (got.top1, got.top5) == (1.0, 1.0)
@@ -110,7 +110,7 @@ def test_of_few_classes_and_few_samples_the_top_five_are_all() -> None:
     ("shape", "grid"),
     [((64, 55, 60), 12), ((192, 27, 27), 7), ((9001, 4, 4), 1), ((40_000, 4, 4), 1), ((64, 8, 3), 3), ((2, 5, 5), 5)],
 )
-def test_maps_are_averaged_to_about_nine_thousand_numbers(shape: tuple[int, ...], grid: int) -> None:
+def test_maps_are_pooled_to_about_nine_thousand_features(shape: tuple[int, ...], grid: int) -> None:
     maps = torch.rand(2, *shape, generator=torch.Generator().manual_seed(1))
     pooled = pool(maps)
     channels, height, width = shape
@@ -129,17 +129,17 @@ def test_maps_are_averaged_to_about_nine_thousand_numbers(shape: tuple[int, ...]
         ([64, 192, 384, 256, 256], [9216, 9408, 9600, 9216, 9216]),  # models/alexnet.py
     ],
 )
-def test_the_stages_of_alexnet_are_pooled_as_by_zhang_et_al(channels: list[int], numbers: list[int]) -> None:
+def test_alexnet_stages_are_pooled_as_published(channels: list[int], numbers: list[int]) -> None:
     maps = [torch.zeros(1, count, edge, edge) for count, edge in zip(channels, (55, 27, 13, 13, 13), strict=True)]
     assert [pool(stage).shape[1] for stage in maps] == numbers
 
 
-def test_vectors_stay_as_they_are() -> None:
+def test_vectors_are_not_pooled() -> None:
     assert torch.equal(pool(torch.ones(2, 10_000)), torch.ones(2, 10_000))
 
 
 class Counting(torch.nn.Module):
-    """Stages that are plain functions of the image; nonsense in training mode."""
+    """Stages that are plain functions of the image; zeros in training mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,15 +201,15 @@ except UsageError as error:
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve room for a file")
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve disk space")
 def test_disk_space_for_features_is_reserved() -> None:
-    """A limit on the size of files stands for the quota."""
+    """A limit on the size of files acts like a full disk."""
     process = runs.start(program=("-c", LIMITED))
     shown = runs.output_of(process)
     assert process.returncode == 0 and "refused: --linear-layers conv1" in shown, shown
 
 
-def test_a_stage_that_is_not_there_is_refused_with_those_that_are() -> None:
+def test_unknown_stage_is_refused_with_the_known_ones() -> None:
     network = Counting().train()
     with pytest.raises(UsageError, match=r"conv9.*conv1, fc"):
         extract_stages(network, loader_of(IMAGES), ["fc", "conv9"], "x")

@@ -1,4 +1,4 @@
-"""Both AlexNets: sizes by arithmetic, and a forward pass written out plainly."""
+"""Both AlexNets: parameter counts by formula, and a plain forward pass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KERNELS = {SMALL: (5, 5, 3, 3, 3), LARGE: (11, 5, 3, 3, 3)}
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Maps are so small here that threads on shared cores mostly wait for each other."""
+    """The feature maps are so small that several threads would be slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -35,7 +35,7 @@ def one_thread() -> Iterator[None]:
 
 
 def on_paper(kind: str, low_dim: int = 6) -> AlexNet:
-    """A network of shapes without numbers."""
+    """A network on the meta device: shapes without values."""
     with torch.device("meta"):
         return BUILD[kind](low_dim=low_dim)
 
@@ -45,7 +45,7 @@ def images(size: int, batch: int = 2) -> torch.Tensor:
 
 
 def filled(kind: str) -> AlexNet:
-    """Ready for inference, with statistics and scales that are not the initial ones and zeros."""
+    """A network for inference whose normalisation parameters and statistics differ from their initial values."""
     torch.manual_seed(4)
     network = BUILD[kind](low_dim=6)
     for module in network.modules():
@@ -59,7 +59,7 @@ def filled(kind: str) -> AlexNet:
 
 @pytest.fixture(scope="module", params=[SMALL, LARGE])
 def case(request: pytest.FixtureRequest) -> Iterator[tuple[str, AlexNet]]:
-    """A network made once, for tests that only read it: the hidden layers are large."""
+    """A network built once for all tests that do not change it: the hidden layers are large."""
     yield request.param, filled(request.param)
 
 
@@ -67,7 +67,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[tuple[str, AlexNet]]:
 
 
 @pytest.mark.parametrize("kind", BUILD)
-def test_names_and_shapes(kind: str) -> None:
+def test_parameters_have_the_expected_names_and_shapes(kind: str) -> None:
     def norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
         parts = ("weight", "bias", "running_mean", "running_var")
         return {**{f"{name}.{part}": (width,) for part in parts}, f"{name}.num_batches_tracked": ()}
@@ -84,7 +84,7 @@ def test_names_and_shapes(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "total"), [(SMALL, 29_207_616), (LARGE, 57_537_600)])
-def test_parameters_are_as_many_as_the_formula_says(kind: str, total: int) -> None:
+def test_number_of_parameters_equals_the_formula(kind: str, total: int) -> None:
     stem = 3 * 64 * (25 if kind == SMALL else 121)
     convolutions = stem + 64 * 192 * 25 + 9 * (192 * 384 + 384 * 256 + 256 * 256)
     hidden = 256 * GRID[kind] ** 2 * 4096 + 4096 * 4096
@@ -94,7 +94,7 @@ def test_parameters_are_as_many_as_the_formula_says(kind: str, total: int) -> No
     assert sum(p.numel() for p in on_paper(kind, low_dim=128).parameters()) == total
 
 
-def test_the_large_one_is_torchvisions_but_for_biases_norms_and_head() -> None:
+def test_alexnet_differs_from_torchvision_in_norms_biases_and_head() -> None:
     """torchvision publishes 61,100,840 parameters, for a thousand classes."""
     biases, norms = sum(FILTERS) + 2 * 4096, 2 * sum(FILTERS) + 4 * 4096
     expected = 61_100_840 - biases + norms - 4097 * 1000 + 4097 * 128
@@ -110,7 +110,7 @@ def test_the_large_one_is_torchvisions_but_for_biases_norms_and_head() -> None:
         (SMALL, 15, [15, 7, 3, 3, 3]),
     ],
 )
-def test_shapes_of_the_stages(kind: str, size: int, edges: list[int]) -> None:
+def test_stages_have_the_expected_shapes(kind: str, size: int, edges: list[int]) -> None:
     maps = on_paper(kind).stages(torch.empty(3, 3, size, size, device="meta"))
     assert list(maps) == STAGES
     *shapes, last = [tuple(value.shape) for value in maps.values()]
@@ -119,13 +119,13 @@ def test_shapes_of_the_stages(kind: str, size: int, edges: list[int]) -> None:
 
 
 @pytest.mark.parametrize("kind", BUILD)
-def test_one_pixel_fewer_than_the_least_is_too_few(kind: str) -> None:
+def test_images_below_the_minimum_size_are_refused(kind: str) -> None:
     with pytest.raises(RuntimeError):
         on_paper(kind)(torch.empty(2, 3, LEAST[kind] - 1, LEAST[kind] - 1, device="meta"))
 
 
 @pytest.mark.parametrize(("kind", "size"), [(SMALL, 32), (LARGE, 224)])
-def test_at_the_size_it_is_for_nothing_is_averaged(kind: str, size: int) -> None:
+def test_adaptive_pooling_is_the_identity_at_the_intended_size(kind: str, size: int) -> None:
     last = on_paper(kind).features(torch.empty(2, 3, size, size, device="meta"))
     assert tuple(last.shape) == (2, 256, GRID[kind], GRID[kind])
 
@@ -134,7 +134,7 @@ def test_at_the_size_it_is_for_nothing_is_averaged(kind: str, size: int) -> None
 
 
 def plainly(kind: str, state: dict[str, torch.Tensor], x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The network in inference mode, from its state alone."""
+    """The network in inference mode, computed from its state dict."""
 
     def rectified(x: torch.Tensor, norm: str) -> torch.Tensor:
         mean, var, weight, bias = (
@@ -156,8 +156,8 @@ def plainly(kind: str, state: dict[str, torch.Tensor], x: torch.Tensor) -> dict[
 
 
 @pytest.mark.parametrize("last", ["one position", "too few", "to be averaged"])
-def test_every_stage_is_the_one_written_out(case: tuple[str, AlexNet], last: str) -> None:
-    """With last maps smaller and larger than the hidden layers see: of 1, 2 and 5 or 7 positions a side."""
+def test_every_stage_equals_the_plain_formula(case: tuple[str, AlexNet], last: str) -> None:
+    """The last maps have edges of 1, 2 and 5 or 7, so that pooling enlarges or averages them."""
     kind, network = case
     sizes = {SMALL: (15, 23, 47), LARGE: (63, 95, 255)}[kind]
     x = images(dict(zip(("one position", "too few", "to be averaged"), sizes, strict=True))[last])
@@ -169,7 +169,7 @@ def test_every_stage_is_the_one_written_out(case: tuple[str, AlexNet], last: str
 
 
 def test_maps_are_taken_before_pooling(case: tuple[str, AlexNet]) -> None:
-    """Max pooling comes after convolutions 1, 2 and 5, and what it gets are their stages."""
+    """Max pooling follows convolutions 1, 2 and 5. Its inputs are their stages."""
     kind, network = case
     pooled: list[torch.Tensor] = []
     pools = [module for module in network.features if isinstance(module, torch.nn.MaxPool2d)]
@@ -185,7 +185,7 @@ def test_maps_are_taken_before_pooling(case: tuple[str, AlexNet]) -> None:
         assert torch.equal(maps[stage], values), stage
 
 
-def test_maps_are_rectified_and_embeddings_have_unit_length(case: tuple[str, AlexNet]) -> None:
+def test_maps_follow_a_relu_and_embeddings_have_unit_length(case: tuple[str, AlexNet]) -> None:
     kind, network = case
     with torch.no_grad():
         *maps, embeddings = network.stages(images(LEAST[kind] + 8, 3)).values()
@@ -197,7 +197,7 @@ def test_maps_are_rectified_and_embeddings_have_unit_length(case: tuple[str, Ale
     torch.testing.assert_close((embeddings**2).sum(dim=1).sqrt(), torch.ones(3))
 
 
-def test_the_embedding_is_signed(case: tuple[str, AlexNet]) -> None:
+def test_embeddings_have_negative_values(case: tuple[str, AlexNet]) -> None:
     """No ReLU after the last layer."""
     kind, network = case
     with torch.no_grad():
@@ -211,18 +211,18 @@ def test_forward_is_the_last_stage(case: tuple[str, AlexNet]) -> None:
         assert torch.equal(network(x), network.stages(x)["fc"])
 
 
-def test_an_embedding_depends_on_its_own_image_in_inference(case: tuple[str, AlexNet]) -> None:
+def test_inference_embedding_depends_only_on_its_image(case: tuple[str, AlexNet]) -> None:
     kind, network = case
     x = images(LEAST[kind], 3)
     with torch.no_grad():
-        run_on_all_ranks, alone = network(x), network(x[1:2])
-    torch.testing.assert_close(run_on_all_ranks[1:2], alone, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(run_on_all_ranks[0], run_on_all_ranks[1], atol=1e-2)
+        together, alone = network(x), network(x[1:2])
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", BUILD)
 def test_forward_is_deterministic_and_every_parameter_has_a_gradient(kind: str) -> None:
-    """Without dropout two passes in training mode agree."""
+    """There is no dropout, so two passes in training mode agree."""
     torch.manual_seed(7)
     network, x = BUILD[kind](low_dim=6).train(), images(LEAST[kind], 4)
     embeddings = network(x)

@@ -1,4 +1,4 @@
-"""The two-layer head, in every family of networks."""
+"""The two-layer head in every family of networks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FAMILIES = [("resnet10-w16", "linear", 8), ("imagenet-resnet18", "fc", 32), ("al
 
 
 @pytest.mark.parametrize(("name", "head", "size"), FAMILIES)
-def test_two_layers_take_the_place_of_the_last(name: str, head: str, size: int) -> None:
+def test_mlp_head_replaces_the_last_layer(name: str, head: str, size: int) -> None:
     torch.manual_seed(0)
     own = models.build(name, low_dim=6).state_dict()
     torch.manual_seed(0)
@@ -34,7 +34,7 @@ def test_two_layers_take_the_place_of_the_last(name: str, head: str, size: int) 
     torch.testing.assert_close(found, expected)
 
 
-def test_a_network_without_a_last_linear_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_without_a_last_linear_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Convolutional(torch.nn.Module):
         def stages(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
             return {}

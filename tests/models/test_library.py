@@ -1,4 +1,4 @@
-"""Networks of timm and torchvision: trained, exported and loaded by the program, and held against the packages' own."""
+"""Networks of timm and torchvision: trained, exported and loaded by the program, and compared with the originals."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def built(name: str, size: tuple[int, int] = (32, 32)) -> LibraryNetwork:
     return network
 
 
-def package_s_own(name: str) -> torch.nn.Module:
-    """The network with its 1,000 classes, made by the package."""
+def package_network(name: str) -> torch.nn.Module:
+    """The network with 1,000 classes, built by the package."""
     package, _, inner = name.partition("/")
     torch.manual_seed(4)
     network: torch.nn.Module = (
@@ -58,10 +58,10 @@ def images(count: int = 3, size: tuple[int, int] = (32, 32)) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_trained_exported_and_loaded_again(name: str, photos: Path, tmp_path: Path) -> None:
+def test_library_network_is_trained_exported_and_reloaded(name: str, photos: Path, tmp_path: Path) -> None:
     needs(name)
     weights = tmp_path / "own.safetensors"
-    save_file(package_s_own(name).state_dict(), weights)
+    save_file(package_network(name).state_dict(), weights)
     data, session = ["--data-root", str(photos)], tmp_path / "s" / "one"
     start = [*WORDS, *data, "--network", name, "--pretrained", str(weights), "--sess-dir", str(tmp_path / "s")]
 
@@ -83,8 +83,8 @@ def test_it_is_trained_exported_and_loaded_again(name: str, photos: Path, tmp_pa
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("prefix", ["", "module.encoder."])
-def test_a_package_s_own_file_gives_its_own_features(name: str, prefix: str, tmp_path: Path) -> None:
-    own, network = package_s_own(name), built(name)
+def test_weights_of_the_package_give_the_same_features(name: str, prefix: str, tmp_path: Path) -> None:
+    own, network = package_network(name), built(name)
     torch.save({f"{prefix}{key}": value for key, value in own.state_dict().items()}, tmp_path / "own.pth")
     found = pretrained.load_pretrained(network, tmp_path / "own.pth")
     assert found.missing_keys == ["fc.weight", "fc.bias"]
@@ -107,7 +107,7 @@ def test_a_package_s_own_file_gives_its_own_features(name: str, prefix: str, tmp
         ("torchvision/shufflenet_v2_x0_5", "conv5", (3, 1024, 1, 1)),
     ],
 )
-def test_its_stages_have_the_package_s_names(name: str, stage: str, shape: tuple[int, ...]) -> None:
+def test_stages_have_the_module_names_of_the_package(name: str, stage: str, shape: tuple[int, ...]) -> None:
     network = built(name).eval()
     with torch.no_grad():
         stages = network.stages(images())
@@ -117,7 +117,7 @@ def test_its_stages_have_the_package_s_names(name: str, stage: str, shape: tuple
     assert not [module for module in network.modules() if module._forward_hooks]
 
 
-def test_a_stage_holds_what_its_module_returned() -> None:
+def test_stage_is_the_output_of_its_module() -> None:
     network = built("torchvision/resnet18").eval()
     inner = network.backbone
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_a_stage_holds_what_its_module_returned() -> None:
 
 
 @pytest.mark.parametrize(("name", "patch"), [("timm/test_vit", 16), ("torchvision/vit_b_32", 32)])
-def test_a_transformer_is_built_for_the_size_of_the_images(name: str, patch: int) -> None:
+def test_transformer_is_built_for_the_image_size(name: str, patch: int) -> None:
     needs(name)
     package, _, inner = name.partition("/")
     with torch.device("meta"):
@@ -165,14 +165,14 @@ def test_onnx_embeddings_equal_those_of_torch(name: str, tmp_path: Path) -> None
 
 
 class OfTwo:
-    """Stands for one of two ranks."""
+    """Replaces the ranks of two processes."""
 
     size = 2
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_activations_survive_distributed_batch_normalisation(training: bool) -> None:
-    network = built("timm/mobilenetv3_small_050").train(training)  # whose normalisations include the activation
+    network = built("timm/mobilenetv3_small_050").train(training)  # its normalisation layers include the activation
     converted = sync_batchnorm.convert(copy.deepcopy(network), OfTwo(), sync=False)  # type: ignore[arg-type]
     assert converted.state_dict().keys() == network.state_dict().keys()
     with torch.no_grad():
@@ -219,17 +219,17 @@ def test_images_and_weights_that_do_not_fit_are_refused(
     assert not (tmp_path / "s").exists()
 
 
-def test_missing_timm_is_one_sentence_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_timm_is_named_with_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(models.NetworkError, match=r"^--network timm/test_resnet: needs .* -r requirements-timm\.txt$"):
         models.build("timm/test_resnet", low_dim=LOW_DIM)
 
 
-def test_weights_come_from_the_package_by_its_name(
+def test_pretrained_weights_are_loaded_by_package_name(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What would be downloaded comes from here."""
-    own = package_s_own(NAMES[1])
+    """The download is replaced by given weights."""
+    own = package_network(NAMES[1])
     api = importlib.import_module("torchvision.models._api")
     monkeypatch.setattr(api, "load_state_dict_from_url", lambda *_, **__: own.state_dict())
     words = [*WORDS, "--data-root", str(photos), "--network", NAMES[1], "--pretrained", "torchvision", "--debug"]

@@ -1,4 +1,4 @@
-"""The ImageNet ResNets against torchvision's own: names, weights and every stage."""
+"""The ImageNet ResNets compared with torchvision's: names, weights and every stage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEAD = {"fc.weight", "fc.bias"}
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Maps are so small here that threads on shared cores mostly wait for each other."""
+    """The feature maps are so small that several threads would be slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -34,7 +34,7 @@ def theirs(name: str) -> torch.nn.Module:
 
 
 def on_paper(name: str, low_dim: int = 6) -> torch.nn.Module:
-    """A network of shapes without numbers: quick at any depth."""
+    """A network on the meta device: shapes without values, quick at any depth."""
     with torch.device("meta"):
         return ours(name, low_dim)
 
@@ -44,7 +44,7 @@ def images(size: int, batch: int = 2) -> torch.Tensor:
 
 
 def filled(network: torch.nn.Module) -> torch.nn.Module:
-    """Ready for inference, with statistics and scales that are not the initial ones and zeros."""
+    """A network for inference whose normalisation parameters and statistics differ from their initial values."""
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.8, 1.2)
@@ -56,7 +56,7 @@ def filled(network: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def network() -> torch.nn.Module:
-    """One for the tests that only read it."""
+    """A network for all tests that do not change it."""
     torch.manual_seed(4)
     return filled(ours("resnet18"))
 
@@ -69,7 +69,7 @@ def shapes_of(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_and_shapes_are_torchvisions_but_for_the_head(name: str) -> None:
+def test_names_and_shapes_equal_torchvision_except_the_head(name: str) -> None:
     with torch.device("meta"):
         expected = shapes_of(theirs(name))
     width = expected["fc.weight"][1]
@@ -77,16 +77,16 @@ def test_names_and_shapes_are_torchvisions_but_for_the_head(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_number_in_a_name_counts_its_layers(name: str) -> None:
-    """Convolutions on the main path, and the linear layer."""
+def test_number_in_the_name_is_the_number_of_layers(name: str) -> None:
+    """The convolutions of the main path and the linear layer are counted."""
     modules = on_paper(name).named_modules()
     layers = [k for k, m in modules if isinstance(m, torch.nn.Conv2d | torch.nn.Linear) and "downsample" not in k]
     assert len(layers) == int(name.removeprefix("resnet"))
 
 
 @pytest.mark.parametrize(("name", "published"), [("resnet18", 11_689_512), ("resnet50", 25_557_032)])
-def test_parameters_are_the_published_ones_with_another_head(name: str, published: int) -> None:
-    """torchvision publishes its counts for a thousand classes."""
+def test_number_of_parameters_is_the_published_one_with_our_head(name: str, published: int) -> None:
+    """The published counts are for a thousand classes."""
     width = 512 if name == "resnet18" else 2048
     expected = published - (width + 1) * 1000 + (width + 1) * 128
     assert sum(p.numel() for p in on_paper(name, low_dim=128).parameters()) == expected
@@ -94,7 +94,7 @@ def test_parameters_are_the_published_ones_with_another_head(name: str, publishe
 
 @pytest.mark.parametrize(("name", "expansion"), [("resnet18", 1), ("resnet34", 1), ("resnet50", 4), ("resnet101", 4)])
 @pytest.mark.parametrize(("size", "edges"), [(224, [112, 56, 28, 14, 7]), (65, [33, 17, 9, 5, 3]), (1, [1] * 5)])
-def test_shapes_of_the_stages(name: str, expansion: int, size: int, edges: list[int]) -> None:
+def test_stages_have_the_expected_shapes(name: str, expansion: int, size: int, edges: list[int]) -> None:
     maps = on_paper(name, low_dim=6).stages(torch.empty(3, 3, size, size, device="meta"))
     channels = [64, *(expansion * width for width in (64, 128, 256, 512))]
     assert list(maps) == STAGES
@@ -112,7 +112,7 @@ def test_images_need_not_be_square() -> None:
 
 
 def record(network: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What passes through torchvision's network, copied at once: its ReLUs write in place."""
+    """The maps in torchvision's network, copied immediately because its ReLUs work in place."""
     seen: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -128,7 +128,7 @@ def record(network: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_with_torchvisions_weights_each_stage_is_torchvisions(name: str) -> None:
+def test_stages_equal_torchvision_with_its_weights(name: str) -> None:
     torch.manual_seed(3)
     source, network = filled(theirs(name)), ours(name).eval()
     body = {key: value for key, value in source.state_dict().items() if key not in HEAD}
@@ -147,7 +147,7 @@ def test_with_torchvisions_weights_each_stage_is_torchvisions(name: str) -> None
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_maps_are_rectified_and_embeddings_have_unit_length(training: bool, network: torch.nn.Module) -> None:
+def test_maps_follow_a_relu_and_embeddings_have_unit_length(training: bool, network: torch.nn.Module) -> None:
     network = copy.deepcopy(network).train(training)
     with torch.no_grad():
         *maps, embeddings = network.stages(images(64, 3)).values()
@@ -165,16 +165,16 @@ def test_forward_is_the_last_stage(network: torch.nn.Module) -> None:
         assert torch.equal(network(x), network.stages(x)["fc"])
 
 
-def test_an_embedding_depends_on_its_own_image_in_inference(network: torch.nn.Module) -> None:
+def test_inference_embedding_depends_only_on_its_image(network: torch.nn.Module) -> None:
     x = images(32, 3)
     with torch.no_grad():
-        run_on_all_ranks, alone = network(x), network(x[1:2])
-    torch.testing.assert_close(run_on_all_ranks[1:2], alone)
-    assert not torch.allclose(run_on_all_ranks[0], run_on_all_ranks[1])
+        together, alone = network(x), network(x[1:2])
+    torch.testing.assert_close(together[1:2], alone)
+    assert not torch.allclose(together[0], together[1])
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_the_gradient_reaches_every_parameter(name: str) -> None:
+def test_every_parameter_receives_a_gradient(name: str) -> None:
     torch.manual_seed(7)
     network = ours(name).train()
     network(images(32, 4))[:, 0].sum().backward()

@@ -1,4 +1,4 @@
-"""The small-image ResNets: the reference's names and sizes, and a forward pass written out plainly."""
+"""The small-image ResNets: the reference's names and sizes, and a plain forward pass."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from models.head import Normalize
 BASIC = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 BOTTLENECK = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}
 NARROW = {f"{name}-w{width}": (name, width) for name in ("resnet10", "resnet18") for width in (16, 32)}
-"""Narrow variants: the network that each is a variant of, and the channels of its stem."""
+"""Narrow variants: the full network of each and the channels of its stem."""
 
 State = dict[str, torch.Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
 
 def on_paper(name: str, low_dim: int = 128) -> torch.nn.Module:
-    """A network of shapes without numbers: quick at any depth."""
+    """A network on the meta device: shapes without values, quick at any depth."""
     with torch.device("meta"):
         return build(name, low_dim=low_dim)
 
@@ -66,8 +66,8 @@ def images(size: int, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(2))
 
 
-def tiny(name: str = "resnet10", low_dim: int = 6) -> torch.nn.Module:
-    """Ready for inference, with statistics and scales that are not the initial ones and zeros."""
+def filled(name: str = "resnet10", low_dim: int = 6) -> torch.nn.Module:
+    """A network for inference whose normalisation parameters and statistics differ from their initial values."""
     torch.manual_seed(4)
     network = build(name, low_dim=low_dim)
     for module in network.modules():
@@ -82,25 +82,25 @@ def tiny(name: str = "resnet10", low_dim: int = 6) -> torch.nn.Module:
 # Names and sizes.
 
 
-def test_every_depth_of_the_family_can_be_chosen() -> None:
+def test_every_depth_of_the_family_is_available() -> None:
     assert {name for name in NETWORKS if name.startswith("resnet")} == {*BASIC, *BOTTLENECK, *NARROW}
 
 
 @pytest.mark.parametrize("name", [*BASIC, *BOTTLENECK, *NARROW])
-def test_names_and_shapes_are_the_references(name: str) -> None:
+def test_names_and_shapes_equal_the_reference(name: str) -> None:
     state = on_paper(name, low_dim=128).state_dict()
     assert {key: tuple(value.shape) for key, value in state.items()} == shapes_of(name, low_dim=128)
 
 
 @pytest.mark.parametrize("name", [*BASIC, *BOTTLENECK])
-def test_the_number_in_a_name_counts_its_layers(name: str) -> None:
-    """Convolutions on the main path, and the linear layer."""
+def test_number_in_the_name_is_the_number_of_layers(name: str) -> None:
+    """The convolutions of the main path and the linear layer are counted."""
     modules = on_paper(name).named_modules()
     layers = [key for key, m in modules if isinstance(m, torch.nn.Conv2d | torch.nn.Linear) and "shortcut" not in key]
     assert len(layers) == int(name.removeprefix("resnet"))
 
 
-def test_resnet18_has_as_many_parameters_as_the_formula_says() -> None:
+def test_number_of_parameters_of_resnet18_equals_the_formula() -> None:
     def stage(inputs: int, width: int) -> int:
         """Two blocks of two 3x3 convolutions and normalisations; a 1x1 projection where the width changes."""
         convolutions = 9 * inputs * width + 3 * 9 * width * width
@@ -113,13 +113,13 @@ def test_resnet18_has_as_many_parameters_as_the_formula_says() -> None:
     assert sum(p.numel() for p in on_paper("resnet18").parameters()) == expected
 
 
-def test_convolutions_have_no_bias_and_everything_learns() -> None:
+def test_convolutions_have_no_bias_and_all_parameters_train() -> None:
     network = on_paper("resnet50")
     assert all(m.bias is None for m in network.modules() if isinstance(m, torch.nn.Conv2d))
     assert all(p.requires_grad for p in network.parameters())
 
 
-def test_names_are_matched_in_any_case_and_unknown_ones_are_not() -> None:
+def test_network_name_ignores_case_and_unknown_one_is_refused() -> None:
     with torch.device("meta"):
         network = build("ResNet10", low_dim=3)
         with pytest.raises(KeyError):
@@ -131,7 +131,7 @@ def test_names_are_matched_in_any_case_and_unknown_ones_are_not() -> None:
 
 
 def plainly(name: str, state: State, x: torch.Tensor) -> torch.Tensor:
-    """The network in inference mode, from its state alone: the last map, pooled, projected, normalised."""
+    """The network in inference mode, computed from its state dict."""
 
     def normalised(x: torch.Tensor, norm: str) -> torch.Tensor:
         mean, var, weight, bias = (
@@ -166,8 +166,8 @@ NETWORKS_AND_SIZES = [("resnet10", 8), ("resnet10", 32), ("resnet18", 8), ("resn
 
 
 @pytest.mark.parametrize(("name", "size"), NETWORKS_AND_SIZES)
-def test_the_forward_pass_is_the_one_written_out(name: str, size: int) -> None:
-    network = tiny(name).double()
+def test_forward_pass_equals_the_plain_formula(name: str, size: int) -> None:
+    network = filled(name).double()
     x = images(size).double()
     with torch.no_grad():
         torch.testing.assert_close(network(x), plainly(name, network.state_dict(), x), rtol=1e-7, atol=1e-9)
@@ -177,7 +177,7 @@ def test_the_forward_pass_is_the_one_written_out(name: str, size: int) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_embeddings_have_unit_length(size: int, training: bool) -> None:
     with torch.no_grad():
-        embeddings = tiny().train(training)(images(size, 3))
+        embeddings = filled().train(training)(images(size, 3))
     assert embeddings.shape == (3, 6)
     torch.testing.assert_close((embeddings**2).sum(dim=1).sqrt(), torch.ones(3))
 
@@ -199,14 +199,14 @@ def test_bottleneck_stages_are_four_times_as_wide() -> None:
     assert maps["conv5"].shape[2:] == (4, 2)
 
 
-def test_the_last_stage_is_the_output() -> None:
-    network, x = tiny(), images(8)
+def test_last_stage_is_the_output() -> None:
+    network, x = filled(), images(8)
     with torch.no_grad():
         assert torch.equal(network.stages(x)["fc"], network(x))
 
 
-def test_at_32_pixels_the_pooling_is_the_references_over_4x4_windows() -> None:
-    network, x = tiny(), images(32)
+def test_pooling_at_32_pixels_equals_4x4_average_pooling() -> None:
+    network, x = filled(), images(32)
     with torch.no_grad():
         maps = network.stages(x)
         pooled = F.avg_pool2d(maps["conv5"], 4).flatten(1)
@@ -215,17 +215,17 @@ def test_at_32_pixels_the_pooling_is_the_references_over_4x4_windows() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, 9])
-def test_any_size_from_one_pixel_on_goes_through(size: int) -> None:
+def test_images_of_any_size_are_accepted(size: int) -> None:
     with torch.no_grad():
-        assert tiny()(images(size)).isfinite().all()
+        assert filled()(images(size)).isfinite().all()
 
 
-def test_every_parameter_gets_a_gradient() -> None:
-    network = tiny().train()
+def test_every_parameter_receives_a_gradient() -> None:
+    network = filled().train()
     network(images(8, 4))[:, 0].sum().backward()
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_a_row_of_zeros_stays_zero() -> None:
+def test_normalising_a_row_of_zeros_gives_zeros() -> None:
     rows = torch.tensor([[0.0, 0.0], [3.0, 4.0], [-5.0, 0.0]])
     torch.testing.assert_close(Normalize()(rows), torch.tensor([[0.0, 0.0], [0.6, 0.8], [-1.0, 0.0]]))

@@ -54,7 +54,7 @@ def test_only_tests_import_main() -> None:
 
 
 def test_modules_do_no_work_at_import() -> None:
-    """At the top of a file: imports, definitions, assignments, docstrings; only main.py may start something."""
+    """The top level of a file has only imports, definitions, assignments and docstrings, except in main.py."""
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
     for path in [*MODULES, *(ROOT / "models").glob("*.py"), *(ROOT / "datasets").glob("*.py")]:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -63,6 +63,6 @@ def test_modules_do_no_work_at_import() -> None:
             assert text or types or isinstance(node, allowed), f"{path}:{node.lineno}"
 
 
-def test_the_top_level_is_what_the_owner_asked_for() -> None:
+def test_top_level_has_the_documented_files_and_folders() -> None:
     asked = "main.py configs models lib datasets sessions requirements.yaml README.md LICENSE tests".split()
     assert not [name for name in asked if not (ROOT / name).exists()]

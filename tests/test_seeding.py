@@ -17,7 +17,7 @@ places = st.lists(st.integers(0, 10_000), max_size=3)
 
 @given(seeds, places)
 @many
-def test_a_seed_is_repeatable_and_fits_every_generator(seed: int, where: list[int]) -> None:
+def test_seed_is_repeatable_and_valid_for_every_generator(seed: int, where: list[int]) -> None:
     first = seed_for(seed, *where)
     assert type(first) is int
     assert 0 <= first < 2**63
@@ -37,7 +37,7 @@ def test_no_two_runs_share_a_seed() -> None:
 
 
 def test_no_two_streams_of_a_run_share_a_seed() -> None:
-    """First weights, memory noise, and each epoch's batches and steps."""
+    """Initial weights, memory noise, and the batches and steps of each epoch."""
     epochs = [(round, epoch) for round in range(3) for epoch in range(3)]
     for seed in range(20):
         once = [seed_for(seed), *(seed_for(seed, stream) for stream in Stream)]
@@ -63,14 +63,14 @@ def test_long_seed_does_not_collide_with_a_short_one() -> None:
 
 
 def test_neighbouring_places_have_unrelated_seeds() -> None:
-    """Every bit is set in about half of them, and about half of the bits change from one to the next."""
+    """Every bit is set in about half of the seeds, and about half of the bits differ between neighbours."""
     drawn = [seed_for(0, 0, epoch) for epoch in range(400)]
     bits = np.array([[seed >> bit & 1 for bit in range(63)] for seed in drawn])
     np.testing.assert_allclose(bits.mean(axis=0), 0.5, atol=0.125)  # five deviations
     np.testing.assert_allclose(np.abs(np.diff(bits, axis=0)).mean(axis=0), 0.5, atol=0.125)
 
 
-def test_the_default_seed_is_the_time_of_the_start() -> None:
+def test_default_seed_is_the_start_time() -> None:
     assert choose(None, None, 1_700_000_000) == 1_700_000_000
 
 

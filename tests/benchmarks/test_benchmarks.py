@@ -1,4 +1,4 @@
-"""The benchmarks: that both ways they compare give the same, and that all of them run."""
+"""The benchmarks: the compared implementations give equal results, and all benchmarks run."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_discovery_equals_the_reference() -> None:
     torch.testing.assert_close(found.entropy, entropy, atol=1e-5, rtol=1e-5)
     order = entropy.argsort()
     gap = (entropy[order[600]] - entropy[order[599]]).item()
-    assert gap > 1e-5  # the 600th is told from the 601st whatever the rounding
+    assert gap > 1e-5  # the order of the 600th and the 601st does not depend on rounding
     assert set(found.anchors.tolist()) == set(order[:600].tolist())
     assert (found.position >= 0).equal(position >= 0)
     theirs = dict(zip(order[:600].tolist(), near.tolist(), strict=True))
@@ -106,7 +106,7 @@ def test_classifier_ranks_the_classes_as_the_reference() -> None:
 
 
 def test_augmentations_have_equal_mean_and_deviation() -> None:
-    """Of pixels over 2,000 draws of one image; each draw is checked by the tests of ``lib/data/augmentation.py``."""
+    """Compares pixels over 2,000 augmentations of an image. Single ones: tests of ``lib/data/augmentation.py``."""
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     draws = np.random.default_rng(1).random((2000, NUM_RANDOM))
     ours = augmentation.PAPER(torch.from_numpy(image).expand(2000, -1, -1, -1), draws)

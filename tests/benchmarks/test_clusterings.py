@@ -1,4 +1,4 @@
-"""The comparison of clusterings: its figures, its table, and input that cannot be used."""
+"""The comparison of clusterings: figures, table and unusable input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from benchmarks import clusterings
 
 
-def test_what_is_left_out_counts_as_wrong_and_as_one_group() -> None:
+def test_unassigned_samples_count_as_wrong_and_as_one_group() -> None:
     labels = np.repeat([0, 1, 2], 4)
     clusters = np.array([5, 5, 5, 5, 2, 2, 2, -1, -1, -1, -1, -1])
     figures = clusterings.judge(labels, clusters)
@@ -21,7 +21,7 @@ def test_what_is_left_out_counts_as_wrong_and_as_one_group() -> None:
     assert (nothing["groups"], nothing["accuracy"], nothing["left out"]) == (0, 0, 100)
 
 
-def test_every_method_finds_planted_groups_and_few_are_sampled(
+def test_every_method_finds_planted_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw = np.random.default_rng(0)

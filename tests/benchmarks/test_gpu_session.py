@@ -1,4 +1,4 @@
-"""``python -m benchmarks gpu``: what is done is kept, what failed is tried again, and the deadline is kept."""
+"""``python -m benchmarks gpu``: finished parts are kept, failed ones are retried, and the deadline is met."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def part(name: str, code: str, out: Path, **changes: Any) -> Part:
     return Part(name, name.title(), lambda: ["-c", code], outcome, **{"least": 0.0, **changes})
 
 
-def carried_out(out: Path, parts: list[Part], seconds: float = HOUR) -> tuple[int, dict[str, Any]]:
+def run_parts(out: Path, parts: list[Part], seconds: float = HOUR) -> tuple[int, dict[str, Any]]:
     status = Runner(out, parts, {"device": "cpu"}, time.monotonic() + seconds).carry_out()
     return status, json.loads((out / "state.json").read_text())["parts"]
 
@@ -51,7 +51,7 @@ def test_failed_parts_are_retried_after_the_others(tmp_path: Path) -> None:
         part("c", note("c"), tmp_path, blocked="no data"),
     ]
     parts.append(part("last", note("last"), tmp_path))
-    status, entries = carried_out(tmp_path, parts)
+    status, entries = run_parts(tmp_path, parts)
     assert status == 1 and trace.read_text() == "a b last "
     assert {name: entry["status"] for name, entry in entries.items()} == {
         "a": "done",
@@ -63,8 +63,8 @@ def test_failed_parts_are_retried_after_the_others(tmp_path: Path) -> None:
 
     mended.touch()
     parts[2] = part("c", note("c"), tmp_path)
-    status, again = carried_out(tmp_path, parts)
-    assert status == 0 and trace.read_text() == "a b last c b "  # b comes after c, which was never tried
+    status, again = run_parts(tmp_path, parts)
+    assert status == 0 and trace.read_text() == "a b last c b "  # c, which was not tried yet, comes before b
     assert again["a"] == entries["a"] and again["last"] == entries["last"]
     assert again["b"]["status"] == "done" and again["b"]["tries"] == 2 and again["b"]["reason"] == ""
     assert "What is missing" not in Runner(tmp_path, parts, {"device": "cpu"}, 0).report()
@@ -76,7 +76,7 @@ def test_part_that_cannot_finish_is_not_started(tmp_path: Path) -> None:
         part("missing", "raise SystemExit('begun')", tmp_path, needs=("json", "no_such_module")),
         part("short", "", tmp_path),
     ]
-    status, entries = carried_out(tmp_path, parts, gpu.GRACE + 60)
+    status, entries = run_parts(tmp_path, parts, gpu.GRACE + 60)
     assert status == 1 and entries["short"]["status"] == "done"
     assert entries["long"]["status"] == entries["missing"]["status"] == "not begun"
     assert entries["long"]["reason"].startswith("needs 100 s, and ") and not entries["long"]["tries"]
@@ -103,7 +103,7 @@ SAVES += "signal.pause()"
 def test_session_ends_before_the_deadline(
     code: str, status: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The clock follows the part: it stands at the time to stop once the part has begun, then at the time to kill."""
+    """The clock jumps to the time to stop when the part has begun, and then to the time to kill."""
     log, deadline = tmp_path / "waits.log", HOUR
 
     def clock() -> float:
@@ -122,12 +122,12 @@ def test_session_ends_before_the_deadline(
 
 def test_hanging_part_is_stopped_in_time_for_the_others(tmp_path: Path) -> None:
     parts = [part("hangs", WAIT, tmp_path, most=0.5), part("next", "", tmp_path)]
-    _, entries = carried_out(tmp_path, parts)
+    _, entries = run_parts(tmp_path, parts)
     assert entries["hangs"]["reason"] == "ran out of time" and entries["next"]["status"] == "done"
 
 
-def test_results_of_another_setting_and_a_damaged_state_are_refused(tmp_path: Path) -> None:
-    carried_out(tmp_path, [part("a", "", tmp_path)])
+def test_results_of_other_settings_and_damaged_state_are_refused(tmp_path: Path) -> None:
+    run_parts(tmp_path, [part("a", "", tmp_path)])
     with pytest.raises(UsageError, match=r"state.json: has the results of device cpu; choose another --out"):
         Runner(tmp_path, [], {"device": "cuda:0"}, 0)
     for content in ("{", "[]", '{"setting": 1, "parts": {}}'):
@@ -162,7 +162,7 @@ def test_constant_batches_replace_the_loader() -> None:
 
 
 @pytest.mark.slow
-def test_stopped_session_is_continued(photos: Path, tmp_path: Path) -> None:
+def test_stopped_session_is_resumed(photos: Path, tmp_path: Path) -> None:
     out, chosen = tmp_path / "out", ["step-float32", "rate-bf16", "discovery-50k", "discovery-1281k", "knn", "memory"]
     words = ["gpu", "--device", "cpu", "--small", "--out", str(out), "--data-root", str(photos), "--parts", *chosen]
     words += ["cifar10", "--", "--max-epoch", "100"]

@@ -1,4 +1,4 @@
-"""The screening: equal image passes, images of its own to judge by, and results that add up."""
+"""The screening: equal image passes, separate validation images, and the summary of results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ study.CFGS, screening.TRAIN, screening.HELD_OUT = [sys.argv[1]], 60, 20
 screening.PASSES, screening.FIRST_EPOCHS, screening.EPOCHS, screening.ROUNDS = 4, 2, 1, 3
 sys.exit(screening.main(sys.argv[2:]))
 """
-"""The screening at a size for tests; the first word is the config."""
+"""The screening at a small size; the first argument is the config."""
 
 
 def test_all_arms_have_the_same_image_passes() -> None:
@@ -52,7 +52,7 @@ def chosen(folder: Path) -> dict[str, list[str]]:
     }
 
 
-def test_images_that_judge_are_other_training_images(photos: Path, tmp_path: Path) -> None:
+def test_validation_images_are_not_trained_on(photos: Path, tmp_path: Path) -> None:
     for name in ("first", "again"):
         choose_images(photos, tmp_path / name, 60, 30)
     found = chosen(tmp_path / "first")
@@ -103,7 +103,7 @@ def test_finished_runs_add_a_line_each_to_the_results(config: Path, photos: Path
     assert metrics.read(sessions / "and-s5")[-1]["anchors"] == 60
 
     (results / "screening.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
-    process = start(*words, program=("-c", SMALL))  # adds the line that is missing, and trains nothing
+    process = start(*words, program=("-c", SMALL))  # adds the missing line without training
     assert output_of(process) == "" and process.returncode == 0
     assert [json.loads(line) for line in (results / "screening.jsonl").read_text().splitlines()] == lines
     process = start(*words, "--evaluate", program=("-c", SMALL))

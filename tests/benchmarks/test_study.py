@@ -1,4 +1,4 @@
-"""The study's runs: branched as they should be, stopped and started again, left alone when they are done."""
+"""The runs of the study: how they branch, how they resume, and that finished ones are not repeated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from benchmarks import study
 study.CFGS, study.SEEDS, study.FIRST_EPOCHS, study.EPOCHS, study.ROUNDS = [sys.argv[1]], (5,), 3, 2, 3
 sys.exit(study.main(sys.argv[2:]))
 """
-"""The study at a size for tests; the first word is the config."""
+"""The study at a small size; the first argument is the config."""
 HELD = SMALL.replace(
     "sys.exit(",
     f"""
@@ -38,12 +38,12 @@ def hold(self, run):
 study.Study.command = hold
 sys.exit(""",
 )
-"""The same, where round 0 waits for a signal in a step of its second epoch."""
+"""The same; round 0 waits for a signal in a step of its second epoch."""
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The options of ``RUN``, in a file; those that the study sets itself are left out."""
+    """A file with the options of ``RUN`` except those that the study sets."""
     options: dict[str, Any] = {}
     for word in RUN.split():
         if word.startswith("--"):
@@ -70,7 +70,7 @@ def words(config: Path, photos: Path, folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_stopped_study_is_continued_to_its_end(config: Path, photos: Path, tmp_path: Path) -> None:
+def test_stopped_study_is_resumed_to_its_end(config: Path, photos: Path, tmp_path: Path) -> None:
     given = words(config, photos, tmp_path)
     process, output = start(*given, program=("-c", HELD)), tmp_path / "round0-s5.out"
     until(lambda: output.exists() and "waiting for a signal" in output.read_text(), process)
@@ -112,7 +112,7 @@ def test_stopped_study_is_continued_to_its_end(config: Path, photos: Path, tmp_p
     assert equal(one["net"], other["net"]) and equal(one["npc"], other["npc"])
 
     process = start(*given, program=("-c", SMALL))
-    assert output_of(process) == "" and process.returncode == 0  # all is done
+    assert output_of(process) == "" and process.returncode == 0  # every run is finished
     process = start(*given, "--list", program=("-c", SMALL))
     assert output_of(process).count("done") == 7
 
@@ -125,36 +125,36 @@ def test_failed_run_is_reported_and_the_others_continue(config: Path, photos: Pa
     shown = output_of(process)
     assert process.returncode == 1
     assert "error: round0-s5 ended with status 2" in shown and "error: one-round-s5 ended with status 2" in shown
-    assert "and-s5" not in shown  # there is nothing that it could branch from
+    assert "and-s5" not in shown  # its round 0 failed, so it cannot branch
     assert "fewer than a batch" in (tmp_path / "study" / "round0-s5.out").read_text()
 
 
-def test_a_second_study_in_the_same_folder_is_refused(photos: Path, tmp_path: Path, capsys: Any) -> None:
+def test_second_study_in_the_same_folder_is_refused(photos: Path, tmp_path: Path, capsys: Any) -> None:
     read_until(start(str(tmp_path / ".study.lock"), program=("-c", HOLD)), "held")
     assert study.main(["--data-root", str(photos), "--sess-dir", str(tmp_path)]) == 2
     assert "another process carries out this study" in capsys.readouterr().err
 
 
-def test_a_folder_without_training_images_is_refused(tmp_path: Path, capsys: Any) -> None:
+def test_folder_without_training_images_is_refused(tmp_path: Path, capsys: Any) -> None:
     assert study.main(["--data-root", str(tmp_path), "--sess-dir", str(tmp_path / "study")]) == 2
     assert "has no folder train/" in capsys.readouterr().err and not (tmp_path / "study").exists()
 
 
 def test_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
-    carried_out = study.Study(tmp_path / "photos", tmp_path, study.plan(study.SEEDS))
-    run, session = carried_out.runs[0], tmp_path / "round0-s0"
+    planned = study.Study(tmp_path / "photos", tmp_path, study.plan(study.SEEDS))
+    run, session = planned.runs[0], tmp_path / "round0-s0"
     session.mkdir()
     (session / "config.yaml").write_text("seed: 0\n")
-    assert "--resume" not in carried_out.command(run) and not session.exists()
+    assert "--resume" not in planned.command(run) and not session.exists()
     (session / "checkpoint").mkdir(parents=True)
     (session / "checkpoint" / "latest.ckpt").touch()
-    assert carried_out.command(run)[-2:] == ["--resume", str(session)] and session.exists()
+    assert planned.command(run)[-2:] == ["--resume", str(session)] and session.exists()
 
 
-def test_right_pairs_keeps_anchors_with_right_neighbours() -> None:
+def test_right_pairs_keeps_anchors_with_correct_neighbours() -> None:
     anchors, neighbours = torch.tensor([4, 0, 2]), torch.tensor([[1], [3], [5]])
     found = replace(Neighbourhoods.of_anchors(anchors, neighbours, torch.zeros(6)), consistency=1 / 3)
-    labels = torch.tensor([0, 1, 0, 1, 1, 2])  # 4 and 1 are alike; 0 and 3, 2 and 5 are not
+    labels = torch.tensor([0, 1, 0, 1, 1, 2])  # 4 and 1 have equal labels; 0 and 3, 2 and 5 do not
     trainer: Any = SimpleNamespace(labels=labels, state=SimpleNamespace(neighbourhoods=found))
     right_pairs.keep_right_pairs(trainer)
     kept = trainer.state.neighbourhoods
@@ -165,14 +165,14 @@ def test_right_pairs_keeps_anchors_with_right_neighbours() -> None:
         right_pairs.keep_right_pairs(trainer)
 
 
-def test_learning_rates_drop_at_three_and_at_four_fifths_of_a_round() -> None:
+def test_learning_rate_drops_at_3_and_4_fifths_of_a_round() -> None:
     for epochs, drops in {50: (30, 40), 10: (6, 8), 90: (54, 72)}.items():
         _, length, _, offset, _, step = study.schedule(epochs)
         assert int(length) == epochs and (int(offset) + int(step), int(offset) + 2 * int(step)) == drops
         assert int(offset) + 3 * int(step) >= epochs
 
 
-def test_most_important_runs_come_first() -> None:
+def test_most_important_runs_are_first() -> None:
     plan = study.plan(study.SEEDS)
     names = [run.name for run in plan]
     assert names[:3] == ["round0-s0", "restarts-s0", "and-s0"] and len(set(names)) == len(names) == 21
@@ -181,5 +181,5 @@ def test_most_important_runs_come_first() -> None:
     )
 
 
-def test_chosen_arms_need_round_0_and_nothing_else() -> None:
+def test_selected_arms_need_only_round_0() -> None:
     assert [run.name for run in study.plan([1], ["and", "right-pairs"])] == ["round0-s1", "and-s1", "right-pairs-s1"]

@@ -1,4 +1,4 @@
-"""The study's figures against plain numpy and scipy, and its tables."""
+"""The study's figures compared with plain numpy and scipy, and its tables."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_arms_are_averaged_and_paired_by_seed(tmp_path: Path) -> None:
     write_epochs(tmp_path, "restarts-s1", 0.5, 0.54)
     write_epochs(tmp_path, "and-s0", 0.5, 0.55)
     write_epochs(tmp_path, "and-s1", 0.5, 0.55)
-    write_epochs(tmp_path, "and-s7", 0.5, 0.9)  # has no partner
+    write_epochs(tmp_path, "and-s7", 0.5, 0.9)  # no other arm has this seed
     text = Results(tmp_path).tables()
     rows = {line.split("|")[1].strip(): line for line in text.split("consistency")[0].splitlines() if "|" in line}
     assert "53.00 ± 1.41" in rows["restarts"] and "66.67 ± 20.21" in rows["and"]
@@ -41,7 +41,7 @@ def test_arms_are_averaged_and_paired_by_seed(tmp_path: Path) -> None:
     assert "0, 1" in difference and "+2.00" in difference and "-10.71 to +14.71" in difference
 
 
-def test_neighbour_figures_equal_plain_ones() -> None:
+def test_neighbour_statistics_equal_plain_loops() -> None:
     draw = np.random.default_rng(0)
     labels = draw.integers(0, 3, 200)
     rows = np.eye(3)[labels] + draw.normal(0, 0.6, (200, 3))
@@ -61,7 +61,7 @@ def test_neighbour_figures_equal_plain_ones() -> None:
     assert 0.3 < is_correct.mean() < 1
 
 
-def test_mcnemar_counts_the_images_that_only_one_arm_classifies(tmp_path: Path) -> None:
+def test_mcnemar_counts_images_that_one_arm_alone_gets_right(tmp_path: Path) -> None:
     correct = {"restarts": [1] * 10 + [0] * 30, "and": [1] * 9 + [0] + [1] * 8 + [0] * 22}
     for arm, bits in correct.items():
         packed = base64.b64encode(np.packbits(np.array(bits, bool)).tobytes()).decode()
@@ -73,7 +73,7 @@ def test_mcnemar_counts_the_images_that_only_one_arm_classifies(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_run_is_evaluated_as_the_program_does(photos: Path, tmp_path: Path) -> None:
+def test_evaluation_of_a_run_equals_that_of_the_program(photos: Path, tmp_path: Path) -> None:
     finished(*words_of(photos, tmp_path, "run"))
     found = study_results.evaluate_run(tmp_path / "run", photos)
     words = ["--resume", str(tmp_path / "run"), "--test-only", "--protocol", "knn", "nn", "linear"]

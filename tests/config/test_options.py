@@ -1,4 +1,4 @@
-"""The options themselves: the reference's names, its defaults, and what each one accepts."""
+"""The options: names and defaults of the reference, and accepted values."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ PUBLISHED: dict[str, Any] = {
     "resume": None,
     "restart": False,
 }
-"""The reference's options and the defaults in its code; of ``means``, ``stds``, ``session`` and ``seed`` it computes
-them, and here they are not set."""
+"""The reference's options and the defaults in its code. It computes ``means``, ``stds``, ``session`` and ``seed``; here
+they are not set."""
 
 OTHER_DEFAULTS = ("log_file", "log_tfb")
-"""Off in the reference, where only its ``base.yaml`` turns them on; docs/method.md declares it."""
+"""Off in the reference's code and on in its ``base.yaml``; see docs/method.md."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -128,7 +128,7 @@ def test_options_cannot_be_changed_afterwards() -> None:
         ("session", 2019, "2019"),
     ],
 )
-def test_values_of_the_reference_s_files_are_accepted(name: str, given: Any, read: Any) -> None:
+def test_values_of_reference_option_files_are_accepted(name: str, given: Any, read: Any) -> None:
     value = getattr(Options(**{"momentum": 0.9, name: given}), name)
     assert value == read and type(value) is type(read)
 
@@ -136,7 +136,7 @@ def test_values_of_the_reference_s_files_are_accepted(name: str, given: Any, rea
 @pytest.mark.parametrize("name", ["data_root", "resume", "session", "lr_schedule"])
 @pytest.mark.parametrize("given", ["None", ""])
 def test_none_or_empty_path_or_name_is_not_set(name: str, given: str) -> None:
-    """The reference evaluates its strings, so that 'None' and '' were no paths there."""
+    """The reference evaluates strings, so 'None' and '' mean that a path is not set."""
     assert getattr(Options(**{name: given}), name) is None
 
 
@@ -154,7 +154,7 @@ def test_none_or_empty_path_or_name_is_not_set(name: str, given: str) -> None:
         ([], ()),
     ],
 )
-def test_gpus_are_read_in_every_spelling(given: Any, read: tuple[int, ...]) -> None:
+def test_gpus_are_read_in_every_format(given: Any, read: tuple[int, ...]) -> None:
     assert Options(gpus=given).gpus == read
 
 
@@ -297,8 +297,8 @@ def test_nesterov_needs_momentum_only_with_sgd() -> None:
 @pytest.mark.parametrize(
     ("resize", "size"), [(32, 32), ((32, 64), (32, 64)), ((64, 32), (64, 32)), ((40, 70), (32, 64)), (64, (32, 64))]
 )
-def test_a_crop_as_large_as_the_image_fits(resize: Any, size: Any) -> None:
-    """Height against height and width against width: (32, 64) can be cut from (32, 64)."""
+def test_crop_as_large_as_the_image_is_accepted(resize: Any, size: Any) -> None:
+    """Heights and widths are compared separately: (32, 64) fits into (32, 64)."""
     assert Options(resize=resize, size=size).size == size
 
 

@@ -1,4 +1,4 @@
-"""From files and flags to options and back, and what is said where that fails."""
+"""Reading options from files and flags, writing them, and error messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ THIS_RUN = set(
     "cfgs session resume restart test_only debug brief print_args download export_features export_model compare "
     "report export_table export_thumbnails query".split()
 )
-"""Options that say what to do now; a repeated run does not repeat them."""
+"""Options of a single run, which are not written to the config."""
 
 OLD_STYLE = """\
 # as the reference's own files are written
@@ -54,7 +54,7 @@ def written(folder: Path, content: str | bytes, name: str = "options.yaml") -> P
 
 
 def refusal(words: list[str]) -> str:
-    """What is said; one sentence, no trace of Python."""
+    """The error message; checks that it is one sentence without a traceback."""
     with pytest.raises(UsageError) as refused:
         read_options(words)
     text = str(refused.value)
@@ -63,7 +63,7 @@ def refusal(words: list[str]) -> str:
 
 
 def refused_file(folder: Path, content: str | bytes) -> str:
-    """What is said of a file; it names the file."""
+    """The error message for a file; checks that it names the file."""
     path = written(folder, content)
     text = refusal(["--cfgs", str(path)])
     assert str(path) in text
@@ -81,20 +81,20 @@ def test_later_files_override_earlier_ones_and_flags_override_files(tmp_path: Pa
     assert (other_way.low_dim, other_way.max_round) == (11, 12)
 
 
-def test_a_base_file_comes_before_the_files_of_the_command_line(tmp_path: Path) -> None:
+def test_base_file_is_read_before_files_of_the_command_line(tmp_path: Path) -> None:
     base = written(tmp_path, "batch_size: 10\nlow_dim: 11\n", "base.yaml")
     more = written(tmp_path, "low_dim: 21\n", "more.yaml")
     options = read_options(["--cfgs", str(more)], base=base)
     assert (options.batch_size, options.low_dim) == (10, 21)
 
 
-def test_a_flag_set_to_false_overrides_a_file(tmp_path: Path) -> None:
+def test_flag_set_to_false_overrides_a_file(tmp_path: Path) -> None:
     path = written(tmp_path, "nesterov: true\ndebug: true\n")
     options = read_options(["--cfgs", str(path), "--nesterov", "false", "--debug=False"])
     assert not options.nesterov and not options.debug
 
 
-def test_a_file_of_the_reference_runs_unchanged(tmp_path: Path) -> None:
+def test_option_file_of_the_reference_is_accepted(tmp_path: Path) -> None:
     options = read_options(["--cfgs", str(written(tmp_path, OLD_STYLE))])
     assert (options.dataset, options.data_root, options.network) == ("cifar100", Path("data"), "resnet18")
     assert (options.resize, options.size) == ((32, 32), (32, 32))
@@ -105,7 +105,7 @@ def test_a_file_of_the_reference_runs_unchanged(tmp_path: Path) -> None:
     assert (options.gpus, options.seed, options.nesterov) == ((0, 1), None, True)
 
 
-def test_flags_take_several_numbers_and_switches_no_value() -> None:
+def test_flags_accept_several_numbers_and_switches_no_value() -> None:
     words = "--size 16 32 --resize 64 --scale 0.2 1 --colorjitter 0.1 0.2 0.3 0.4 --nesterov --gpus 0,1 --means 0 0 0"
     options = read_options([*words.split(), "--momentum", "0.9"])
     assert (options.size, options.resize, options.scale) == ((16, 32), 64, (0.2, 1.0))
@@ -123,20 +123,20 @@ def test_gpus_flag_sets_the_gpus_and_empty_means_cpu(words: list[str], read: tup
     assert read_options(words).gpus == read
 
 
-def test_gpus_are_read_from_a_file_in_every_spelling(tmp_path: Path) -> None:
+def test_gpus_are_read_from_a_file_in_every_format(tmp_path: Path) -> None:
     for text, read in {"''": (), "'0'": (0,), "'0,1'": (0, 1), "0": (0,), "[0, 1]": (0, 1), "": ()}.items():
         assert read_options(["--cfgs", str(written(tmp_path, f"gpus: {text}\n"))]).gpus == read
 
 
 @pytest.mark.parametrize("name", sorted(set(Options.model_fields) - {"cfgs"}))
-def test_a_string_is_never_evaluated(name: str, tmp_path: Path) -> None:
+def test_string_is_never_evaluated(name: str, tmp_path: Path) -> None:
     proof = tmp_path / "executed"
     attacks = [
         f"__import__('os').mkdir({str(proof)!r})",
         f"[__import__('os').mkdir({str(proof)!r}) for _ in (1,)]",
         f"(__import__('pathlib').Path({str(proof)!r}).touch(), 1)",
     ]
-    eval(attacks[0])  # the attack works where it is evaluated
+    eval(attacks[0])  # the code does run if the string is evaluated
     proof.rmdir()
     for attack in attacks:
         path = written(tmp_path, yaml.safe_dump({name: attack}))
@@ -147,11 +147,11 @@ def test_a_string_is_never_evaluated(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tag", ["object/apply:os.mkdir", "object/new:os.mkdir"])
-def test_a_file_with_python_tags_is_refused_and_nothing_runs(tag: str, tmp_path: Path) -> None:
+def test_file_with_python_tags_is_refused_and_not_run(tag: str, tmp_path: Path) -> None:
     proof = tmp_path / "executed"
     text = f"seed: !!python/{tag} ['{proof}']\n"
     yaml.unsafe_load(text)
-    proof.rmdir()  # the attack works where it is loaded unsafely
+    proof.rmdir()  # the code does run with an unsafe loader
     message = refused_file(tmp_path, text)
     assert not proof.exists()
     assert "line 1" in message and "not valid YAML" in message
@@ -159,7 +159,7 @@ def test_a_file_with_python_tags_is_refused_and_nothing_runs(tag: str, tmp_path:
 
 @pytest.mark.parametrize("key", ["size", "seed", "query", "scale", "dataset", "unheard_of"])
 def test_nested_yaml_aliases_do_not_fill_memory(key: str, tmp_path: Path) -> None:
-    """Each names the one before ten times: written out, the last has a billion words."""
+    """Each alias repeats the previous one ten times; expanded, the last would have a billion words."""
     lists = "".join(f"- &a{i} [{', '.join([f'*a{i - 1}'] * 10) if i else 'ha, ha'}]\n" for i in range(10))
     text = refused_file(tmp_path, "".join(f"{key}:\n{lists}"))
     assert len(text) < 1000
@@ -202,7 +202,7 @@ def test_key_with_a_line_break_is_shown_on_one_line(tmp_path: Path) -> None:
         ("--nestrov", "--nesterov"),
     ],
 )
-def test_an_unknown_flag_is_named_with_the_nearest_known_one(word: str, near: str) -> None:
+def test_unknown_flag_is_named_with_the_nearest_known_one(word: str, near: str) -> None:
     message = refusal([word, "3"] if "=" not in word else [word])
     assert word.split("=")[0] in message and message.endswith(f"did you mean {near}?")
 
@@ -216,7 +216,7 @@ def test_extra_argument_is_named(words: list[str]) -> None:
     assert repr(words[-1]) in refusal(words)
 
 
-def test_a_flag_without_its_value_is_named() -> None:
+def test_flag_without_its_value_is_named() -> None:
     assert "--batch-size" in refusal(["--batch-size"])
 
 
@@ -270,7 +270,7 @@ def test_wrong_value_is_named_with_file_and_option(line: str, tmp_path: Path) ->
         ("--resize 32", ["command line", "resize", "224"]),
     ],
 )
-def test_a_wrong_value_of_a_flag_is_named(words: str, expected: list[str]) -> None:
+def test_wrong_value_of_a_flag_is_named(words: str, expected: list[str]) -> None:
     message = refusal(words.split())
     assert all(word in message for word in expected), message
 
@@ -299,12 +299,12 @@ def test_recursive_value_is_refused(text: str, tmp_path: Path) -> None:
     assert text.split(":")[0] in refused_file(tmp_path, text + "\n")
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_file_is_named(tmp_path: Path) -> None:
     message = refusal(["--cfgs", str(tmp_path / "none.yaml")])
     assert str(tmp_path / "none.yaml") in message and "no such file" in message
 
 
-def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+def test_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
     message = refusal(["--cfgs", str(tmp_path)])
     assert str(tmp_path) in message and "irectory" in message
 
@@ -382,7 +382,7 @@ def test_any_value_of_any_key_gives_options_or_a_usage_error(place: Path, conten
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(name=st.sampled_from(sorted(Options.model_fields)), words=st.lists(st.text(max_size=8), max_size=3))
-def test_any_words_after_any_flag_give_options_or_a_usage_error(name: str, words: list[str]) -> None:
+def test_any_flag_with_any_values_gives_options_or_a_usage_error(name: str, words: list[str]) -> None:
     if any("--help".startswith(word.split("=")[0]) or word.startswith("-h") for word in words if word):
         return
     try:
@@ -417,7 +417,7 @@ SETS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("changes", SETS, ids=range(len(SETS)))
-def test_options_written_and_read_back_are_the_same(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_written_options_are_read_back_unchanged(changes: dict[str, Any], tmp_path: Path) -> None:
     options = Options(**changes)
     text = to_yaml(options)
     again = read_options(["--cfgs", str(written(tmp_path, text))])
@@ -491,7 +491,7 @@ def test_help_shows_every_flag_with_its_default(
         assert entries[word].endswith(f"(default: {default})"), word
 
 
-def test_the_table_of_options_has_a_row_for_each() -> None:
+def test_table_of_options_has_a_row_for_each() -> None:
     rows = [line for line in options_table().splitlines() if line.startswith("| `--")]
     assert sorted(re.findall(r"`(--[\w-]+)`", "\n".join(rows))) == sorted(map(flag, Options.model_fields))
     for row in rows:

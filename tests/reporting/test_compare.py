@@ -1,4 +1,4 @@
-"""Sessions side by side, and the reader of their metrics, against synthetic sessions and plain arithmetic."""
+"""The comparison of sessions and the reader of their metrics, tested on synthetic sessions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BASE: dict[str, Any] = {"max_round": 2, "max_epoch": 3, "seed": 0}
 
 
 def record(round: int, epoch: int, **changed: Any) -> dict[str, Any]:
-    """What the curriculum writes after an epoch."""
+    """A line of metrics of an epoch."""
     values = {
         "round": round,
         "epoch": epoch,
@@ -49,7 +49,7 @@ def write_lines(folder: Path, records: list[dict[str, Any]], rest: str = "") -> 
 
 
 def make(folder: Path, records: list[dict[str, Any]] | None = None, **options: Any) -> Path:
-    """A session; by default one that has finished its two rounds of three epochs."""
+    """A session, by default with two complete rounds of three epochs."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(parser.to_yaml(Options(**BASE | options)), encoding="utf-8")
     every = [record(r, e) for r in range(2) for e in range(3)]
@@ -79,7 +79,7 @@ def picture(content: bytes) -> np.ndarray:
 # Reading metrics.
 
 
-def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_metrics_records_are_read_back_unchanged(tmp_path: Path) -> None:
     records = [record(0, 0), record(0, 1, loss=None), record(1, 0)]
     assert metrics.read(make(tmp_path / "a", records)) == records
 
@@ -124,7 +124,7 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize("line", DAMAGED, ids=range(len(DAMAGED)))
-def test_a_damaged_line_is_named(line: bytes, tmp_path: Path) -> None:
+def test_damaged_line_is_named(line: bytes, tmp_path: Path) -> None:
     session = make(tmp_path / "a")
     path = session / "metrics.jsonl"
     first, second, *_ = path.read_bytes().splitlines(keepends=True)
@@ -139,7 +139,7 @@ def test_session_without_a_complete_epoch_is_refused(content: bytes, tmp_path: P
     assert str(session) in refusal(session)
 
 
-def test_folder_that_is_not_a_session_is_refused_by_name(tmp_path: Path) -> None:
+def test_folder_that_is_not_a_session_is_refused(tmp_path: Path) -> None:
     session = make(tmp_path / "a")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
@@ -174,7 +174,7 @@ VERSIONS = "python 3.11.7, torch 2.14.1, numpy 2.4.6"
 
 
 def started(session: Path, commit: str = HEAD, versions: str = VERSIONS, origin: Path | None = None) -> Path:
-    """Adds a start to a session, as the program records it; ``origin`` is the checkpoint that was resumed."""
+    """Records a start in a session, as the program does; ``origin`` is the resumed checkpoint."""
     facts = {"time": "2026-01-01T00:00:00+00:00", "versions": versions, "commit": commit}
     with (session / "starts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(facts | ({"resumed from": str(origin)} if origin else {})) + "\n")
@@ -182,7 +182,7 @@ def started(session: Path, commit: str = HEAD, versions: str = VERSIONS, origin:
 
 
 def branched(folder: Path, origin: Path, first: tuple[int, int] = (1, 0), **options: Any) -> Path:
-    """A session that ``--resume ORIGIN --restart`` began in round and epoch ``first``."""
+    """A session begun by ``--resume ORIGIN --restart`` at round and epoch ``first``."""
     every = [record(r, e) for r in range(2) for e in range(3)]
     rows = [row for row in every if (row["round"], row["epoch"]) >= first]
     return started(make(folder, rows, **options), origin=origin)
@@ -209,7 +209,7 @@ def test_runs_of_one_commit_and_the_same_versions_form_a_group(tmp_path: Path) -
         ("unknown (not a git checkout)", VERSIONS, "commit", (HEAD, "unknown (not a git checkout)")),
     ],
 )
-def test_runs_of_other_code_are_in_another_group(
+def test_runs_of_different_code_are_in_different_groups(
     commit: str, versions: str, name: str, values: tuple[str, str], tmp_path: Path
 ) -> None:
     one = started(make(tmp_path / "a"))
@@ -221,7 +221,7 @@ def test_runs_of_other_code_are_in_another_group(
     assert [row[name] for row in csv_rows(comparison, "run")] == list(values)
 
 
-def test_a_commit_is_shown_as_its_first_ten_digits(tmp_path: Path) -> None:
+def test_commit_is_shown_by_its_first_ten_digits(tmp_path: Path) -> None:
     sessions = [started(make(tmp_path / "a")), started(make(tmp_path / "b"), f"{HEAD}+0123456789ab")]
     text = compare.text(compare.compare(sessions))
     assert row_of(text, "1", HEAD[:10]) and row_of(text, "2", f"{HEAD[:10]}+0123")
@@ -235,7 +235,7 @@ def test_run_resumed_by_other_code_names_both_commits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("commit", [None, f"{HEAD}+", "unknown (not a git checkout)"])
 def test_pooled_runs_of_unknown_code_are_reported(commit: str | None, tmp_path: Path) -> None:
-    """None: there is no record; '+' alone: from before changes had a digest."""
+    """None: no record; '+' alone: a record from before changes had a digest."""
     sessions = [make(tmp_path / str(seed), seed=seed) for seed in range(2)]
     if commit:
         sessions = [started(session, commit) for session in sessions]
@@ -327,7 +327,7 @@ def test_missing_options_have_their_defaults(tmp_path: Path) -> None:
     assert compare.compare([one, other]).differing == ()
 
 
-def test_round_figures_are_of_its_last_epoch(tmp_path: Path) -> None:
+def test_metrics_of_a_round_are_those_of_its_last_epoch(tmp_path: Path) -> None:
     records = [record(0, e, train_s=t, images_per_s=v) for e, (t, v) in enumerate([(1.0, 300.0), (3.0, 100.0)])]
     (group,) = compare.compare([make(tmp_path / "a", [*records, record(1, 0)])]).groups
     (run,) = group.runs
@@ -346,7 +346,7 @@ def test_unrecorded_time_is_unknown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("last", "finished"), [((1, 2), True), ((1, 1), False), ((0, 2), False), ((2, 0), True)])
-def test_a_run_is_finished_after_the_last_epoch_of_its_last_round(
+def test_run_is_finished_after_the_last_epoch_of_its_last_round(
     last: tuple[int, int], finished: bool, tmp_path: Path
 ) -> None:
     every = [record(r, e) for r in range(3) for e in range(3)]
@@ -358,7 +358,7 @@ def test_a_run_is_finished_after_the_last_epoch_of_its_last_round(
 
 
 def seeds(folder: Path, top1: list[float], **options: Any) -> list[Path]:
-    """A session for each accuracy, which differ by the seed; ``train_s`` and all else differs, too."""
+    """A session for each accuracy, with different seeds, training times and other metrics."""
     return [
         make(
             folder / str(seed),
@@ -386,7 +386,7 @@ def test_mean_and_deviation_equal_the_statistics_module(tmp_path: Path) -> None:
     assert found == pytest.approx((statistics.mean(seconds), statistics.stdev(seconds)))
 
 
-def test_missing_figures_have_no_mean_or_deviation(tmp_path: Path) -> None:
+def test_missing_metrics_have_no_mean_or_deviation(tmp_path: Path) -> None:
     sessions = seeds(tmp_path, [0.5, 0.75])
     assert compare.mean_and_deviation(compare.compare(sessions[:1]).groups[0].figures(None), "top1") == (0.51, None)
     write_lines(sessions[1], [record(r, e, loss=None, top1=0.76) for r in range(2) for e in range(3)])
@@ -396,7 +396,7 @@ def test_missing_figures_have_no_mean_or_deviation(tmp_path: Path) -> None:
     assert compare.mean_and_deviation(group.figures(7), "top1") == (None, None)
 
 
-def test_means_are_over_the_runs_that_are_furthest(tmp_path: Path) -> None:
+def test_means_are_over_the_runs_with_the_most_rounds(tmp_path: Path) -> None:
     sessions = seeds(tmp_path, [0.5, 0.6, 0.9])
     write_lines(sessions[2], [record(0, e, top1=0.9) for e in range(3)] + [record(1, 0, top1=0.9)])
     (group,) = compare.compare(sessions).groups
@@ -408,7 +408,7 @@ def test_means_are_over_the_runs_that_are_furthest(tmp_path: Path) -> None:
 
 
 def row_of(text: str, *start: str) -> list[str]:
-    """The cells of the row whose first cells these are; runs of spaces part cells."""
+    """The cells of the row that begins with ``start``; two or more spaces separate cells."""
     rows = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in text.splitlines()]
     (found,) = [row for row in rows if row[: len(start)] == list(start)]
     return found
@@ -434,7 +434,7 @@ def test_single_runs_show_no_deviation(tmp_path: Path) -> None:
     assert row_of(text, "2", "0.03")[2:] == ["1/1", "1/1", "3/3", "62.00%", "70.00%", "0:00:15", "1,000"]
 
 
-def test_durations_are_hours_minutes_and_seconds(tmp_path: Path) -> None:
+def test_durations_are_shown_in_hours_minutes_and_seconds(tmp_path: Path) -> None:
     for seconds, shown in [(59.6, "0:01:00"), (3599, "0:59:59"), (3661, "1:01:01"), (360_000, "100:00:00")]:
         session = make(tmp_path / shown, [record(0, 0, train_s=seconds, evaluate_s=0.0)])
         assert shown in compare.text(compare.compare([session]))
@@ -471,7 +471,7 @@ def without_labels(folder: Path, **options: Any) -> Path:
     return make(folder, [record(r, e, **nothing) for r in range(2) for e in range(3)], **options)
 
 
-def test_runs_without_labels_have_no_columns_of_accuracy(tmp_path: Path) -> None:
+def test_runs_without_labels_have_no_accuracy_columns(tmp_path: Path) -> None:
     one = without_labels(tmp_path / "a")
     text = compare.text(compare.compare([one]))
     assert "top-1" not in text and "consistency" not in text and "4.2500" in text
@@ -483,7 +483,7 @@ def test_runs_without_labels_have_no_columns_of_accuracy(tmp_path: Path) -> None
 # The files.
 
 
-def test_the_csv_has_a_line_for_each_session_and_round(tmp_path: Path) -> None:
+def test_csv_has_a_line_for_each_session_and_round(tmp_path: Path) -> None:
     sessions = [*seeds(tmp_path / "a", [0.5, 0.6]), make(tmp_path / "b", data_root=Path('x, "y"\n$z'), seed=9)]
     rows = csv_rows(compare.compare(sessions))
     assert [(row["session"], row["round"]) for row in rows] == [(str(s), r) for s in sessions for r in "01"]
@@ -518,7 +518,7 @@ def test_csv_has_the_means_and_deviations_of_the_table(tmp_path: Path) -> None:
     assert [float(row["seconds"]) for row in csv_rows(comparison, "run")] == pytest.approx([33, 39, 45])
 
 
-def test_names_in_the_csv_are_no_spreadsheet_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_csv_names_are_never_spreadsheet_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     sessions = [make(Path("=1+1"), published="@SUM(1)"), make(Path("-a"), published="=2"), make(Path("ü, b"))]
     comparison = compare.compare(sessions)
@@ -544,7 +544,7 @@ ODD = [
 ]
 
 
-def test_unusual_names_work_everywhere(tmp_path: Path) -> None:
+def test_unusual_session_names_are_accepted(tmp_path: Path) -> None:
     values = ["$x$", "$ $", "日本\n", "\x1b[31m", "_a", 'a,"b"', "{0}%s", "é", "x" * 200]
     sessions = [make(tmp_path / name, data_root=Path(value)) for name, value in zip(ODD, values, strict=True)]
     comparison = compare.compare(sessions)
@@ -559,12 +559,12 @@ def test_unusual_names_work_everywhere(tmp_path: Path) -> None:
 
 
 def pixels_by_group(pixels: np.ndarray) -> dict[str, int]:
-    """Pixels of the first groups' colours."""
+    """Number of pixels in the colour of each of the first groups."""
     first = {"1": (0x1F, 0x77, 0xB4), "2": (0xFF, 0x7F, 0x0E), "3": (0x2C, 0xA0, 0x2C)}
     return {name: int((pixels == colour).all(axis=2).sum()) for name, colour in first.items()}
 
 
-def test_the_plot_shows_each_group_in_its_colour(tmp_path: Path) -> None:
+def test_plot_shows_each_group_in_its_colour(tmp_path: Path) -> None:
     sessions = seeds(tmp_path / "a", [0.5, 0.6]) + seeds(tmp_path / "b", [0.7, 0.8], base_lr=0.5)
     pixels = picture(compare.draw(compare.compare(sessions)))
     height, width, _ = pixels.shape
@@ -573,10 +573,12 @@ def test_the_plot_shows_each_group_in_its_colour(tmp_path: Path) -> None:
     for half, least in ((left, 200), (right, 5000)):
         found = pixels_by_group(half)
         assert found["1"] > least and found["2"] > least and found["3"] == 0
-    assert abs(pixels_by_group(right)["2"] / pixels_by_group(right)["1"] - 8 / 6) < 0.05  # as long as they took
+    assert (
+        abs(pixels_by_group(right)["2"] / pixels_by_group(right)["1"] - 8 / 6) < 0.05
+    )  # proportional to the training time
 
 
-def test_better_group_is_drawn_higher(tmp_path: Path) -> None:
+def test_more_accurate_group_is_drawn_higher(tmp_path: Path) -> None:
     for number, (kind, values) in enumerate([("top1", (0.5, 0.9)), ("loss", (1.0, 5.0))]):
         sessions = []
         for low_dim, value in enumerate(values, start=1):
@@ -590,12 +592,12 @@ def test_better_group_is_drawn_higher(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 12, 30])
-def test_the_plot_grows_with_its_groups(count: int, tmp_path: Path) -> None:
+def test_plot_grows_with_the_number_of_groups(count: int, tmp_path: Path) -> None:
     sessions = [make(tmp_path / str(n), low_dim=n + 1, data_root=Path("/x" * 40 + str(n))) for n in range(count)]
     pixels = picture(compare.draw(compare.compare(sessions)))
     assert 500 + 20 * count < pixels.shape[0] < 700 + 50 * count
     for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
-        assert (edge == 255).all()  # nothing is cut off
+        assert (edge == 255).all()  # nothing is clipped
 
 
 def test_runs_without_metrics_give_a_plot(tmp_path: Path) -> None:
@@ -618,7 +620,7 @@ def test_files_of_an_earlier_comparison_are_replaced(tmp_path: Path) -> None:
     assert picture(before[1]).shape != picture(after[1]).shape
 
 
-def in_the_way(kind: str, path: Path, ours: bytes) -> None:
+def put_other_file(kind: str, path: Path, ours: bytes) -> None:
     if kind == "folder":
         path.mkdir()
     elif kind == "link":
@@ -636,7 +638,7 @@ def test_other_files_are_not_overwritten(name: str, kind: str, tmp_path: Path) -
     folder = tmp_path / "out"
     folder.mkdir()
     ours = {"comparison.csv": compare.to_csv, "comparison.png": compare.draw}[name](comparison)
-    in_the_way(kind, folder / name, ours)
+    put_other_file(kind, folder / name, ours)
     before = {path: path.is_file() and path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(UsageError) as refused:
         compare.write(comparison, folder)

@@ -1,4 +1,4 @@
-"""What is exported, read back by others' readers and held against the network image by image."""
+"""Exported files, read by other libraries and compared with the network image by image."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 LOW_DIM = 6
 COLOURS: dict[str, Any] = {"means": (0.1, 0.2, 0.30000000000000004), "stds": (0.5, 0.6, 0.7)}
 ONNX_TOLERANCE = 1e-5
-"""Of an embedding's numbers, which are at most 1. Measured are 4e-6 at most; torch is 3e-6 off its own float64."""
+"""Absolute tolerance of embeddings. The largest measured difference is 4e-6; torch differs from float64 by 3e-6."""
 
 
 def options_of(**values: Any) -> Options:
@@ -39,7 +39,7 @@ def options_of(**values: Any) -> Options:
 
 
 def trained(name: str = "resnet10", low_dim: int = LOW_DIM) -> torch.nn.Module:
-    """A network in training mode whose normalisations have seen images."""
+    """A network in training mode with running statistics of some images."""
     torch.manual_seed(5)
     network = models.build(name, low_dim=low_dim).train()
     with torch.no_grad():
@@ -63,7 +63,7 @@ def one_by_one(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 class Shuffled:
-    """Batches of three, out of order."""
+    """Batches of three in random order."""
 
     def __init__(self, samples: int, seed: int, fails: type[BaseException] | None = None) -> None:
         draw = torch.Generator().manual_seed(seed)
@@ -124,7 +124,7 @@ def test_missing_labels_and_names_have_no_arrays(tmp_path: Path, resnet: torch.n
     assert list(saved(tmp_path / "named.npz", resnet, [named]))[2:] == ["train_names"]
 
 
-def test_exporting_embeddings_leaves_the_network_as_it_was(tmp_path: Path, resnet: torch.nn.Module) -> None:
+def test_exporting_embeddings_does_not_change_the_network(tmp_path: Path, resnet: torch.nn.Module) -> None:
     before = copy.deepcopy(resnet.state_dict())
     saved(tmp_path / "out.npz", resnet, parts())
     assert all(modes(resnet))
@@ -157,16 +157,18 @@ def test_channels_last_weights_are_saved_contiguous(tmp_path: Path, resnet: torc
 
 
 @pytest.mark.parametrize("size", [8, (8, 12)])
-def test_the_options_beside_a_network_read_back(tmp_path: Path, resnet: torch.nn.Module, size: Any) -> None:
+def test_options_file_of_a_model_is_read_back(tmp_path: Path, resnet: torch.nn.Module, size: Any) -> None:
     options = options_of(resize=(16, 17), size=size, npc_temperature=0.07, means=(9.0, 9.0, 9.0), batch_size=3)
     export.save_model(tmp_path / "my net.safetensors", resnet, options, **COLOURS)
     written = tmp_path / "my net.yaml"
     read = read_options(["--cfgs", str(written)])
     expected = {"network": "resnet10", "low_dim": LOW_DIM, "resize": (16, 17), "size": size, "npc_temperature": 0.07}
-    assert read == Options(**expected, **COLOURS, cfgs=(written,))  # and nothing else, such as the batch size
+    assert read == Options(
+        **expected, **COLOURS, cfgs=(written,)
+    )  # other options, such as the batch size, are not written
 
 
-def test_the_options_open_with_a_command_that_the_program_takes(tmp_path: Path, resnet: torch.nn.Module) -> None:
+def test_options_file_begins_with_a_valid_command(tmp_path: Path, resnet: torch.nn.Module) -> None:
     path = tmp_path / "odd: 'name\n--oops.safetensors"
     export.save_model(tmp_path / "net.safetensors", resnet, options_of(), **COLOURS)
     export.save_model(path, resnet, options_of(), **COLOURS)
@@ -176,7 +178,7 @@ def test_the_options_open_with_a_command_that_the_program_takes(tmp_path: Path, 
     assert read.resume == tmp_path / "net.safetensors" and read.test_only and read.means == COLOURS["means"]
 
 
-def test_a_line_of_the_log_tells_of_each_file(
+def test_each_exported_file_is_logged(
     tmp_path: Path, resnet: torch.nn.Module, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("and"), "propagate", True)
@@ -209,7 +211,10 @@ def test_onnx_embeddings_equal_those_of_torch(
     options = options_of(network=name, resize=64, size=size)
     export.save_model(path, network, options, **COLOURS)
     assert capfd.readouterr() == ("", "")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["net.onnx", "net.yaml"]  # the weights are inside
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "net.onnx",
+        "net.yaml",
+    ]  # the weights are in the ONNX file
     assert read_options(["--cfgs", str(tmp_path / "net.yaml")]).network == name
     assert all(modes(network)) and all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
@@ -217,7 +222,7 @@ def test_onnx_embeddings_equal_those_of_torch(
     edges = size if isinstance(size, tuple) else (size, size)
     (taken,), (given,) = session.get_inputs(), session.get_outputs()
     assert taken.name == "images" and taken.shape[1] == 3
-    assert all(isinstance(taken.shape[axis], str) for axis in (0, 2, 3)), taken.shape  # any
+    assert all(isinstance(taken.shape[axis], str) for axis in (0, 2, 3)), taken.shape  # dynamic axes
     assert (given.name, given.shape[1:]) == ("embeddings", [LOW_DIM])
     for samples, (height, width) in [(1, edges), (2, edges), (5, edges), (3, (16, 16)), (1, (32, 32)), (2, (23, 48))]:
         images = 2 * torch.randn(samples, 3, height, width) + 0.5
@@ -228,7 +233,7 @@ def test_onnx_embeddings_equal_those_of_torch(
 
 
 @pytest.mark.parametrize("edge", [1, 3, 6])
-def test_the_pooling_that_is_exported_is_torch_s(edge: int) -> None:
+def test_exported_pooling_equals_that_of_torch(edge: int) -> None:
     for height, width in ((1, 1), (3, 3), (6, 7), (2, 13), (40, 5)):
         maps = torch.randn(2, 5, height, width)
         expected = torch.nn.AdaptiveAvgPool2d(edge)(maps)
@@ -236,7 +241,7 @@ def test_the_pooling_that_is_exported_is_torch_s(edge: int) -> None:
 
 
 class Unknown(torch.nn.Module):
-    """What no exporter can translate."""
+    """Uses an operation that no exporter supports."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.special.bessel_j0(x).flatten(1)
@@ -254,27 +259,27 @@ def test_failed_onnx_export_leaves_no_file(tmp_path: Path, capfd: pytest.Capture
     assert capfd.readouterr() == ("", "")
 
 
-# what is refused, before anything is done
+# what is refused before any work
 
 
 def asked(**paths: Path) -> Options:
     return options_of(**{f"export_{what}": path for what, path in paths.items()})
 
 
-def test_what_can_be_exported_passes_and_writes_nothing(tmp_path: Path) -> None:
+def test_check_accepts_valid_paths_and_writes_nothing(tmp_path: Path) -> None:
     export.check(options_of())
     export.check(asked(features=tmp_path / "out.npz", model=tmp_path / "OUT.SafeTensors"))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["out", "out.npy", ".npz", "out.npz.gz", "out.safetensors"])
-def test_embeddings_need_their_ending(tmp_path: Path, name: str) -> None:
+def test_embeddings_file_needs_the_npz_extension(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=r"^--export-features .*: the file name must end in \.npz$"):
         export.check(asked(features=tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["out", "out.pt", ".onnx", "out.npz", "out.yaml"])
-def test_a_network_needs_one_of_its_endings(tmp_path: Path, name: str) -> None:
+def test_model_file_needs_a_known_extension(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=r"^--export-model .*: the file name must end in \.safetensors or \.onnx$"):
         export.check(asked(model=tmp_path / name))
 
@@ -290,7 +295,7 @@ def test_a_network_needs_one_of_its_endings(tmp_path: Path, name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("link", [False, True], ids=["file", "broken link"])
-def test_nothing_is_overwritten(
+def test_existing_files_are_not_overwritten(
     tmp_path: Path, what: str, name: str, there: str, link: bool, resnet: torch.nn.Module
 ) -> None:
     taken = tmp_path / there
@@ -300,7 +305,7 @@ def test_nothing_is_overwritten(
     )
     with refused:
         export.check(asked(**{what: tmp_path / name}))
-    with refused:  # it came while the network was trained
+    with refused:  # the file was created during training
         if what == "features":
             export.save_features(tmp_path / name, resnet, parts(), classes=())
         elif name.endswith(".onnx"):
@@ -313,20 +318,20 @@ def test_nothing_is_overwritten(
     assert taken.is_symlink() if link else taken.read_text() == "mine"
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_folder_is_named(tmp_path: Path) -> None:
     for given in (asked(features=tmp_path / "no" / "out.npz"), asked(model=tmp_path / "no" / "out.onnx")):
         with pytest.raises(UsageError, match=r"out\.\w+: the folder .*/no does not exist; create it"):
             export.check(given)
 
 
 @pytest.mark.parametrize("name", ["x" * 250 + ".npz", "x\0.npz"], ids=["long", "NUL"])
-def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path, name: str) -> None:
+def test_impossible_file_name_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=r": cannot be written: .*; choose another name$"):
         export.check(asked(features=tmp_path / name))
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
-def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+def test_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(UsageError, match="no permission to write to the folder"):
@@ -335,7 +340,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
         tmp_path.chmod(0o700)
 
 
-def test_a_folder_that_the_system_calls_read_only_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path or not mode & os.W_OK)
     with pytest.raises(UsageError, match="no permission to write to the folder"):
         export.check(asked(model=tmp_path / "out.safetensors"))
@@ -345,7 +350,7 @@ def test_a_folder_that_the_system_calls_read_only_is_refused(tmp_path: Path, mon
 def test_missing_packages_are_named_with_the_pip_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
-    for name in ("onnx", "onnxscript"):  # as if installed, so that the test runs without them
+    for name in ("onnx", "onnxscript"):  # treated as installed, so that the test runs without them
         monkeypatch.setitem(sys.modules, name, sys.modules[__name__])
     export.check(asked(model=tmp_path / "out.onnx"))
     monkeypatch.setitem(sys.modules, package, None)  # type: ignore[arg-type]  # importing it fails
@@ -358,14 +363,14 @@ def test_missing_packages_are_named_with_the_pip_command(
 
 
 class Full(OSError):
-    """A full disk."""
+    """The error of a full disk."""
 
     def __init__(self) -> None:
         super().__init__(28, "No space left on device")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Full])
-def test_embeddings_that_cannot_be_finished_leave_nothing(
+def test_interrupted_embeddings_export_leaves_no_file(
     tmp_path: Path, resnet: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     with pytest.raises(error):
@@ -382,8 +387,8 @@ def test_embeddings_that_cannot_be_finished_leave_nothing(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Full])
-@pytest.mark.parametrize("call", [1, 3])  # of a file each; their folder's comes between
-def test_a_network_comes_with_its_options_or_not_at_all(
+@pytest.mark.parametrize("call", [1, 3])  # the fsync of each file; that of the folder comes between
+def test_interrupted_model_export_leaves_neither_file(
     tmp_path: Path, resnet: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], call: int
 ) -> None:
     calls = []
@@ -399,7 +404,7 @@ def test_a_network_comes_with_its_options_or_not_at_all(
     assert len(calls) == call and not list(tmp_path.iterdir())
 
 
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_atomic_write_replaces_a_file_completely_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with pytest.raises(ValueError, match="half"), atomic_files.atomic_write(path) as file:

@@ -1,4 +1,4 @@
-"""Errors of memory and of GPUs in training: one sentence, the exit status, and the last checkpoint."""
+"""Out-of-memory and GPU errors in training: error message, exit status and last checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of a run: what stands in it, against recounts by plain loops, and what it does where things lack."""
+"""The report page of a run: its content compared with plain loops, and reports with missing data."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ EVIL = '<script>alert("1")</script>'
 CLASSES = (EVIL, "<b>bold&amp;", "$x^2$ \udcff")
 PARTS = "accuracy loss consistency entropy surest random mistakes quantiles reciprocal kept drift hubness orphans"
 PARTS += " largest_hub follows map confusion voters"
-DRAWN = len(PARTS.split()) - 1  # what ``metrics`` below has no figures for is not: the neighbours kept
+DRAWN = len(PARTS.split()) - 1  # ``metrics`` below has no values of "kept", so that is not drawn
 
 
 def image(number: int, height: int = 8, width: int = 8) -> np.ndarray:
-    """An image that tells its number."""
+    """An image whose pixels have the value of its number."""
     return np.full((height, width, 3), number, np.uint8)
 
 
@@ -82,15 +82,15 @@ def file_name(number: int) -> str:
 
 
 def with_findings(given: ReportData) -> ReportData:
-    """The findings of the given images, all of them searched."""
+    """Report data with the findings in all of its images."""
     found = find(given.features, given.labels, neighbours=5, resolution=1.0, seed=0)
     every, none = np.arange(len(given.images)), np.zeros(len(given.images), bool)
     return replace(given, findings=found, searched=every, indices=every, blank=none, noisy=none)
 
 
 def few(count: int, *, alike: bool = False, labelled: bool = True) -> ReportData:
-    """The material of the first images only."""
-    given = material()
+    """Report data of the first images only."""
+    given = full_report_data()
     features = np.repeat(given.features[:1], count, axis=0) if alike else given.features[:count]
     images, names = given.images[:count], [file_name(number) for number in range(count)]
     labels = given.labels[:count] if labelled and given.labels is not None else None
@@ -99,7 +99,7 @@ def few(count: int, *, alike: bool = False, labelled: bool = True) -> ReportData
     )
 
 
-def material() -> ReportData:
+def full_report_data() -> ReportData:
     rng = np.random.default_rng(5)
     labels, test_labels = rng.integers(0, 3, N), rng.integers(0, 3, M)
     centres = rng.normal(size=(3, D))
@@ -137,7 +137,7 @@ def material() -> ReportData:
 
 
 class Page(HTMLParser):
-    """A page's tags with their attributes, its text, and the text below each heading of a part."""
+    """Parses a page: its tags with attributes, its text, and the text of each section by heading."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Page(HTMLParser):
             self.cells[-1].append(data)
 
     def images(self) -> list[dict[str, str | None]]:
-        """The figures, without the thumbnails."""
+        """The figures without thumbnails."""
         return [each for tag, each in self.tags if tag == "img" and each.get("class") != "thumb"]
 
     def thumbs(self) -> list[str]:
@@ -173,8 +173,8 @@ class Page(HTMLParser):
         return [str(each["alt"]) for tag, each in self.tags if tag == "img" and each.get("class") == "thumb"]
 
 
-class Drawn:
-    """What ``plots`` was asked to draw, by the function's name: positional and named arguments."""
+class PlotCalls:
+    """Records the calls of ``plots`` by function name: positional and named arguments."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.calls: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
@@ -191,22 +191,22 @@ class Drawn:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Coarse pictures take less time."""
+    """Figures of low resolution take less time."""
     monkeypatch.setattr(page, "RESOLUTIONS", (40,))
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Drawn]]:
-    """The report of the whole material, at the first of the real resolutions, and what was drawn."""
+def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, PlotCalls]]:
+    """The report of ``full_report_data`` at the first real resolution, and the plots drawn."""
     folder = tmp_path_factory.mktemp("session")
     with pytest.MonkeyPatch.context() as patch:
-        drawn = Drawn(patch)
-        assert page.write(material(), folder) == folder / "report.html"
+        drawn = PlotCalls(patch)
+        assert page.write(full_report_data(), folder) == folder / "report.html"
     yield folder, drawn
 
 
 def old_report(folder: Path) -> bytes:
-    """What an earlier report left in the folder; the page's bytes."""
+    """Writes an earlier report to the folder; returns the bytes of the page."""
     (folder / "report").mkdir()
     for name in PARTS.split():
         (folder / "report" / f"{name}.png").write_bytes(b"old picture")
@@ -215,13 +215,13 @@ def old_report(folder: Path) -> bytes:
 
 
 def missing(given: ReportData, folder: Path) -> dict[str, str]:
-    """The text of each part that has no picture."""
+    """The text of each section without a figure."""
     shown = Page(page.write(given, folder))
     titles = re.findall(r'<h3>([^<]*)</h3>\s*<p class="missing">', (folder / "report.html").read_text("utf-8"))
     return {title: shown.parts[title].strip() for title in titles}
 
 
-def test_the_page_holds_its_pictures_and_loads_nothing(written: tuple[Path, Drawn]) -> None:
+def test_page_embeds_its_images_and_loads_no_other_file(written: tuple[Path, PlotCalls]) -> None:
     folder, _ = written
     page, source = Page(folder / "report.html"), (folder / "report.html").read_text("utf-8")
     for tag, attributes in page.tags:
@@ -232,13 +232,13 @@ def test_the_page_holds_its_pictures_and_loads_nothing(written: tuple[Path, Draw
     assert "url(" not in source and "@import" not in source
     files = {path.read_bytes(): path.stem for path in (folder / "report").iterdir()}
     held = [base64.b64decode((each["src"] or "").removeprefix("data:image/png;base64,")) for each in page.images()]
-    assert sorted(files[data] for data in held) == sorted(set(PARTS.split()) - {"kept"})  # no row has that one
+    assert sorted(files[data] for data in held) == sorted(set(PARTS.split()) - {"kept"})  # no row has "kept"
     for data in held:
         Image.open(io.BytesIO(data)).verify()
     assert sorted(path.name for path in folder.iterdir()) == ["report", "report.html"]
 
 
-def test_the_policy_allows_one_script_and_no_other(written: tuple[Path, Drawn]) -> None:
+def test_content_security_policy_allows_only_the_own_script(written: tuple[Path, PlotCalls]) -> None:
     source = (written[0] / "report.html").read_text("utf-8")
     scripts = re.findall(r"<script([^>]*)>(.*?)</script>", source, re.DOTALL)
     assert [attributes for attributes, _ in scripts] == [' type="application/json" id="map-data"', ""]
@@ -247,7 +247,7 @@ def test_the_policy_allows_one_script_and_no_other(written: tuple[Path, Drawn]) 
     assert f"script-src 'sha256-{digest}'" in policy and policy.startswith("default-src 'none'; img-src data:;")
 
 
-def test_the_outline_and_the_links_hold_together(written: tuple[Path, Drawn]) -> None:
+def test_headings_links_and_alt_texts_are_consistent(written: tuple[Path, PlotCalls]) -> None:
     page = Page(written[0] / "report.html")
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1
@@ -261,7 +261,7 @@ def test_the_outline_and_the_links_hold_together(written: tuple[Path, Drawn]) ->
     assert any(attributes.get("name") == "viewport" for _, attributes in page.tags)
 
 
-def test_every_name_comes_out_as_text(written: tuple[Path, Drawn]) -> None:
+def test_names_are_escaped_in_the_html(written: tuple[Path, PlotCalls]) -> None:
     shown = Page(written[0] / "report.html")
     assert not {tag for tag, _ in shown.tags} & {"b", "i", "u"}
     names = {file_name(number).encode("utf-8", "backslashreplace").decode() for number in range(N)}
@@ -273,31 +273,31 @@ def test_every_name_comes_out_as_text(written: tuple[Path, Drawn]) -> None:
     assert "not set" in cells and f"{'y' * page.TEXT}…" in cells
 
 
-def test_the_summary_shows_last_and_best_and_the_published_figure(written: tuple[Path, Drawn]) -> None:
+def test_summary_shows_last_best_and_published_accuracy(written: tuple[Path, PlotCalls]) -> None:
     source = (written[0] / "report.html").read_text("utf-8")
     cards = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", source))
     assert cards["top-1, last epoch"] == "67.89%"
     assert cards["top-1, best epoch of the last round"] == "71.23%"
-    assert cards["published"] == material().published
+    assert cards["published"] == full_report_data().published
     assert (cards["rounds"], cards["epochs"], cards["time of these epochs"]) == ("4", "12", "2 h 12 min")
     assert "a finished run" in Page(written[0] / "report.html").text
 
 
-def test_a_warning_stands_at_the_top(written: tuple[Path, Drawn], tmp_path: Path) -> None:
+def test_warning_is_shown_at_the_top(written: tuple[Path, PlotCalls], tmp_path: Path) -> None:
     assert 'class="warning"' not in (written[0] / "report.html").read_text("utf-8")
-    page.write(replace(material(), warning="round 0, epoch 10: all <b>alike</b>"), tmp_path)
+    page.write(replace(full_report_data(), warning="round 0, epoch 10: all <b>alike</b>"), tmp_path)
     source = (tmp_path / "report.html").read_text("utf-8")
     assert source.index("round 0, epoch 10: all &lt;b&gt;alike") < source.index('<dl class="cards">')
 
 
-def test_the_table_of_rounds_has_their_last_epochs(written: tuple[Path, Drawn]) -> None:
+def test_table_of_rounds_shows_the_last_epoch_of_each(written: tuple[Path, PlotCalls]) -> None:
     rows = Page(written[0] / "report.html").cells
     assert "top-1 last" in rows[0] and "top-1 best" in rows[0]
     assert rows[1] == ["0", "3", "0 (0%)", "-", "5.0000", "30.00%", "40.00%", "90.00%"]
     assert rows[4] == ["3", "3", "45 (75%)", "80.0%", "2.0000", "67.89%", "71.23%", "90.00%"]
 
 
-def test_the_accuracy_marks_last_and_best_of_each_round(written: tuple[Path, Drawn]) -> None:
+def test_accuracy_plot_marks_last_and_best_epoch_of_each_round(written: tuple[Path, PlotCalls]) -> None:
     (args, named), *_ = written[1].calls["curves"]
     marks = {
         name: dict(zip(np.isfinite(m).nonzero()[0], m[np.isfinite(m)], strict=True))
@@ -310,16 +310,16 @@ def test_the_accuracy_marks_last_and_best_of_each_round(written: tuple[Path, Dra
     assert "kNN <i>bank</i>" in text and "chosen by the test labels" in text
 
 
-def test_the_consistency_is_that_of_the_pairs(written: tuple[Path, Drawn]) -> None:
-    given = material()
+def test_consistency_equals_the_oracle(written: tuple[Path, PlotCalls]) -> None:
+    given = full_report_data()
     (shares, values, rounds), _ = written[1].calls["consistency"][0]
     assert shares.tolist() == [0.25, 0.5, 0.75] and rounds == [1, 2, 3]
     for found, value in zip(given.rounds, values, strict=True):
         assert value == pytest.approx(oracles.consistency(found.anchors, found.neighbours, given.labels))
 
 
-def test_the_galleries_show_surest_random_and_worst(written: tuple[Path, Drawn]) -> None:
-    given, found = material(), material().rounds[-1]
+def test_galleries_show_certain_random_and_worst_anchors(written: tuple[Path, PlotCalls]) -> None:
+    given, found = full_report_data(), full_report_data().rounds[-1]
     assert given.labels is not None
     surest, drawn, worst = (
         [[int(tile.image[0, 0, 0]) for tile in entry] for entry in args[0]] for args, _ in written[1].calls["gallery"]
@@ -344,8 +344,8 @@ def test_the_galleries_show_surest_random_and_worst(written: tuple[Path, Drawn])
     assert f"{wrong} of 90 neighbours are of another class" in Page(written[0] / "report.html").parts["Worst mistakes"]
 
 
-def test_confusion_and_confused_pairs_are_those_of_the_votes(written: tuple[Path, Drawn]) -> None:
-    given = material()
+def test_confusion_matrix_and_confused_pairs_equal_the_oracle(written: tuple[Path, PlotCalls]) -> None:
+    given = full_report_data()
     tested = given.tested
     assert tested is not None and given.labels is not None
     counts = [[0] * 3 for _ in range(3)]
@@ -371,8 +371,8 @@ def test_confusion_and_confused_pairs_are_those_of_the_votes(written: tuple[Path
     assert [int(row[2]) for row in rows] == sorted((int(row[2]) for row in rows), reverse=True)
 
 
-def test_voters_and_votes_are_those_of_plain_loops(written: tuple[Path, Drawn]) -> None:
-    given = material()
+def test_shown_neighbours_and_votes_equal_the_oracle(written: tuple[Path, PlotCalls]) -> None:
+    given = full_report_data()
     tested = given.tested
     assert tested is not None and given.labels is not None
     (rows,), _ = written[1].calls["voters"][0]
@@ -407,13 +407,13 @@ def numbers(row: image_findings.Row) -> list[int]:
 
 
 def with_copies() -> ReportData:
-    """As ``material``, but images 7 and 31 have the embedding of image 4."""
-    features = material().features.copy()
+    """As ``full_report_data``, but images 7 and 31 have the embedding of image 4."""
+    features = full_report_data().features.copy()
     features[[7, 31]] = features[4]
-    return with_findings(replace(material(), features=features))
+    return with_findings(replace(full_report_data(), features=features))
 
 
-def test_groups_show_the_images_most_similar_to_their_others() -> None:
+def test_groups_show_their_most_typical_images() -> None:
     given = with_copies()
     assert isinstance(given.findings, Findings) and given.labels is not None
     groups = given.findings.groups
@@ -432,7 +432,7 @@ def test_groups_show_the_images_most_similar_to_their_others() -> None:
         assert row.title.startswith(f"Group {number}: {said}{CLASSES[counts.argmax()][:3]}")
 
 
-def test_duplicates_are_named_with_the_number_to_remove() -> None:
+def test_duplicates_are_listed_with_the_number_to_remove() -> None:
     shown = answer("Duplicates", with_copies())
     assert shown.found == "2 images could go without loss: identical to another one (1 set)."
     assert shown.rows[0].title == "3 images, identical" and numbers(shown.rows[0]) == [4, 7, 31]
@@ -456,8 +456,8 @@ def test_outliers_are_listed_once_with_their_copies() -> None:
     assert [shown.note for shown in row.images] == ["0.00, 6 copies"]
 
 
-def test_blank_and_noisy_images_stand_before_the_outliers() -> None:
-    given = material()
+def test_blank_and_noisy_images_are_listed_before_outliers() -> None:
+    given = full_report_data()
     blank, noisy = np.isin(np.arange(N), [3, 9]), np.arange(N) == 14
     shown = answer("Outliers", replace(given, blank=blank, noisy=noisy))
     assert shown.found.startswith("2 images of a single colour, 1 image of noise; ")
@@ -465,11 +465,11 @@ def test_blank_and_noisy_images_stand_before_the_outliers() -> None:
     assert not {3, 9, 14} & set(numbers(shown.rows[2])) and len(shown.rows[2].images) == image_findings.LISTED
 
 
-def test_suspicious_labels_name_what_the_neighbours_say() -> None:
+def test_suspicious_labels_show_the_class_of_the_neighbours() -> None:
     given = with_copies()
     assert isinstance(given.findings, Findings) and given.labels is not None
     labels = given.labels.copy()
-    labels[4] = (labels[4] + 1) % 3  # not so its two copies, which are among its neighbours
+    labels[4] = (labels[4] + 1) % 3  # its two copies, which are among its neighbours, keep theirs
     given = with_findings(replace(given, labels=labels))
     (row,) = answer("Labels", given).rows
     found: Findings = given.findings  # type: ignore[assignment]
@@ -486,7 +486,7 @@ def test_suspicious_labels_name_what_the_neighbours_say() -> None:
 
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("given", [(1, False), (2, False), (2, True), (6, True)], ids=str)
-def test_few_images_or_all_alike_have_a_report(given: tuple[int, bool], labelled: bool, tmp_path: Path) -> None:
+def test_few_or_identical_images_have_a_report(given: tuple[int, bool], labelled: bool, tmp_path: Path) -> None:
     count, alike = given
     shown = Page(page.write(few(count, alike=alike, labelled=labelled), tmp_path))
     assert f"{image_findings.plural(count, 'image')}" in shown.parts["Groups"]
@@ -496,12 +496,12 @@ def test_few_images_or_all_alike_have_a_report(given: tuple[int, bool], labelled
 
 
 def test_without_file_names_the_index_in_the_data_set_is_shown() -> None:
-    given = replace(material(), names=None, indices=np.arange(N) + 500)
+    given = replace(full_report_data(), names=None, indices=np.arange(N) + 500)
     assert {shown.name for shown in answer("Outliers", given).rows[0].images} <= {f"image {500 + i}" for i in range(N)}
 
 
-def test_findings_of_a_sample_name_the_images_of_the_sample(tmp_path: Path) -> None:
-    given, searched = material(), np.arange(1, N, 2)
+def test_findings_in_a_subset_show_images_of_the_subset(tmp_path: Path) -> None:
+    given, searched = full_report_data(), np.arange(1, N, 2)
     assert given.labels is not None
     found = find(given.features[searched], given.labels[searched], neighbours=5, resolution=1.0, seed=0)
     given = replace(given, findings=found, searched=searched)
@@ -512,8 +512,8 @@ def test_findings_of_a_sample_name_the_images_of_the_sample(tmp_path: Path) -> N
     assert words.startswith("Of 30 training images drawn at random from 60")
 
 
-def test_the_map_data_hold_neighbours_names_and_groups(written: tuple[Path, Drawn]) -> None:
-    given, source = material(), (written[0] / "report.html").read_text("utf-8")
+def test_map_data_holds_neighbours_names_and_groups(written: tuple[Path, PlotCalls]) -> None:
+    given, source = full_report_data(), (written[0] / "report.html").read_text("utf-8")
     held = re.search(r'id="map-data">(.*?)</script>', source, re.DOTALL)
     assert held and "<" not in held[1]
     data = json.loads(held[1])
@@ -531,7 +531,7 @@ def test_the_map_data_hold_neighbours_names_and_groups(written: tuple[Path, Draw
         assert abs(tile.astype(int) - i).max() < 8
 
 
-def test_health_is_held_against_the_consistency(written: tuple[Path, Drawn]) -> None:
+def test_health_figures_are_correlated_with_the_consistency(written: tuple[Path, PlotCalls]) -> None:
     (pairs,), _ = written[1].calls["follows"][0]
     assert list(pairs) == [
         "median entropy, nats",
@@ -546,29 +546,31 @@ def test_health_is_held_against_the_consistency(written: tuple[Path, Drawn]) -> 
         values, beside, rank = pairs[label]
         assert values.tolist() == pytest.approx(expected) and beside.tolist() == truth
         assert rank == pytest.approx(spearmanr(expected, truth).statistic)
-    assert np.isnan(pairs["drift of the memory bank"][2])  # it never changed
+    assert np.isnan(pairs["drift of the memory bank"][2])  # the drift is constant
 
 
-def test_the_map_is_of_all_samples_and_their_labels(written: tuple[Path, Drawn]) -> None:
+def test_map_shows_all_samples_with_their_labels(written: tuple[Path, PlotCalls]) -> None:
     (points, labels, names), _ = written[1].calls["embedding_map"][0]
-    assert points.shape == (N, 2) and np.isfinite(points).all() and labels.tolist() == material().labels.tolist()
+    assert (
+        points.shape == (N, 2) and np.isfinite(points).all() and labels.tolist() == full_report_data().labels.tolist()
+    )
     assert names == ['<script>alert("1")</script>', "<b>bold&amp;", "class 2"]
     text = Page(written[0] / "report.html").parts["Map"]
     assert "60 of 60 embeddings of the training images (test transform)" in text
     assert "memory bank" not in text
 
 
-def test_of_many_samples_the_map_and_the_matrix_take_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_map_and_confusion_matrix_use_a_subset_of_many_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_figures, "MAPPED", 20)
     monkeypatch.setattr(test_figures, "TESTS", 10)
-    drawn = Drawn(monkeypatch)
-    shown = Page(page.write(material(), tmp_path))
+    drawn = PlotCalls(monkeypatch)
+    shown = Page(page.write(full_report_data(), tmp_path))
     assert "20 of 60 embeddings" in shown.parts["Map"] and len(drawn.calls["embedding_map"][0][0][0]) == 20
     assert "of 10 test images, drawn at random from 25, are classified correctly" in shown.parts["Confusion matrix"]
     assert drawn.calls["confusion"][0][0][0].sum() == 10
-    given = material()
+    given = full_report_data()
     assert given.tested is not None and given.labels is not None
-    for tiles, sentence, _ in drawn.calls["voters"][0][0][0]:  # the number of the chosen one, not its place among them
+    for tiles, sentence, _ in drawn.calls["voters"][0][0][0]:  # the number of the image, not its place in the subset
         number = int(tiles[0].image[0, 0, 0]) - 200
         assert sentence.startswith(
             f"{plots.fit(plots.all_writable(given.classes)[given.tested.labels[number]], 1.2, 9)}, "
@@ -579,15 +581,15 @@ def test_of_many_samples_the_map_and_the_matrix_take_some(tmp_path: Path, monkey
 
 def test_plots_are_reproducible_and_keep_matplotlib_settings(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
-    first = page.write(material(), tmp_path).read_bytes()
-    assert page.write(material(), tmp_path).read_bytes() == first
+    first = page.write(full_report_data(), tmp_path).read_bytes()
+    assert page.write(full_report_data(), tmp_path).read_bytes() == first
     assert dict(matplotlib.rcParams) == before
 
 
-def test_without_labels_what_needs_them_is_left_out(tmp_path: Path) -> None:
+def test_report_without_labels_omits_figures_of_labels(tmp_path: Path) -> None:
     old_report(tmp_path)
     rows = [row | {"top1": None, "top5": None, "best_top1": None, "consistency": None} for row in metrics()]
-    given = replace(material(), labels=None, classes=(), tested=None, metrics=rows, protocol="", published="")
+    given = replace(full_report_data(), labels=None, classes=(), tested=None, metrics=rows, protocol="", published="")
     given = with_findings(given)
     assert not missing(given, tmp_path)
     page, source = Page(tmp_path / "report.html"), (tmp_path / "report.html").read_text("utf-8")
@@ -602,42 +604,42 @@ def test_without_labels_what_needs_them_is_left_out(tmp_path: Path) -> None:
     assert page.cells[0] == ["round", "epochs", "anchors", "loss"]
     for word in ("top-1", "Top-1", "test labels", "published", "frame", "nobody"):
         assert word not in source, word
-    assert page.text.count("have no labels") == 1  # said once, at the top
+    assert page.text.count("have no labels") == 1  # stated once, at the top
     drawn = {path.stem for path in (tmp_path / "report").iterdir()}
     assert drawn == set("loss entropy surest random quantiles reciprocal drift hubness orphans largest_hub map".split())
 
 
-def test_without_test_images_only_their_parts_are_left_out(tmp_path: Path) -> None:
+def test_report_without_test_images_omits_their_figures(tmp_path: Path) -> None:
     rows = [row | {"top1": None, "top5": None, "best_top1": None} for row in metrics()]
-    assert not missing(replace(material(), tested=None, metrics=rows, protocol=""), tmp_path)
+    assert not missing(replace(full_report_data(), tested=None, metrics=rows, protocol=""), tmp_path)
     page = Page(tmp_path / "report.html")
     assert "Worst mistakes" in page.parts and "Consistency of the anchors" in page.parts
     assert not {"Accuracy", "Confusion matrix", "Test images and their nearest training images"} & set(page.parts)
     assert "no labelled test images" in page.text and page.cells[0][3:] == ["consistency", "loss"]
 
 
-def test_the_best_epoch_is_the_one_that_held_out_images_chose(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = Drawn(monkeypatch)
+def test_best_epoch_is_the_one_chosen_by_held_out_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = PlotCalls(monkeypatch)
     held_out = [0.1, 0.2, 0.3, 0.3, 0.2, 0.3, 0.1, 0.5, 0.1, 0.9, 0.8, None]
     rows = [row | {"val_top1": value} for row, value in zip(metrics(), held_out, strict=True)]
     with plots.style():
-        training_figures.training(replace(material(), metrics=rows, chooser="held-out training images"))
+        training_figures.training(replace(full_report_data(), metrics=rows, chooser="held-out training images"))
     (series, *_), named = drawn.calls["curves"][0]
     marked = named["marks"]["best epoch of a round"]
-    assert np.flatnonzero(np.isfinite(marked)).tolist() == [2, 5, 7, 9]  # the last one of two that are equally good
+    assert np.flatnonzero(np.isfinite(marked)).tolist() == [2, 5, 7, 9]  # the last of equally accurate epochs
     assert marked[[2, 5, 7, 9]].tolist() == [0.3, 0.44, 0.2, 0.61]  # their test accuracy
     assert series["top-1 of held-out images"].tolist()[:3] == [0.1, 0.2, 0.3]
 
 
-def test_the_galleries_say_where_their_neighbours_come_from(written: tuple[Path, Drawn]) -> None:
+def test_galleries_state_the_source_of_their_neighbours(written: tuple[Path, PlotCalls]) -> None:
     shown = Page(written[0] / "report.html")
     for title in ("Most certain anchors", "Random anchors", "Worst mistakes"):
         assert "in the memory bank at the start of round 3" in shown.parts[title]
 
 
-def test_in_round_0_sentences_say_what_is_not_yet(tmp_path: Path) -> None:
+def test_report_in_round_0_explains_missing_figures(tmp_path: Path) -> None:
     old_report(tmp_path)
-    given = replace(material(), rounds=(), metrics=metrics()[:1], finished=False, published="")
+    given = replace(full_report_data(), rounds=(), metrics=metrics()[:1], finished=False, published="")
     message = missing(given, tmp_path)
     assert "has not reached round 1 yet" in message["Entropy and anchor selection"]
     assert message["Accuracy"].startswith("Measured after one epoch only: top-1 20.00%")
@@ -645,26 +647,26 @@ def test_in_round_0_sentences_say_what_is_not_yet(tmp_path: Path) -> None:
     assert message["Orphans"] == "Measured after one epoch only: 40.00%."
     assert message["Drift of the memory bank"] == "Measured after one epoch only: 0.5."
     kept = {path.stem for path in (tmp_path / "report").iterdir()}
-    assert kept == {"map", "confusion", "voters"}  # those of the earlier report are gone
+    assert kept == {"map", "confusion", "voters"}  # figures of the earlier report are removed
     text = Page(tmp_path / "report.html").text
     assert "still training, or stopped" in text and "published" not in text
 
 
-def test_before_the_first_epoch_there_is_a_report_too(tmp_path: Path) -> None:
-    message = missing(replace(material(), rounds=(), metrics=(), tested=None), tmp_path)
+def test_report_before_the_first_epoch_is_written(tmp_path: Path) -> None:
+    message = missing(replace(full_report_data(), rounds=(), metrics=(), tested=None), tmp_path)
     assert message["Loss"] == "No epoch is done yet."
     shown = Page(tmp_path / "report.html")
     assert "before the first epoch" in shown.parts["Map"]
     assert "Health" not in shown.parts and not [a for tag, a in shown.tags if tag == "a" and a["href"] == "#health"]
 
 
-def test_a_run_of_round_0_alone_says_that_it_has_no_anchors(tmp_path: Path) -> None:
-    message = missing(replace(material(), rounds=(), metrics=metrics()[:3]), tmp_path)
+def test_report_of_round_0_only_states_that_there_are_no_anchors(tmp_path: Path) -> None:
+    message = missing(replace(full_report_data(), rounds=(), metrics=metrics()[:3]), tmp_path)
     assert "this run ended before" in message["Entropy and anchor selection"]
 
 
-def test_a_diverged_run_has_a_report_too(tmp_path: Path) -> None:
-    given = material()
+def test_report_of_a_diverged_run_is_written(tmp_path: Path) -> None:
+    given = full_report_data()
     nothing = np.full_like(given.features, np.nan)
     rounds = [replace(found, entropy=np.full(N, np.nan)) for found in given.rounds]
     rows = [row | {"loss": float("nan"), **dict.fromkeys(QUANTILES, float("nan"))} for row in metrics()]
@@ -681,24 +683,24 @@ def test_a_diverged_run_has_a_report_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("samples", "value"), [(N, 0.5), (4, None)])
-def test_embeddings_that_make_no_map_get_a_sentence(samples: int, value: float | None) -> None:
-    given = material()
+def test_map_of_few_or_equal_embeddings_is_omitted(samples: int, value: float | None) -> None:
+    given = full_report_data()
     features = given.features[:samples] if value is None else np.full((samples, D), value, np.float32)
     projected = training_figures.project(replace(given, features=features))
     assert training_figures.embedding_map(given, projected).figure is None
 
 
-def test_a_discovery_without_anchors_has_no_gallery() -> None:
+def test_discovery_without_anchors_has_no_gallery() -> None:
     none = Discovered(1, np.arange(N, dtype=float), np.empty(0, int), np.empty((0, K), int), None)
     with plots.style():
-        parts = training_figures.discovery(replace(material(), rounds=[none]))
+        parts = training_figures.discovery(replace(full_report_data(), rounds=[none]))
     assert [name for name, part in parts.items() if part.figure] == ["entropy"]
 
 
 def test_mistakes_without_similarities_are_sorted_by_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = material()
+    given = full_report_data()
     assert given.labels is not None
-    drawn, found = Drawn(monkeypatch), replace(given.rounds[-1], similarities=None)
+    drawn, found = PlotCalls(monkeypatch), replace(given.rounds[-1], similarities=None)
     with plots.style():
         training_figures._galleries(given, found)
     worst = [int(entry[0].image[0, 0, 0]) for entry in drawn.calls["gallery"][-1][0][0]]
@@ -707,7 +709,7 @@ def test_mistakes_without_similarities_are_sorted_by_entropy(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("when", ["drawing", "writing"])
-def test_a_failure_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+def test_failure_keeps_the_earlier_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     old_report(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     calls = []
@@ -718,26 +720,26 @@ def test_a_failure_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(plots, "confusion", fail) if when == "drawing" else monkeypatch.setattr(page, "_page", fail)
     with pytest.raises(OSError, match="no space left"):
-        page.write(replace(material(), name="another", rounds=()), tmp_path)
+        page.write(replace(full_report_data(), name="another", rounds=()), tmp_path)
     assert calls and before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
-def test_the_page_is_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_the_earlier_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = old_report(tmp_path)
 
     def fail(file: int) -> None:
-        if list(tmp_path.glob("report.html.*.part")):  # the pictures could still be written
+        if list(tmp_path.glob("report.html.*.part")):  # the figures are written, the page is not
             raise OSError("no space left")
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="no space left"):
-        page.write(replace(material(), name="another"), tmp_path)
+        page.write(replace(full_report_data(), name="another"), tmp_path)
     assert (tmp_path / "report.html").read_bytes() == old
     assert not list(tmp_path.rglob("*.part"))
 
 
 class Photographs:
-    """Large noise, which compresses to nothing less; counts what is read."""
+    """Large images of noise, which cannot be compressed; records which are read."""
 
     def __init__(self, count: int) -> None:
         self.count, self.read = count, set[int]()
@@ -763,7 +765,7 @@ def test_page_with_a_thousand_classes_stays_below_the_limit(tmp_path: Path, monk
     found = Discovered(1, rng.random(1500), np.arange(700), nearest[:700])
     tested = Judged(photographs, labels[:400], unit(features[:400] + 0.2), "kNN", 200, SIGMA)  # type: ignore[arg-type]
     given = replace(
-        material(),
+        full_report_data(),
         rounds=[found],
         images=photographs,  # type: ignore[arg-type]
         labels=labels,
@@ -779,18 +781,16 @@ def test_page_with_a_thousand_classes_stays_below_the_limit(tmp_path: Path, monk
 
 
 @pytest.mark.slow
-def test_pictures_lose_resolution_before_the_page_grows_too_large(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_image_resolution_is_reduced_for_a_large_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def width() -> int:
         return Image.open(io.BytesIO((tmp_path / "report" / "map.png").read_bytes())).width
 
     monkeypatch.setattr(page, "RESOLUTIONS", (60, 40, 20))
     monkeypatch.setattr(page, "LIMIT", 1)
-    page.write(material(), tmp_path)
+    page.write(full_report_data(), tmp_path)
     assert width() == 20 * plots.WIDTH
     monkeypatch.setattr(page, "LIMIT", 10**9)
-    page.write(material(), tmp_path)
+    page.write(full_report_data(), tmp_path)
     assert width() == 60 * plots.WIDTH
 
 
@@ -801,12 +801,14 @@ document.title = [frames[0].innerWidth, root.scrollWidth, pictures.length, pictu
 Math.max(...pictures.map(p => p.getBoundingClientRect().right)),
 [...page.querySelectorAll('.scroll')].filter(t => t.scrollWidth > t.clientWidth).length].join(' ') }}
 </script>"""
-"""A page that shows the report in a frame (a window has a least width) and tells its measures as its title."""
+"""Shows the report in a frame, since a window has a minimum width, and writes the measurements into the title."""
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_fits_desktops_and_phones(written: tuple[Path, Drawn], tmp_path: Path, width: int) -> None:
+def test_page_fits_the_width_of_desktops_and_phones(
+    written: tuple[Path, PlotCalls], tmp_path: Path, width: int
+) -> None:
     shutil.copy(written[0] / "report.html", tmp_path)
     probe = tmp_path / "probe.html"
     probe.write_text(PROBE.format(width), encoding="utf-8")
@@ -817,7 +819,7 @@ def test_the_page_fits_desktops_and_phones(written: tuple[Path, Drawn], tmp_path
     assert messages, shown
     inner, scrolled, pictures, loaded, right, cut = map(float, messages[1].split())
     assert inner == width and scrolled <= inner and right <= inner
-    assert not cut  # no column of a table is out of sight
+    assert not cut  # no table has to be scrolled
     assert pictures == loaded == DRAWN + len(Page(tmp_path / "report.html").thumbs())
 
 
@@ -834,15 +836,15 @@ def browser() -> Iterator[Any]:
 
 
 class Map:
-    """The explorable map of a report in a browser; ``finger``: on a phone with a touch screen."""
+    """The interactive map of a report in a browser; ``finger``: on a phone with a touch screen."""
 
     def __init__(self, browser: Any, path: Path, *, finger: bool = False) -> None:
         width = 390 if finger else 1280
         self.tab = browser.new_context(viewport={"width": width, "height": 800}, has_touch=finger).new_page()
-        self.faults: list[str] = []
-        self.tab.on("pageerror", lambda error: self.faults.append(str(error)))
-        self.tab.on("console", lambda message: self.faults.append(message.text))
-        self.tab.on("dialog", lambda dialog: (self.faults.append(dialog.message), dialog.dismiss()))
+        self.browser_errors: list[str] = []
+        self.tab.on("pageerror", lambda error: self.browser_errors.append(str(error)))
+        self.tab.on("console", lambda message: self.browser_errors.append(message.text))
+        self.tab.on("dialog", lambda dialog: (self.browser_errors.append(dialog.message), dialog.dismiss()))
         self.tab.goto(path.as_uri())
         self.canvas, self.shown, self.legend = map(
             self.tab.locator, ("#map-canvas", "#map-shown", "#map-legend button")
@@ -852,12 +854,12 @@ class Map:
         )
 
     def at(self, point: int) -> dict[str, float]:
-        """Where a point lies on the canvas, in pixels."""
+        """The position of a point on the canvas, in pixels."""
         side = self.canvas.bounding_box()["width"] - 20
         return {"x": 10 + self.data["x"][point] * side, "y": 10 + (1 - self.data["y"][point]) * side}
 
-    def lonely(self, group: int | None = None) -> int:
-        """The point, of a group if given, that is farthest from every other."""
+    def isolated(self, group: int | None = None) -> int:
+        """The point (of a group, if given) that is farthest from all others."""
         places = np.stack([self.data["x"], self.data["y"]], axis=1)
         distance = np.linalg.norm(places[:, None] - places[None], axis=2) + 9 * np.eye(len(places))
         among = [i for i, own in enumerate(self.data["group"]) if group in (None, own)]
@@ -869,11 +871,11 @@ class Map:
 
 @pytest.mark.parametrize("finger", [False, True], ids=["mouse", "finger"])
 def test_pointing_at_the_map_shows_image_and_neighbours(
-    written: tuple[Path, Drawn], browser: Any, finger: bool
+    written: tuple[Path, PlotCalls], browser: Any, finger: bool
 ) -> None:
     shown = Map(browser, written[0] / "report.html", finger=finger)
     assert shown.tab.locator("#map-still").is_hidden() and "tap it" in shown.shown.inner_text()
-    point, before = shown.lonely(), shown.pixels()
+    point, before = shown.isolated(), shown.pixels()
     (shown.canvas.tap if finger else shown.canvas.hover)(position=shown.at(point))
     assert shown.data["name"][point] in shown.shown.inner_text() and shown.pixels() != before
     near, names = shown.shown.locator("button"), [shown.data["name"][i] for i in shown.data["near"][point]]
@@ -882,29 +884,29 @@ def test_pointing_at_the_map_shows_image_and_neighbours(
     (near.first.tap if finger else near.first.click)()
     assert names[0] in shown.shown.inner_text()
     drawn = shown.shown.locator("canvas").first.evaluate("c => [...c.getContext('2d').getImageData(24, 24, 1, 1).data]")
-    assert abs(drawn[0] - shown.data["near"][point][0]) < 8  # the image tells its number
-    assert not shown.faults
+    assert abs(drawn[0] - shown.data["near"][point][0]) < 8  # pixels have the value of the image's number
+    assert not shown.browser_errors
     assert shown.tab.evaluate("document.documentElement.scrollWidth") <= shown.tab.viewport_size["width"]
     shown.tab.context.close()
 
 
-def test_a_click_holds_the_image_until_the_next(written: tuple[Path, Drawn], browser: Any) -> None:
+def test_click_on_the_map_keeps_the_image_shown(written: tuple[Path, PlotCalls], browser: Any) -> None:
     shown = Map(browser, written[0] / "report.html")
-    point, other = shown.lonely(), shown.data["near"][shown.lonely()][0]
+    point, other = shown.isolated(), shown.data["near"][shown.isolated()][0]
     shown.canvas.click(position=shown.at(point))
     shown.canvas.hover(position=shown.at(other))
     assert shown.data["name"][point] in shown.shown.inner_text()
     shown.tab.context.close()
 
 
-def test_the_legend_singles_out_a_group(written: tuple[Path, Drawn], browser: Any) -> None:
+def test_click_on_the_legend_selects_a_group(written: tuple[Path, PlotCalls], browser: Any) -> None:
     shown = Map(browser, written[0] / "report.html")
     groups, before = shown.data["group"], shown.pixels()
     assert shown.legend.count() == len(set(groups))
     assert shown.legend.first.inner_text() == f"group 0 ({groups.count(0)})"
     shown.legend.first.click()
     assert shown.legend.first.get_attribute("aria-pressed") == "true" and shown.pixels() != before
-    point = shown.lonely(group=1)
+    point = shown.isolated(group=1)
     shown.canvas.hover(position=shown.at(point))
     assert shown.data["name"][point] not in shown.shown.inner_text()
     shown.legend.first.click()
@@ -912,11 +914,11 @@ def test_the_legend_singles_out_a_group(written: tuple[Path, Drawn], browser: An
     assert shown.data["name"][point] in shown.shown.inner_text()
     shown.tab.locator("#map-by").select_option("label")
     assert sorted(shown.legend.all_inner_texts())[0].startswith("$x^2$")
-    assert not shown.faults
+    assert not shown.browser_errors
     shown.tab.context.close()
 
 
-def test_without_scripts_the_picture_of_the_map_is_shown(written: tuple[Path, Drawn], browser: Any) -> None:
+def test_without_javascript_the_image_of_the_map_is_shown(written: tuple[Path, PlotCalls], browser: Any) -> None:
     tab = browser.new_context(java_script_enabled=False).new_page()
     tab.goto((written[0] / "report.html").as_uri())
     assert tab.locator("#map-still img").is_visible() and tab.locator("#map-live").is_hidden()

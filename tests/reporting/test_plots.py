@@ -1,4 +1,4 @@
-"""The pictures, read back from what matplotlib was told to draw."""
+"""The figures, read back from the matplotlib objects."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read(figure: Figure) -> Image.Image:
 
 
 def shown_texts(figure: Figure) -> list[Text]:
-    """Every text that is drawn; ticks beyond the ends of an axis are not."""
+    """Every text that is drawn, without tick labels beyond the ends of an axis."""
     figure.canvas.draw()
     hidden: set[Text] = set()
     for axes in figure.findobj(matplotlib.axes.Axes):
@@ -53,7 +53,7 @@ def shown_texts(figure: Figure) -> list[Text]:
 
 
 def assert_readable(figure: Figure) -> None:
-    """No text is cut by the edge or lies over another one, and none is tiny."""
+    """Checks that no text is clipped at the edge, overlaps another text, or is very small."""
     texts = shown_texts(figure)
     boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
     for text in texts:
@@ -122,7 +122,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_every_picture_is_readable_and_has_the_common_width(name: str) -> None:
+def test_every_figure_is_readable_and_has_the_common_width(name: str) -> None:
     figure = PICTURES[name]()
     assert figure.get_figwidth() == plots.WIDTH
     assert read(figure).width == round(60 * plots.WIDTH)
@@ -137,7 +137,7 @@ def test_readability_check_can_fail() -> None:
         assert_readable(figure)
 
 
-def test_user_s_matplotlib_settings_are_ignored_and_kept() -> None:
+def test_matplotlib_settings_of_the_user_are_ignored_and_kept() -> None:
     def draw() -> bytes:
         with plots.style():
             return plots.render(plots.consistency(np.array([0.2, 0.4]), np.array([0.9, 0.8]), [1, 2]), 60)
@@ -149,7 +149,7 @@ def test_user_s_matplotlib_settings_are_ignored_and_kept() -> None:
         assert dict(matplotlib.rcParams) == before
 
 
-def test_text_is_cut_to_the_given_width() -> None:
+def test_text_is_shortened_to_the_given_width() -> None:
     figure = plots.curves({"loss": np.arange(2.0)}, np.zeros(2, int), "loss")
     for name in [*LONG, "i" * 500, "m" * 500]:
         for inches in (0.3, 0.7, 1.3):
@@ -162,7 +162,7 @@ def test_text_is_cut_to_the_given_width() -> None:
 
 
 @pytest.mark.parametrize("name", ["猫", "", "tab\tbed", "line\nbreak", "\udcff"])
-def test_name_that_the_font_lacks_becomes_a_number(name: str) -> None:
+def test_name_without_glyphs_in_the_font_becomes_a_number(name: str) -> None:
     assert plots.writable(name, 7) == "class 7"
 
 
@@ -184,7 +184,7 @@ def test_curves_omit_nonfinite_values() -> None:
     assert {"0", "1", "2"} <= {text.get_text() for text in shown_texts(figure)}
 
 
-def test_entropy_plot_shows_the_greatest_possible_value() -> None:
+def test_entropy_plot_shows_the_maximum_entropy() -> None:
     values = np.sort(RNG.random((4, 5)), axis=1)
     figure = plots.quantiles(values, np.zeros(4, int), 587)
     levels = [line.get_ydata()[0] for line in figure.axes[0].lines if line.get_linestyle() == "--"]
@@ -193,7 +193,7 @@ def test_entropy_plot_shows_the_greatest_possible_value() -> None:
     assert "ln N = 6.38" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_histograms_count_anchors_and_others_and_show_the_threshold() -> None:
+def test_entropy_histograms_show_counts_and_the_threshold() -> None:
     entropy = np.array([1.0, 1.1, 1.2, 2.0, 2.1, 3.0])
     chosen = np.array([True, True, True, True, False, False])
     figure = plots.histograms([(2, entropy, chosen), (3, entropy, np.ones(6, bool))])
@@ -202,26 +202,26 @@ def test_histograms_count_anchors_and_others_and_show_the_threshold() -> None:
     assert [sum(bar.get_height() for bar in bars) for bars in (anchors, others)] == [4, 2]
     edges = [(bar.get_x(), bar.get_x() + bar.get_width(), bar.get_height()) for bar in anchors]
     assert edges[0][0] == pytest.approx(1) and len(edges) == 60
-    for low, high, count in edges:  # whatever a value on an edge itself is counted to
+    for low, high, count in edges:  # a value on an edge may count to either bin
         inside = sum(1 for value in entropy[chosen] if low + 1e-9 < value < high - 1e-9)
         assert inside <= count <= sum(1 for value in entropy[chosen] if low - 1e-9 <= value <= high + 1e-9)
     assert [line.get_xdata()[0] for line in first.lines] == [2.0]
-    assert not second.lines  # nothing was left to be kept out
+    assert not second.lines  # all samples are anchors, so there is no threshold
     assert first.get_title(loc="left") == "round 2: 67% are anchors"
 
 
-def test_the_consistency_is_drawn_over_the_selected_share() -> None:
+def test_consistency_is_plotted_over_the_share_of_anchors() -> None:
     figure = plots.consistency(np.array([0.25, 0.5]), np.array([0.9, 0.8]), [1, 2])
     assert figure.axes[0].lines[0].get_xydata().tolist() == [[0.25, 0.9], [0.5, 0.8]]
     assert [text.get_text() for text in figure.axes[0].texts] == ["1", "2"]
 
 
-def test_frames_show_agreement_and_images_keep_proportions() -> None:
+def test_frames_show_equal_labels_and_images_keep_proportions() -> None:
     wide = np.zeros((10, 40, 3), np.uint8)
     figure = plots.gallery([[Tile(wide, "a"), *(Tile(wide, "b", same) for same in (True, False, None))]])
     axes = figure.axes[0]
     frames = [(to_hex(patch.get_edgecolor()), patch.get_linestyle() == "-") for patch in axes.patches]
-    assert frames == [(plots.EQUAL, True), (plots.OTHER, False)]  # and none where labels are not known
+    assert frames == [(plots.EQUAL, True), (plots.OTHER, False)]  # and no frame if a label is unknown
     for image in axes.images:
         left, right, bottom, top = image.get_extent()
         assert right - left == pytest.approx(4 * (bottom - top))
@@ -229,12 +229,12 @@ def test_frames_show_agreement_and_images_keep_proportions() -> None:
     assert starts == sorted(starts) and axes.texts[0].get_text() == "a" and len(axes.texts) == 4
 
 
-def test_large_images_are_reduced_before_they_are_drawn() -> None:
+def test_large_images_are_reduced_before_drawing() -> None:
     figure = plots.gallery([tiles(2, "", side=1500)])
     assert {max(image.get_array().shape) for image in figure.axes[0].images} == {plots.THUMBNAIL}
 
 
-def test_the_bar_of_votes_is_as_long_as_their_shares() -> None:
+def test_vote_bar_segments_are_proportional_to_the_shares() -> None:
     figure = plots.voters([(tiles(3, ""), "cat", [(0.5, False), (0.25, True)])])
     bars = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle) and patch.get_fill()]
     lengths = [bar.get_width() / sum(each.get_width() for each in bars) for bar in bars]
@@ -250,7 +250,7 @@ def test_every_class_has_a_colour(classes: int) -> None:
         assert len({tuple(colour) for colour in found.tolist()}) == classes
 
 
-def test_the_points_of_the_map_have_the_colours_of_the_legend() -> None:
+def test_map_points_have_the_colours_of_the_legend() -> None:
     labels = np.array([0, 2, 2, 1])
     figure = plots.embedding_map(np.arange(8.0).reshape(4, 2), labels, ["a", "b", "c"])
     points, *entries = figure.axes[0].collections
@@ -260,14 +260,14 @@ def test_the_points_of_the_map_have_the_colours_of_the_legend() -> None:
     assert points.get_offsets().tolist() == np.arange(8.0).reshape(4, 2).tolist()
 
 
-def test_a_legend_names_twenty_classes_at_most() -> None:
+def test_legend_names_at_most_twenty_classes() -> None:
     figure = plots.embedding_map(np.zeros((5, 2)), np.arange(5), names(1000))
     named = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(named) == 20 and named[0].startswith("golden")
 
 
 @pytest.mark.parametrize("classes", [3, 100, 250])
-def test_a_confusion_matrix_shows_shares_of_the_true_class(classes: int) -> None:
+def test_confusion_matrix_shows_shares_of_the_true_class(classes: int) -> None:
     counts = RNG.integers(0, 5, (classes, classes))
     counts[-1] = 0  # a class without test images
     drawn = np.asarray(plots.confusion(counts, names(classes)).axes[0].images[0].get_array())
@@ -282,7 +282,7 @@ def test_a_confusion_matrix_shows_shares_of_the_true_class(classes: int) -> None
             assert drawn[row, column] == pytest.approx(cell / total if total else 0)
 
 
-def test_few_classes_have_their_counts_written() -> None:
+def test_confusion_matrix_of_few_classes_shows_counts() -> None:
     figure = plots.confusion(np.array([[5, 2], [0, 7]]), ["a", "b"])
     where = {tuple(map(float, text.get_position())): text.get_text() for text in figure.axes[0].texts}
     assert where == {(0, 0): "5", (1, 0): "2", (0, 1): "", (1, 1): "7"}

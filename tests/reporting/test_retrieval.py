@@ -1,4 +1,4 @@
-"""The training images that resemble a picture: held against plain loops, and drawn."""
+"""Retrieval of similar training images: compared with plain loops, and drawn."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def dummies(samples: int, **known: Any) -> ImageSet:
     return ImageSet([np.zeros((2, 2, 3), np.uint8)] * samples, **known)
 
 
-def test_no_picture_is_overwritten(tmp_path: Path) -> None:
+def test_existing_image_file_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out.png").write_text("mine")
     with pytest.raises(UsageError, match=r"out.png: already exists"):
         retrieval.save_picture(tmp_path / "out.png", Image.new("RGB", (2, 2)))
@@ -67,7 +67,7 @@ def test_most_similar_images_equal_the_oracle(queries: int, samples: int, k: int
         assert similarities[row].tolist() == pytest.approx([values[j] for j in best])
 
 
-def test_results_need_no_gradient() -> None:
+def test_similarities_need_no_gradient() -> None:
     embeddings = torch.eye(3, requires_grad=True)
     _, similarities = query(embeddings, torch.eye(3), 2)
     assert not similarities.requires_grad
@@ -85,7 +85,7 @@ def test_table_shows_rank_file_class_and_similarity() -> None:
         ["2", "a.png", "dog", "0.5000"],
         ["3", "new\\nline.png", "cat", "0.0000"],
     ]
-    assert {len(line) for line in (header, rule, *lines)} == {len(rule)}  # columns stand under each other
+    assert {len(line) for line in (header, rule, *lines)} == {len(rule)}  # columns are aligned
     bare = describe("x", indices[:1], similarities[:1], dummies(3))
     assert bare.split("\n")[1:] == ["rank  index  similarity", "----  -----  ----------", "1         2      0.9877"]
 
@@ -128,7 +128,7 @@ def test_each_query_has_a_row_of_tiles_by_similarity() -> None:
     lefts = [left for _, left, *_ in found]
     assert lefts[:4] == lefts[4:] == sorted(lefts[:4])
     assert lefts[1] - lefts[0] > lefts[2] - lefts[1] == lefts[3] - lefts[2] > TILE  # the query stands apart
-    assert found[4][2] - found[0][2] > TILE + 40  # room for the lines of text
+    assert found[4][2] - found[0][2] > TILE + 40  # space for the lines of text
 
 
 @pytest.mark.parametrize(("k", "lines"), [(1, [1]), (10, [10]), (11, [10, 1]), (25, [10, 10, 5])])
@@ -148,7 +148,7 @@ def test_image_fills_its_tile_and_keeps_its_proportions(height: int, width: int)
     (_, _, top, *_), (number, _, top_of_it, wide, high) = boxes(picture)
     assert number == 1 and max(wide, high) == TILE
     assert abs(wide / high - width / height) <= 0.06 * width / height
-    assert abs((top + TILE / 2) - (top_of_it + high / 2)) <= 1  # in the middle
+    assert abs((top + TILE / 2) - (top_of_it + high / 2)) <= 1  # centred
 
 
 def test_pixels_of_small_images_stay_visible() -> None:
@@ -227,19 +227,19 @@ def test_long_name_is_shortened_in_the_middle(name: str) -> None:
         if len(start) < len(end)
         else name[: len(start)] + "…" + name[-len(end) - 1 :]
     )
-    assert width(longer) > TILE  # no room is wasted
+    assert width(longer) > TILE  # shortened no more than necessary
     assert retrieval.shorten("0231.jpg", TILE) == "0231.jpg"
     assert retrieval.shorten(name, 1) == "…"
 
 
-def test_letters_that_the_font_lacks_are_question_marks() -> None:
+def test_letters_without_glyphs_become_question_marks() -> None:
     lacking, marked = (
         drawn([flat(90)], [[0]], images_of([flat(0)], [name]), names=name[0]) for name in ("狗 é", "? é")
     )
     assert lacking.tobytes() == marked.tobytes()
 
 
-def test_the_picture_is_written_as_png(tmp_path: Path) -> None:
+def test_image_grid_is_written_as_png(tmp_path: Path) -> None:
     picture = drawn([flat(90)], [[0]], images_of([flat(0)]))
     retrieval.save_picture(tmp_path / "found.png", picture)
     with Image.open(tmp_path / "found.png") as read:

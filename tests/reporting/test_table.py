@@ -1,4 +1,4 @@
-"""The table with a row for each image: read back, and held against plain loops and scikit-learn."""
+"""The table with a row for each image: read back and compared with plain loops and scikit-learn."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def columns_of(parts: list[Split]) -> dict[str, Any]:
 
 @cache
 def whole() -> dict[str, Any]:
-    """The columns of ``splits()``: t-SNE takes a while."""
+    """The columns of ``splits()``, cached because t-SNE takes time."""
     return columns_of(splits())
 
 
@@ -71,7 +71,7 @@ def parquet(path: Path, images: list[Any] | None = None, parts: list[Split] | No
     return pytest.importorskip("pandas").read_parquet(path)
 
 
-# what the rows say
+# content of the rows
 
 
 def test_rows_are_the_splits_in_order() -> None:
@@ -97,14 +97,14 @@ def test_neighbours_of_every_row_are_the_nearest_training_images() -> None:
         assert found["label_disagreement"][row] == pytest.approx(np.mean(other))
 
 
-def test_entropy_and_round_are_of_training_images_only() -> None:
+def test_only_training_images_have_entropy_and_round() -> None:
     found, train = columns(), splits()[0].embeddings
     assert found["entropy"][:40] == pytest.approx([oracles.entropy(row, train, 0.2) for row in train], abs=1e-5)
     assert found["round"][:40] == [None if round == NEVER else round for round in ROUNDS.tolist()]
     assert found["entropy"][40:] == found["round"][40:] == found["group"][40:] == [None] * 16
 
 
-def test_groups_copies_and_outliers_are_the_findings() -> None:
+def test_groups_copies_and_outliers_equal_the_findings() -> None:
     parts = splits()
     parts[0].embeddings[[5, 9]] = parts[0].embeddings[2]
     found, train = columns(parts), parts[0]
@@ -115,7 +115,7 @@ def test_groups_copies_and_outliers_are_the_findings() -> None:
     assert [(row, copy) for row, copy in enumerate(found["copy_of"]) if copy is not None] == [(5, 2), (9, 2)]
 
 
-def test_of_many_images_some_are_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_findings_of_many_images_use_a_subset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "SEARCHED", 30)
     found, searched = columns(splits()), table.drawn(40, 30).tolist()
     assert [row for row, group in enumerate(found["group"]) if group is not None] == searched
@@ -133,13 +133,13 @@ def test_unknown_labels_and_names_are_null() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_few_images_have_a_row_but_no_place_on_the_map(count: int) -> None:
+def test_few_images_have_rows_without_map_coordinates(count: int) -> None:
     found = columns([split_of("train", count, seed=0)])
     assert found["x"] == found["y"] == [None] * count
     assert [len(near["ids"]) for near in found["neighbours"]] == [min(4, count - 1)] * count
 
 
-def test_images_beyond_the_map_are_placed_beside_their_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_images_are_placed_at_their_nearest_on_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = splits()[0].embeddings
     monkeypatch.setattr(table, "MAPPED", 25)
     points, chosen = table.to_map(rows), table.drawn(40, 25)
@@ -149,7 +149,7 @@ def test_images_beyond_the_map_are_placed_beside_their_nearest(monkeypatch: pyte
         assert points[row] == pytest.approx(points[chosen[nearest]].mean(axis=0), abs=1e-4)
 
 
-def test_embeddings_that_are_not_finite_are_refused() -> None:
+def test_nonfinite_embeddings_are_refused() -> None:
     parts = splits()
     parts[0].embeddings[3, 2] = np.nan
     with pytest.raises(UsageError, match="NaN or infinite"):
@@ -179,7 +179,7 @@ def test_pandas_and_pyarrow_read_the_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "kind", "edge"), [(8, "PNG", 8), (128, "PNG", 128), (200, "JPEG", 128)])
-def test_thumbnails_are_images_of_hugging_face(
+def test_thumbnails_are_stored_as_hugging_face_images(
     tmp_path: Path, size: int, kind: str, edge: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table, "ROWS", 3)
@@ -195,7 +195,7 @@ def test_thumbnails_are_images_of_hugging_face(
     assert json.loads(schema.metadata[b"huggingface"])["info"]["features"] == {"image": {"_type": "Image"}}
 
 
-def test_the_table_with_thumbnails_is_a_data_set_again(tmp_path: Path) -> None:
+def test_table_with_thumbnails_is_read_as_a_data_set(tmp_path: Path) -> None:
     import datasets
 
     parts = [split_of("train", 7, seed=0)]
@@ -206,7 +206,7 @@ def test_the_table_with_thumbnails_is_a_data_set_again(tmp_path: Path) -> None:
     assert [train.classes[label] for label in train.labels] == [CLASSES[label] for label in parts[0].labels]
 
 
-def test_file_names_that_are_no_utf_8_are_escaped(tmp_path: Path) -> None:
+def test_file_names_that_are_not_utf8_are_escaped(tmp_path: Path) -> None:
     part = split_of("train", 3, seed=0)
     names = ["b/\udcff raw.png", "é 狗.png", "c"]
     odd = Split("train", ImageSet(part.images.images, part.labels, CLASSES, names), part.embeddings, part.labels)
@@ -234,7 +234,7 @@ def test_csv_has_the_same_values_without_vectors(tmp_path: Path) -> None:
     assert not (tmp_path / "out.csv").read_bytes().startswith(b"\xef\xbb\xbf")
 
 
-def test_no_text_in_csv_is_a_formula_to_a_spreadsheet(tmp_path: Path) -> None:
+def test_csv_text_is_never_a_spreadsheet_formula(tmp_path: Path) -> None:
     names = [*FORMULAS, *PLAIN]
     part = split_of("train", len(names), seed=0)
     odd = Split("train", ImageSet(part.images.images, part.labels, CLASSES, names), part.embeddings, part.labels)
@@ -244,7 +244,7 @@ def test_no_text_in_csv_is_a_formula_to_a_spreadsheet(tmp_path: Path) -> None:
     assert [row["class"] for row in rows[:3]] == ["cat", "dog", "'=1+1"]
 
 
-# where it may go
+# paths
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_no_text_in_csv_is_a_formula_to_a_spreadsheet(tmp_path: Path) -> None:
         ("a\0b.csv", r"cannot be written: .*null"),
     ],
 )
-def test_places_that_cannot_be_written_are_refused(tmp_path: Path, name: str, words: str) -> None:
+def test_unusable_paths_are_refused(tmp_path: Path, name: str, words: str) -> None:
     (tmp_path / "taken.csv").write_text("mine")
     (tmp_path / "link.csv").symlink_to("nowhere")
     with pytest.raises(UsageError, match=words):
@@ -266,7 +266,7 @@ def test_places_that_cannot_be_written_are_refused(tmp_path: Path, name: str, wo
     assert (tmp_path / "taken.csv").read_text() == "mine"
 
 
-def test_places_that_can_be_written_pass(tmp_path: Path) -> None:
+def test_usable_paths_are_accepted_and_nothing_is_written(tmp_path: Path) -> None:
     table.check(Options())
     table.check(Options(export_table=tmp_path / "OUT.CSV"))
     assert list(tmp_path.iterdir()) == []
@@ -286,7 +286,7 @@ def test_missing_pyarrow_is_named_with_the_pip_command(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
-def test_the_table_is_whole_or_not_there(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_no_table(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow")
     found = columns()
@@ -299,7 +299,7 @@ def test_the_table_is_whole_or_not_there(tmp_path: Path, name: str, monkeypatch:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(TypeError):  # while it is written
+    with pytest.raises(TypeError):  # during the write
         table.save(tmp_path / name, {**found, "neighbours": [None] * 56, "split": [object()] * 56}, None)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UsageError, match=r"cannot be written: No space left on device; choose another path$"):
@@ -307,7 +307,7 @@ def test_the_table_is_whole_or_not_there(tmp_path: Path, name: str, monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_log_tells_of_the_file(
+def test_exported_table_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("and"), "propagate", True)
@@ -328,7 +328,7 @@ def found(anchors: list[int], samples: int) -> Neighbourhoods:
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2]])
-def test_the_first_round_as_anchor_counts(order: list[int]) -> None:
+def test_round_of_a_sample_is_its_first_as_an_anchor(order: list[int]) -> None:
     rounds = {0: [], 1: [4, 2], 2: [0, 2], 3: [1, 0, 4]}
     nothing = Neighbourhoods.none(6)
     given = [(round, found(rounds[round], 6) if rounds[round] else nothing) for round in order]
@@ -336,6 +336,6 @@ def test_the_first_round_as_anchor_counts(order: list[int]) -> None:
     assert became_anchor([], 3).tolist() == [NEVER] * 3
 
 
-def test_anchors_of_other_data_are_refused() -> None:
+def test_anchors_of_another_data_set_are_refused() -> None:
     with pytest.raises(UsageError, match=r"^round 2: its anchors are of 5 samples, not 6; choose the data .*$"):
         became_anchor([(1, found([1], 6)), (2, found([1], 5))], 6)

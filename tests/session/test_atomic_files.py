@@ -1,4 +1,4 @@
-"""Atomic writes of files, and of several together."""
+"""Atomic writes of single files and of several files together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_failure_of_the_last_file_removes_all(tmp_path: Path, monkeypatch: pytes
 
     def full(descriptor: int) -> None:
         done.append(descriptor)
-        if len(done) == 3:  # one of the second file, whose folder comes between
+        if len(done) == 3:  # the second file; the fsync of the folder comes between
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)

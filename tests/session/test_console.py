@@ -1,4 +1,4 @@
-"""Tables, bars and the log."""
+"""Tables, progress bars and the log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lib.session.console import LOGGER, SUMMARY, log_to_file, logger, progress, 
 
 
 @pytest.fixture(autouse=True)
-def log_as_before() -> Iterator[None]:
+def restore_log() -> Iterator[None]:
     log = logging.getLogger(LOGGER)
     before = list(log.handlers), log.level, log.propagate
     yield
@@ -36,7 +36,7 @@ def test_table_aligns_the_first_column_left_and_others_right() -> None:
     ]
 
 
-def test_a_table_without_rows_is_its_header() -> None:
+def test_table_without_rows_is_its_header() -> None:
     assert table(["one", "two"], []).split("\n") == ["one  two", "---  ---"]
 
 
@@ -49,7 +49,7 @@ def test_progress_is_silent_without_a_terminal(
 ) -> None:
     assert list(progress(iter("ab"), "work", "letter", 2)) == ["a", "b"]
     bar = progress(range(5), "work")
-    bar.start_t = bar.last_print_t = 0.0  # as if it had begun long ago
+    bar.start_t = bar.last_print_t = 0.0  # as if it had started long ago
     assert list(bar) == [0, 1, 2, 3, 4]
     message = capsys.readouterr()
     assert message.out == message.err == ""
@@ -75,7 +75,7 @@ def test_progress_bar_appears_after_a_second_and_is_removed(monkeypatch: pytest.
     assert "slow" in shown and "stone" in shown and shown.endswith("\r")
 
 
-def test_log_lines_go_to_standard_output_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_lines_are_printed_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     start_logging()
     logger().info("one %d", 1)
     logger().warning("two")
@@ -122,7 +122,7 @@ def test_existing_log_file_is_appended_to(tmp_path: Path) -> None:
 
 
 def test_file_name_that_is_not_utf_8_can_be_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Such names come from the file system with lone surrogates in place of the bytes."""
+    """Python reads such names with lone surrogates in place of the bytes."""
     start_logging(brief=True)
     handler = log_to_file(tmp_path / "log.txt")
     logger().info("unreadable: %s", "caf\udce9.jpg")

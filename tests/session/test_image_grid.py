@@ -1,4 +1,4 @@
-"""The picture of anchors and neighbours, read back from its pixels."""
+"""The image grid of anchors and neighbours, read back from its pixels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GREEN, RED, GREY, WHITE = (0x2A, 0x9D, 0x4E), (0xD1, 0x34, 0x2F), (0x9A, 0x9A, 0
 
 
 def colour(sample: int) -> tuple[int, int, int]:
-    """A colour that tells the sample and is that of no frame."""
+    """A colour that encodes the sample and differs from all frame colours."""
     return (1 + 2 * (sample % 100), 3 + sample // 100, 250)
 
 
@@ -29,7 +29,7 @@ def found(anchors: list[int], neighbours: list[list[int]]) -> tuple[torch.Tensor
 
 
 def read(picture: Image.Image, size: int = 48) -> list[list[tuple[int, tuple[int, ...]]]]:
-    """The rows of the picture, each image as its sample and the colour of its frame."""
+    """The rows of the grid: the sample and the frame colour of each image."""
     pixels = np.asarray(picture)
     assert pixels.ndim == 3 and pixels.shape[2] == 3
     inside = pixels[..., 2] == 250
@@ -129,7 +129,7 @@ def test_tile_keeps_the_aspect_ratio(height: int, width: int) -> None:
     assert abs((bottom - top) - max(1, 48 * height / longer)) <= 1
     assert abs((right - left) - max(1, 48 * width / longer)) <= 1
     (top2, bottom2), _ = ((at.min(), at.max() + 1) for at in np.nonzero(second))
-    assert abs((top + bottom) - (top2 + bottom2)) <= 1  # beside the neighbour, at the same height
+    assert abs((top + bottom) - (top2 + bottom2)) <= 1  # centred at the same height as the neighbour
     around = pixels[top2:bottom2, 14:62][~first[top2:bottom2, 14:62]]
     assert (around == 255).all()
 
@@ -151,7 +151,7 @@ def test_image_is_not_flipped_or_rotated() -> None:
     assert corner[255, 255, 0][1] > corner[0, 0, 255][1]
 
 
-def test_the_picture_is_written_as_png(tmp_path: Path) -> None:
+def test_image_grid_is_written_as_png(tmp_path: Path) -> None:
     images = [flat(sample) for sample in range(100)]
     neighbourhoods = found([7, 3], [[5], [2]])
     image_grid.save_anchors(tmp_path / "picture.png", images, None, *neighbourhoods)

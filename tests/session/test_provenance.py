@@ -1,4 +1,4 @@
-"""What a run says it ran on."""
+"""The recorded versions, commit and hardware of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_versions_equal_those_of_the_packages() -> None:
     assert all(re.match(r"\d+\.", number) for number in versions.values())
 
 
-def test_the_versions_cover_every_requirement() -> None:
+def test_versions_include_every_requirement() -> None:
     lines = (Path(__file__).parents[2] / "requirements.txt").read_text(encoding="utf-8").splitlines()
     names = {match[0].lower() for line in lines if (match := re.match(r"[A-Za-z][\w-]*", line))}
     assert names and names <= {name.lower() for name in provenance.versions()}
@@ -78,12 +78,14 @@ def test_commit_and_digest_identify_the_code(repository: Path) -> None:
 
 
 def test_reading_the_commit_takes_no_git_lock(repository: Path) -> None:
-    """A run that is killed meanwhile would leave the lock, and git would refuse the next commit."""
+    """A run that is killed at this moment would leave the lock, and git would refuse the next commit."""
     git(repository, "init", "-q")
     git(repository, "add", ".")
     git(repository, "commit", "-q", "-m", "one")
     index = repository / ".git" / "index"
-    os.utime(repository / "lib" / "session" / "provenance.py", (0, 0))  # git status would write down the new time
+    os.utime(
+        repository / "lib" / "session" / "provenance.py", (0, 0)
+    )  # git status would write the new time to its index
     before = index.read_bytes()
     assert provenance.commit() == git(repository, "rev-parse", "HEAD")
     assert index.read_bytes() == before

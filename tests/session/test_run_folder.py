@@ -1,4 +1,4 @@
-"""The folder of a run and what is written into it."""
+"""The folder of a run and its files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tfevents import events, shown
 
 
 @pytest.fixture(autouse=True)
-def log_as_before() -> Iterator[None]:
+def restore_log() -> Iterator[None]:
     log = logging.getLogger(LOGGER)
     before = list(log.handlers), log.level, log.propagate
     start_logging(brief=True)
@@ -95,7 +95,7 @@ def test_existing_session_name_is_refused_and_unchanged(kind: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../mine", "a/b", "/mine", "mine/", "a\0b", "./mine"])
-def test_a_name_that_is_a_path_is_refused(name: str, tmp_path: Path) -> None:
+def test_name_that_is_a_path_is_refused(name: str, tmp_path: Path) -> None:
     sess_dir = tmp_path / "sessions"
     assert repr(name) in refusal(sess_dir, name)
     assert list(tmp_path.rglob("*")) == []
@@ -103,19 +103,19 @@ def test_a_name_that_is_a_path_is_refused(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [None, "mine"])
 @pytest.mark.parametrize("below", [".", "sessions"])
-def test_place_that_is_a_file_is_refused(name: str | None, below: str, tmp_path: Path) -> None:
+def test_path_that_is_a_file_is_refused(name: str | None, below: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     text = refusal(tmp_path / "file" / below, name)
     assert str(tmp_path / "file") in text and "--sess-dir" in text
 
 
-def test_a_name_too_long_for_a_folder_is_refused(tmp_path: Path) -> None:
+def test_name_too_long_for_a_folder_is_refused(tmp_path: Path) -> None:
     assert "too long" in refusal(tmp_path, "x" * 300)
 
 
 @pytest.mark.parametrize("sess_dir", ["a\0b", "\ud800"])
 def test_invalid_folder_name_of_sess_dir_is_refused(sess_dir: str, tmp_path: Path) -> None:
-    """A YAML file can spell both."""
+    """A YAML file can contain both."""
     assert "--sess-dir" in refusal(tmp_path / sess_dir, None)
 
 
@@ -152,7 +152,7 @@ def test_log_file_is_optional_and_closed_with_the_session(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "neighbours", "log.txt", "config.yaml"])
-def test_a_session_that_cannot_be_written_is_refused(name: str, folder: Path) -> None:
+def test_unwritable_session_is_refused(name: str, folder: Path) -> None:
     if "." in name:
         (folder / name).mkdir()
     else:
@@ -262,7 +262,7 @@ def test_resumed_run_shows_no_tensorboard_point_twice(folder: Path) -> None:
     opened = Session(folder)
     some_rounds(opened, range(3), 0, 1.0)
     opened.close()
-    for path in folder.rglob("*tfevents*"):  # as if that had been long ago: the name holds the second
+    for path in folder.rglob("*tfevents*"):  # as if written long ago: the name contains the time
         path.rename(path.with_name(re.sub(r"tfevents\.\d+", "tfevents.1000000000", path.name)))
     again = Session(folder, start=(1, 2))
     some_rounds(again, range(1, 3), 2, 2.0)
@@ -290,7 +290,7 @@ def test_changed_config_is_kept_under_another_name(folder: Path) -> None:
     assert found == {"config.yaml": "three\n", "config.1.yaml": "one\n", "config.2.yaml": "two\n"}
 
 
-def test_the_session_of_a_checkpoint_is_the_folder_two_above(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_of_a_checkpoint_is_its_grandparent_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Session.open(folder, "").close()
     checkpoint = folder / "checkpoint" / "latest.ckpt"
     assert folder_of(checkpoint) == folder.resolve()
@@ -317,7 +317,7 @@ def test_session_folder_may_be_relative(tmp_path: Path, monkeypatch: pytest.Monk
     assert lines(Path(found.path)) == [{"round": 0, "epoch": 0}]
 
 
-def test_a_picture_becomes_an_image_of_its_round(folder: Path) -> None:
+def test_image_grid_is_logged_at_its_round_in_tensorboard(folder: Path) -> None:
     picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
     run = Session(folder)
     run.write_picture("ANs/Neighbours", picture, 3)
@@ -329,7 +329,7 @@ def test_a_picture_becomes_an_image_of_its_round(folder: Path) -> None:
     assert np.array_equal(shown_again, picture)
 
 
-def test_the_projector_gets_rows_labels_and_thumbnails_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_projector_gets_rows_labels_and_thumbnails_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows, tiles = np.linspace(0, 1, 10, dtype=np.float32).reshape(5, 2), np.zeros((5, 3, 4, 4), np.float32)
     for _ in range(2):
         run = Session(folder)
@@ -355,7 +355,7 @@ def test_no_image_grid_without_session_or_tensorboard(folder: Path) -> None:
 
 
 def test_second_process_is_refused_and_changes_nothing(tmp_path: Path) -> None:
-    """The lock is the operating system's, so a process that was killed holds none."""
+    """The operating system releases the lock of a killed process."""
     hold = f"""
 import sys
 from pathlib import Path
@@ -374,7 +374,7 @@ sys.stdin.readline()
     kill_group(first)
     output_of(first)
     Session(tmp_path, log_tfb=False).close()
-    Session(tmp_path, log_tfb=False).close()  # a closed one holds none either
+    Session(tmp_path, log_tfb=False).close()  # closing a session releases its lock
 
 
 def test_temporary_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_resume_removes_a_damaged_line_of_the_metrics(damage: bytes, tmp_path: P
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
 
 
-def test_a_damaged_config_is_kept_under_another_name(tmp_path: Path) -> None:
+def test_damaged_config_is_kept_under_another_name(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"\x80")
     Session.open(tmp_path, "seed: 1\n", log_tfb=False).close()
     assert (tmp_path / "config.1.yaml").read_bytes() == b"\x80"

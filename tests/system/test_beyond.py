@@ -1,4 +1,4 @@
-"""Options beyond the paper in whole runs: stopped and resumed they end with the same bits, and bad values are told."""
+"""Options beyond the paper in whole runs: resumed runs end with the same bits, and invalid values are refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ REFUSED = {
 
 
 def stopping_at(step: int, patch: pytest.MonkeyPatch) -> None:
-    """Has a signal come in this step of a run."""
+    """Makes a signal arrive in this step of a run."""
     calls, backward = iter(range(1, step)), Trainer.backward
 
     def stopped(*arguments: Any) -> Any:
@@ -72,7 +72,7 @@ def test_stopped_and_resumed_run_ends_with_the_same_bits(name: str, start: list[
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_values_that_do_not_fit_are_refused_at_once(
+def test_invalid_values_are_refused_at_the_start(
     words: str, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main([*start, *words.split()]) == 2
@@ -81,7 +81,7 @@ def test_values_that_do_not_fit_are_refused_at_once(
     assert not (tmp_path / "sessions").exists()
 
 
-def test_discovery_is_repeated_and_neighbourhoods_grow(
+def test_discovery_repeats_in_a_round_and_neighbourhoods_grow(
     start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[tuple[int, int, torch.Size]] = []
@@ -100,7 +100,7 @@ def test_discovery_is_repeated_and_neighbourhoods_grow(
     assert [entry for entry in found if entry[0]] == rounds
 
 
-def test_a_test_run_shows_the_stage_beside_the_embeddings(
+def test_test_run_evaluates_the_embed_stage_as_well(
     start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main([*start, "--embed", "conv1", "--head", "mlp", "--session", "run"]) == 0
@@ -120,7 +120,7 @@ def test_a_test_run_shows_the_stage_beside_the_embeddings(
 
 
 @pytest.mark.parametrize(("trained", "asked"), [("linear", "mlp"), ("mlp", "linear")])
-def test_a_checkpoint_with_another_head_is_refused_in_one_sentence(
+def test_checkpoint_with_another_head_is_refused(
     trained: str, asked: str, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main([*start, "--max-round", "1", "--head", trained, "--session", "run"]) == 0

@@ -1,4 +1,4 @@
-"""Each config, by its own command, on synthetic files of its data set's real format: one step of training."""
+"""Each config trains one step with its own command, on synthetic files in the format of its data set."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ EXPERIMENTS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "ba
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
-def test_each_config_trains_a_step_with_its_own_command(
+def test_each_config_trains_one_step_with_its_command(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = command_of(config)
@@ -75,7 +75,7 @@ def test_each_config_trains_a_step_with_its_own_command(
         f"--data-root {tmp_path} --batch-size {samples} --max-round 1 --max-epoch 1 --workers-num 0 --debug --seed 1"
     )
     assert main.main(["--cfgs", *files, *words.split()]) == 0
-    (context,), (record,), loss = seen, records, losses[-1]  # the rehearsal before the run may count, too
+    (context,), (record,), loss = seen, records, losses[-1]  # the rehearsal may also call the loss
     assert context.options.dataset == name and len(context.splits.train) == samples
     assert context.splits.test is not None and context.splits.test.labels is not None
     pixels = context.options.size if isinstance(context.options.size, int) else context.options.size[0]
@@ -87,8 +87,8 @@ def test_each_config_trains_a_step_with_its_own_command(
     assert 0 <= record["top1"] <= 1
 
 
-def test_the_base_config_trains_as_the_paper_did() -> None:
-    """Of these the options have other defaults, which are the reference's."""
+def test_base_config_has_the_options_of_the_paper() -> None:
+    """These options have other defaults, namely those of the reference."""
     options = read_options(["--cfgs", str(CONFIGS / "base.yaml")])
     assert (options.optimizer, options.base_lr, options.momentum, options.nesterov) == ("sgd", 0.03, 0.9, True)
     assert (options.weight_decay, options.batch_size, options.max_round, options.max_epoch) == (5e-4, 128, 5, 200)
@@ -98,7 +98,7 @@ def test_the_base_config_trains_as_the_paper_did() -> None:
     )
 
 
-def test_every_data_set_of_the_paper_has_its_configs() -> None:
+def test_every_data_set_of_the_paper_has_a_config() -> None:
     small = {f"{name}{network}" for name in ("cifar10", "cifar100", "svhn") for network in ("", "-alexnet")}
     large = {"imagenet-alexnet", "imagenet-resnet18", "cub200", "dogs"}
     assert {path.stem for path in EXPERIMENTS} == small | large | {"digits", "folder", "cifar10-cpu", "stl10"}

@@ -1,4 +1,4 @@
-"""Data with nothing to learn from: every part of a run gets through it, and no figure is NaN."""
+"""Degenerate data, such as identical images: every part of a run accepts it, and no figure is NaN."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ KINDS: dict[str, tuple[int, int, Picture]] = {
     "images of one pixel": (9, 2, lambda number: synthetic.picture(number)[:1, :1]),
     "one colour each": (9, 2, lambda number: one_colour(25 * number)(0)),
 }
-"""Images, classes, and what they look like."""
+"""Number of images, number of classes, and the images themselves."""
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -80,7 +80,9 @@ def test_degenerate_data_can_be_trained_on(
     assert len(rows) == 3 and unknown <= expected
     assert rows[-1]["drift"] is not None and (rows[-1]["consistency"] is not None) == labelled
     saved = torch.load(session / "checkpoint" / "latest.ckpt", weights_only=True)
-    assert saved["ANs_discovery"].pop("consistency").isfinite() == labelled  # unknown is NaN in the reference's form
+    assert (
+        saved["ANs_discovery"].pop("consistency").isfinite() == labelled
+    )  # NaN means unknown in the reference's format
     assert all(value.isfinite().all() for value in tensors(saved))
     assert "nan" not in out.read_text() and (session / "report.html").exists()
 
@@ -90,7 +92,7 @@ def tensors(content: Any) -> list[torch.Tensor]:
     return [content] if torch.is_tensor(content) else [tensor for part in parts for tensor in tensors(part)]
 
 
-def test_a_single_image_is_refused_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_single_training_image_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "photos" / "train").mkdir(parents=True)
     Image.fromarray(synthetic.picture(0)).save(tmp_path / "photos" / "train" / "a.png")
     assert main.main([*RUN.split(), "--data-root", str(tmp_path / "photos"), "--sess-dir", str(tmp_path)]) == 2
@@ -104,7 +106,9 @@ def test_zero_rows_give_finite_results(zeros: list[int]) -> None:
     memory[list(zeros)] = 0
     found = discover(memory, temperature=0.1, anchors=6, size=2)
     assert found.entropy.isfinite().all()
-    assert torch.allclose(found.entropy[list(zeros)], torch.tensor(math.log(6)))  # all are alike to it
+    assert torch.allclose(
+        found.entropy[list(zeros)], torch.tensor(math.log(6))
+    )  # all samples are equally similar to it
     embeddings = memory.clone().requires_grad_()
     loss = neighbourhood_loss(embeddings, memory, found.of(torch.arange(6)), temperature=0.1)
     loss.backward()

@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md: applied to a copy of the code as they are printed, and run."""
+"""The examples of docs/extending.md are applied to a copy of the code and run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def blocks(section: str, language: str) -> list[str]:
 
 
 def apply_diff(root: Path, diff: str) -> None:
-    """Applies hunks, which `@@` separates, to the file that the first line names; each must fit in one place."""
+    """Applies the hunks, separated by `@@`, to the file in the first line; each must match in exactly one place."""
     header, _, body = diff.partition("\n")
     path = root / header.removeprefix("# ")
     text = path.read_text(encoding="utf-8")
@@ -47,7 +47,7 @@ def copy_of_the_code(folder: Path) -> Path:
 
 
 def save_arrays(folder: Path) -> None:
-    """The digits in the files that the example's data set reads."""
+    """Saves the digits in the file format of the example's data set."""
     folder.mkdir(parents=True)
     with np.load(FILE) as file:
         images = np.repeat((file["images"] * 15).astype(np.uint8)[..., None], 3, axis=3)
@@ -60,7 +60,7 @@ EXAMPLES = {
     "A data set": ("dataset", "arrays", "data: arrays, 1437 training images, 360 test images, 10 classes"),
     "A loss": ("loss", "mean-log", "round 1"),
 }
-"""Section -> the option that selects the example, its value, and what the log says of it."""
+"""Section -> the option that selects the example, its value, and the log line to expect."""
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_each_example_of_the_docs_trains(section: str, tmp_path: Path) -> None:
 def test_example_loss_is_the_mean_instance_loss() -> None:
     (code,) = blocks("A loss", "python")
     scope: dict[str, object] = {}
-    exec(code, scope)  # our own page
+    exec(code, scope)  # code of this repository
     draw = torch.Generator().manual_seed(0)
     rows, embeddings = (
         torch.nn.functional.normalize(torch.randn(count, 4, generator=draw, dtype=torch.float64), dim=1)

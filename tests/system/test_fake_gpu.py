@@ -1,4 +1,4 @@
-"""The program's computations on a GPU that is not there: nothing is on a wrong device, and a step never waits."""
+"""The program's computations on a simulated GPU: all tensors are on the right device, and a step never waits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ AUGMENTATION = Augmentation((32, 32), (32, 32), (0.5,) * 3, (0.2,) * 3, (0.2, 1.
 
 @pytest.fixture(params=[1, 2])
 def ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ranks:
-    """A single process, and the last of two whose collectives do nothing."""
+    """A single process, and the last of two processes with collectives that do nothing."""
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     for name in ("all_reduce", "all_gather", "broadcast"):
         monkeypatch.setattr(dist, name, lambda *arguments: None)
@@ -87,7 +87,7 @@ def state_of(
 
 @pytest.fixture(autouse=True)
 def backward(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.nn.Module]]:
-    """The engine's backward pass cannot run: the networks in the list get gradients instead."""
+    """The autograd engine cannot run: the networks in the list get gradients instead."""
     networks: list[torch.nn.Module] = []
 
     def instead(loss: torch.Tensor, *arguments: Any, **options: Any) -> None:
@@ -143,7 +143,7 @@ def test_step_never_waits_for_the_gpu(
     found = a_step(ranks, backward, Options(), state)
     assert not found.waits
     assert found.result == (CUDA, torch.float32)
-    assert found.kernels > 500  # the trace has seen the step
+    assert found.kernels > 500  # the step was traced
 
 
 BEYOND = {
@@ -166,7 +166,7 @@ def test_options_beyond_the_paper_never_wait_in_a_step(
 def test_wait_in_a_step_is_found(
     ranks: Ranks, backward: list[torch.nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The trace can fail: skipping non-finite batches reads each loss, as ``--help`` says."""
+    """Checks the trace itself: skipping non-finite batches reads each loss, as ``--help`` states."""
     found = a_step(ranks, backward, Options(on_nonfinite="skip"), partial(state_of, ranks))
     assert found.places() == {"training/trainer.py backward"}
     assert found.waits.total() == 2
@@ -203,7 +203,7 @@ def test_batches_are_made_on_the_gpu_without_a_wait(views: int, ranks: Ranks, mo
     assert {tensor.device for batch in found.result for tensor in batch} == {CUDA}
 
 
-def test_rehearsal_leaves_no_tensor_elsewhere(
+def test_rehearsal_uses_tensors_of_the_gpu_only(
     ranks: Ranks, backward: list[torch.nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: torch.autograd.set_grad_enabled(True))
@@ -255,7 +255,7 @@ def test_knn_waits_for_its_accuracies_only(ranks: Ranks) -> None:
     }  # one copy of two numbers, twice
 
 
-def test_health_figures_wait_once_an_epoch_each(ranks: Ranks) -> None:
+def test_health_figures_wait_a_fixed_number_of_times(ranks: Ranks) -> None:
     def given() -> tuple[ShardedRows, diagnostics.State]:
         bank = rows_of(SAMPLES, ranks)
         return bank, diagnostics.measure(bank, None, round=0, temperature=0.1, size=1)[1]
@@ -302,7 +302,7 @@ def test_linear_probe_waits_only_for_accuracies(monkeypatch: pytest.MonkeyPatch)
     }
 
 
-def test_queries_come_to_the_host_once() -> None:
+def test_query_results_are_copied_to_the_host_once() -> None:
     found = trace(lambda: retrieval.query(empty(3, LOW_DIM), empty(SAMPLES, LOW_DIM), 10))
     assert found.waits == {"cuda to cpu at reporting/retrieval.py query": 2}  # indices and similarities
 
@@ -312,7 +312,7 @@ TRAIN, TESTS, CLASSES = 400, 120, 10
 
 @pytest.fixture
 def on_host(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of the tensors that became arrays: fake ones, without values, which have to be on the host."""
+    """Shapes of the tensors that became arrays. The fake tensors have no values but must be on the host."""
     shapes: list[tuple[int, ...]] = []
 
     def array(tensor: torch.Tensor) -> np.ndarray:
@@ -328,7 +328,7 @@ def on_host(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 def context_of(options: Options, ranks: Ranks, *, labels: bool = True, memory: Any = None) -> RunContext:
-    """As ``prepare`` makes it: images and labels are arrays; a checkpoint's memory bank is in host memory."""
+    """A context as ``prepare`` returns it: images and labels are arrays; a checkpoint's bank is in host memory."""
     draw = np.random.default_rng(0)
     train, test = (
         ImageSet(
@@ -360,7 +360,7 @@ def test_evaluation_waits_for_features_and_accuracies_only(
 
     monkeypatch.setattr(clustering, "cluster", cluster)
     monkeypatch.setattr(graph_clustering, "cluster_graph", cluster)
-    ranks = ranks if ranks.size == 1 else Ranks(0, ranks.size)  # rank 0, which clusters
+    ranks = ranks if ranks.size == 1 else Ranks(0, ranks.size)  # rank 0 computes the clusterings
     monkeypatch.setattr(dist, "recv", lambda *arguments: None)
     protocols = ("knn", "nn", "linear", "cluster") if labels else ("cluster", "knn")
     options = Options(protocol=protocols, linear_layers=("conv5", "fc"), seed=0, size=32, resize=32)
@@ -377,7 +377,7 @@ def test_evaluation_waits_for_features_and_accuracies_only(
     bank = "scatter" if ranks.size == 1 else "copy_from_rank0"
     expected = {
         "cuda to cpu at evaluation/linear_probe.py extract_stages",  # the features of each batch
-        "cpu to cuda at evaluation/evaluate.py _features",  # the embeddings among them
+        "cpu to cuda at evaluation/evaluate.py _features",  # the embeddings
         f"cpu to cuda at distributed/sharded.py {bank}",  # the checkpoint's memory bank
         "_local_scalar_dense at evaluation/knn.py top_k_accuracy",
         "cpu to cuda at evaluation/linear_probe.py <genexpr>",  # mean and deviation
@@ -385,7 +385,7 @@ def test_evaluation_waits_for_features_and_accuracies_only(
         "cpu to cuda at evaluation/linear_probe.py _accuracy",
         "cuda to cpu at evaluation/linear_probe.py _accuracy",
     }
-    health = {wait for wait in found.waits if " at method/" in wait}  # a test of their own
+    health = {wait for wait in found.waits if " at method/" in wait}  # covered by a separate test
     assert bool(health) is not labels
     assert set(found.waits) - health == {f"cuda to cpu at {gathering}", *(expected if labels else ())}
     assert clustered == [(TRAIN, LOW_DIM)] * (1 if labels else 2)  # without labels also on the graph
@@ -394,10 +394,10 @@ def test_evaluation_waits_for_features_and_accuracies_only(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_final", [False, True])
-def test_report_gets_arrays_of_the_host(
+def test_report_receives_arrays_in_host_memory(
     is_final: bool, on_host: list[tuple[int, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a checkpoint that was read, and after training from the state itself, which is on the GPU."""
+    """The report of a loaded checkpoint, and of the state after training, which is on the GPU."""
     written: list[ReportData] = []
     monkeypatch.setattr(page, "write", lambda data, folder: written.append(data))
     monkeypatch.setattr(metrics, "read", lambda folder: [{"round": 0, "epoch": 0}])
@@ -416,7 +416,7 @@ def test_report_gets_arrays_of_the_host(
         "cpu to cuda at training/setup.py placed": 2,  # training and test images
         "cpu to cuda at evaluation/classifier.py __init__": 2,  # their labels
         "cuda to cpu at reporting/outputs.py write_report": 3,  # embeddings of both, statistics of the training images
-        **({"cuda to cpu at method/neighbourhoods.py <genexpr>": 5} if is_final else {}),  # what a discovery found
+        **({"cuda to cpu at method/neighbourhoods.py <genexpr>": 5} if is_final else {}),  # the neighbourhoods
     }
     (data,) = written
     assert data.tested and isinstance(data.features, np.ndarray) and isinstance(data.rounds[0].neighbours, np.ndarray)
@@ -445,8 +445,8 @@ def test_prefetching_uses_one_stream_in_all_epochs(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(("optimizer", "fused"), [("sgd", True), ("adam", True), ("rmsprop", None)])
-def test_optimiser_step_is_one_kernel_where_pytorch_has_it(optimizer: str, fused: bool | None) -> None:
-    """The kernels themselves have no fake: only the choice is tested."""
+def test_fused_optimiser_is_used_if_pytorch_has_it(optimizer: str, fused: bool | None) -> None:
+    """Fused kernels cannot be simulated, so only the choice is tested."""
     on_gpu = trace(lambda: build_optimizer(Options(optimizer=optimizer), [torch.nn.Parameter(empty(3, 3))])).result
     assert on_gpu.defaults.get("fused") == fused
     on_cpu = build_optimizer(Options(optimizer=optimizer), [torch.nn.Parameter(torch.zeros(3, 3))])

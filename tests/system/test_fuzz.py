@@ -1,7 +1,7 @@
-"""Whatever options, folders of images and checkpoints hold: a run or a sentence, never a traceback.
+"""Random options, image folders and checkpoints: the program runs or prints one error line, never a traceback.
 
-By default a bounded number of cases, the same ones every time. ``FUZZ=2000 python -m pytest tests/test_fuzz.py`` tries
-2,000 new ones of each kind.
+By default a fixed set of cases. ``FUZZ=2000 python -m pytest -m slow tests/system/test_fuzz.py`` tries 2,000 new cases of
+each kind.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ pytestmark = pytest.mark.slow
 
 CASES = int(os.environ.get("FUZZ", "0"))
 STATUSES = (0, 1, 2, 3)
-"""Those of docs/reliability.md, without those of signals."""
+"""The exit statuses of docs/reliability.md except those of signals."""
 UNSEEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
-"""Warnings that Python does not show."""
+"""Warnings that Python hides by default."""
 FREE = 2**29
-"""Bytes of memory there are, lest a case take what the machine has."""
+"""Bytes of memory that the program sees as free, so that no case fills the memory of the machine."""
 
 
 def cases(usual: int) -> settings:
@@ -61,7 +61,7 @@ def cases(usual: int) -> settings:
 
 @dataclass(frozen=True)
 class Ground:
-    """Made once: what cases start from."""
+    """The files that all cases start from, made once."""
 
     photos: Path
     session: Path  # two rounds of one epoch
@@ -70,7 +70,7 @@ class Ground:
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
-    """A data set, a session trained on it, and files for options to name; nothing is downloaded."""
+    """A data set, a session trained on it, and files for the options; nothing is downloaded."""
     root = tmp_path_factory.mktemp("ground")
     photos, files = root / "photos", root / "files"
     draw = np.random.default_rng(0)
@@ -104,7 +104,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
 
 
 def shortened(resolve: Callable[[Sequence[str]], Options]) -> Callable[[Sequence[str]], Options]:
-    """``resolve``, with what merely takes long cut short."""
+    """``resolve`` with smaller values of the options that only make a run longer."""
 
     def short(argv: Sequence[str]) -> Options:
         options = resolve(argv)
@@ -118,7 +118,7 @@ def shortened(resolve: Callable[[Sequence[str]], Options]) -> Callable[[Sequence
 
 
 def not_planned(options: Options) -> bool:
-    """Whether nothing is trained, and so no memory is planned."""
+    """Whether the program does not train, so that no rehearsal takes place."""
     return bool(options.test_only or options.query or isinstance(options.report, Path))
 
 
@@ -132,7 +132,7 @@ def content_of(folder: Path) -> dict[str, bytes | None]:
 
 @contextmanager
 def case(ground: Ground) -> Iterator[Path]:
-    """A new working folder with the ground's files and its session."""
+    """A new working folder with copies of the ground's files and session."""
     back = Path.cwd()
     with tempfile.TemporaryDirectory(dir=ground.files.parent.parent) as name:
         here = Path(name) / "case"
@@ -153,14 +153,14 @@ class Outcome:
 
 
 def run(words: Sequence[str]) -> Outcome:
-    """What the program does; it raises nothing, warns of nothing, and says one sentence where it fails."""
+    """Runs the program; checks that it raises and warns of nothing and prints one line if it fails."""
     out = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True)
     with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
             status: object = main.main(list(words))
-        except SystemExit as end:  # of --help
+        except SystemExit as end:  # after --help
             status = end.code
     shown, errors = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
     assert status in STATUSES, (status, errors)
@@ -213,7 +213,7 @@ TEXTS += [
 
 numbers = st.one_of(st.sampled_from(NUMBERS), st.integers(), st.floats(), st.integers(0, 20), st.floats(0, 1))
 texts = st.one_of(st.sampled_from(TEXTS), st.text(st.characters(codec=None), max_size=20)).map(
-    lambda text: text.lstrip("/")  # nothing is to be written outside the working folder
+    lambda text: text.lstrip("/")  # no path outside the working folder
 )
 scalars = st.one_of(
     st.none(),
@@ -233,20 +233,20 @@ anything = st.recursive(
 
 
 def words_of(annotation: Any) -> list[str]:
-    """What a Literal somewhere in a type allows."""
+    """The values of all Literals in a type."""
     found = [word for part in typing.get_args(annotation) for word in words_of(part)]
     return [*typing.get_args(annotation)] if typing.get_origin(annotation) is typing.Literal else found
 
 
 def known_of(name: str) -> list[Any]:
-    """Values that an option is meant to have."""
+    """Typical values of an option."""
     field = Options.model_fields[name]
     known = {"dataset": [*datasets.DATASETS], "network": ["tiny", "resnet10", "alexnet", "alexnet-small"]}
     return [Options().model_dump(mode="json")[name], *known.get(name, words_of(field.annotation))]
 
 
 def values_of(name: str) -> st.SearchStrategy[Any]:
-    """Anything, and what is nearly right for an option."""
+    """Arbitrary values and almost valid ones of an option."""
     return st.one_of(anything, scalars, tuples, st.sampled_from(known_of(name)))
 
 
@@ -275,7 +275,7 @@ MODES: list[dict[str, Any]] = [
 
 
 def is_legal(name: str, value: Any) -> bool:
-    """Whether an option alone takes it."""
+    """Whether the value is valid for the option alone."""
     try:
         Options.model_validate({name: value})
     except ValidationError as failure:
@@ -288,7 +288,7 @@ legal = st.lists(names.flatmap(lambda name: st.tuples(st.just(name), st.sampled_
 
 
 def check_places(here: Path, before: set[str], words: object) -> None:
-    """What is new lies in the sessions' folder, or where an option that was drawn asks for it."""
+    """Checks that new files are in the sessions' folder or where an option requests them."""
     new = {path.name for path in here.iterdir()} - before
     if not any(name in str(words).replace("-", "_") for name in ("sess_dir", "export_")):
         assert all(name == "sessions" or name.endswith(".evaluation.json") for name in new)
@@ -297,7 +297,7 @@ def check_places(here: Path, before: set[str], words: object) -> None:
 
 @cases(100)
 @given(values=settings_of_file)
-def test_any_value_in_an_option_file_gives_a_run_or_a_sentence(ground: Ground, values: dict[str, Any]) -> None:
+def test_any_option_file_values_give_a_run_or_an_error_line(ground: Ground, values: dict[str, Any]) -> None:
     with case(ground) as here:
         (here / "case.yaml").write_text(yaml.safe_dump(values) if values else "", encoding="utf-8")
         before = {path.name for path in here.iterdir()}
@@ -307,7 +307,7 @@ def test_any_value_in_an_option_file_gives_a_run_or_a_sentence(ground: Ground, v
 
 @cases(100)
 @given(mode=st.sampled_from(MODES), values=legal.map(dict))
-@example(mode={}, values={"display_freq": "0x" + "f" * 5000})  # too many digits for Python to spell
+@example(mode={}, values={"display_freq": "0x" + "f" * 5000})  # too many digits for Python to print
 @example(mode={}, values={"low_dim": 2**31})
 @example(mode={}, values={"resume": "x" * 300})
 @example(mode={}, values={"report": "x" * 300})
@@ -316,7 +316,7 @@ def test_any_value_in_an_option_file_gives_a_run_or_a_sentence(ground: Ground, v
 @example(mode={}, values={"size": [8, 1]})
 @example(mode={}, values={"weight_decay": 1e39})  # beyond float32
 @example(mode={}, values={"lr_decay_rate": 1e30, "lr_decay_offset": 0, "lr_decay_step": 1, "max_epoch": 3})
-def test_any_legal_values_give_a_run_or_a_sentence(
+def test_any_legal_values_give_a_run_or_an_error_line(
     ground: Ground, mode: dict[str, Any], values: dict[str, Any]
 ) -> None:
     with case(ground) as here:
@@ -336,7 +336,7 @@ flags = st.tuples(
 
 @cases(100)
 @given(words=st.lists(flags, max_size=4).map(lambda found: [word for words in found for word in words]))
-def test_any_flags_give_a_run_or_a_sentence(ground: Ground, words: list[str]) -> None:
+def test_any_flags_give_a_run_or_an_error_line(ground: Ground, words: list[str]) -> None:
     with case(ground) as here:
         before = {path.name for path in here.iterdir()}
         run(["--cfgs", "base.yaml", *words])
@@ -354,7 +354,7 @@ def test_any_flags_give_a_run_or_a_sentence(ground: Ground, words: list[str]) ->
 @example(
     content=b"size: [&a [0], " + b"".join(b"&%c [*%c, *%c], " % (n + 1, n, n) for n in range(97, 122)) + b"0]"
 )  # 2 ** 25 items
-def test_any_bytes_as_an_option_file_give_a_run_or_a_sentence(ground: Ground, content: bytes) -> None:
+def test_any_bytes_as_option_file_give_a_run_or_an_error_line(ground: Ground, content: bytes) -> None:
     with case(ground) as here:
         (here / "case.yaml").write_bytes(content)
         run(["--cfgs", "base.yaml", "case.yaml"])
@@ -373,17 +373,17 @@ def encoded(ending: str, mode: str, size: tuple[int, int]) -> bytes:
     more: dict[str, Any] = {}
     if kind in ("PNG", "TIFF", "JPEG", "WEBP"):
         exif = Image.Exif()
-        exif[274] = 6  # turned
+        exif[274] = 6  # rotated
         more = {"exif": exif.tobytes()}
     try:
         Image.fromarray(pixels).convert(mode).save(file, kind, **more)
-    except (OSError, KeyError, ValueError):  # a mode that the format lacks
+    except (OSError, KeyError, ValueError):  # the format does not support the mode
         Image.fromarray(pixels).save(file, kind)
     return file.getvalue()
 
 
 def damaged(content: bytes, cut: float | None, flips: Sequence[tuple[float, int]]) -> bytes:
-    """Cut short after a share of it, and with bits turned at places from 0 to 1."""
+    """Truncated to a share of the length, with bits flipped at relative places from 0 to 1."""
     result = bytearray(content if cut is None else content[: int(len(content) * cut)])
     for place, bit in flips if result else ():
         result[int(len(result) * place)] ^= 1 << bit
@@ -435,7 +435,7 @@ folders = st.sampled_from(LAYOUTS).flatmap(
 
 
 def lay_out(root: Path, entries: Sequence[tuple[str, str, str, bytes | str | None]]) -> None:
-    """Files, folders (None) and links (text), as far as the file system allows them."""
+    """Creates files (bytes), folders (None) and links (text) as far as the file system allows them."""
     for folder, name, ending, content in entries:
         path = root / folder / f"{name}{ending}"
         try:
@@ -457,7 +457,7 @@ def lay_out(root: Path, entries: Sequence[tuple[str, str, str, bytes | str | Non
     words=st.sampled_from(["", "", "--strict-data", "--scale 0.5 1", "--test-only --protocol cluster --clusters 2"]),
 )
 @example(entries=[("train/dark", "large", ".ppm", b"P6 9500 9500 255\n")], good=8, words="")
-def test_any_folder_of_images_gives_a_run_or_a_sentence(
+def test_any_image_folder_gives_a_run_or_an_error_line(
     ground: Ground, entries: list[Any], good: int, words: str
 ) -> None:
     with case(ground) as here:
@@ -498,7 +498,7 @@ def test_damaged_checkpoint_is_refused_or_the_previous_one_used(
 
 @cases(100)
 @given(name=st.sampled_from(["zip.ckpt", "model.safetensors"]), damage=damaged_files, train=st.booleans())
-def test_a_damaged_file_of_weights_gives_a_run_or_a_sentence(
+def test_damaged_weights_file_gives_a_run_or_an_error_line(
     ground: Ground, name: str, damage: tuple[float | None, list[tuple[float, int]]], train: bool
 ) -> None:
     with case(ground) as here:

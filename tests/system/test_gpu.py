@@ -1,4 +1,4 @@
-"""What only a GPU can show: that it agrees with the CPU, and whole runs on it.
+"""Tests on a GPU: its results agree with the CPU, and whole runs work.
 
 ``python -m pytest -m gpu`` runs them where there is one. With ``GPU_TESTS_ON=cpu`` the CPU takes its place, which tries
 the tests themselves.
@@ -60,7 +60,7 @@ def no_tf32() -> Iterator[None]:
 
 
 def rows(samples: int, seed: int = 0) -> torch.Tensor:
-    """Unit rows (N, D) in groups, as embeddings have them."""
+    """Unit rows (N, D) in clusters, similar to embeddings."""
     draw = torch.Generator().manual_seed(seed)
     centres = torch.randn(20, LOW_DIM, generator=torch.Generator().manual_seed(9))
     noise = torch.randn(samples, LOW_DIM, generator=draw)
@@ -72,7 +72,7 @@ def pictures(count: int, pixels: int = 32) -> np.ndarray:
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
-    """Relative to the greatest value: single elements may cancel."""
+    """Compares relative to the largest value, since single elements may be close to zero."""
     greatest = theirs.abs().max().item()
     torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=0, atol=tolerance * greatest)
 
@@ -88,24 +88,26 @@ def state_on(device: torch.device, samples: int = SAMPLES, network: str = "resne
 # The computations agree with those on a CPU.
 
 
-def test_augmentation_agrees() -> None:
+def test_augmentation_equals_that_of_the_cpu() -> None:
     images, draws = torch.from_numpy(pictures(200)), np.random.default_rng(1).random((200, NUM_RANDOM))
     ours, theirs = PAPER(images.to(GPU), draws), PAPER(images, draws)
     assert ours.device.type == GPU.type and ours.is_contiguous(memory_format=torch.channels_last)
-    # a pixel whose two largest channels are all but equal may get another hue sector, which is a small step
+    # a pixel whose two largest channels are almost equal may get another hue sector, which changes it only slightly
     assert ((ours.cpu() - theirs).abs() > 1e-4).float().mean() < 1e-4
     close(ours, theirs, 0.02)
 
 
 @pytest.mark.parametrize("network", ["resnet18", "resnet10-w16", "alexnet-small"])
-def test_the_network_agrees(network: str) -> None:
+def test_network_equals_that_of_the_cpu(network: str) -> None:
     images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     results = []
     for device in (GPU, CPU):
         state = state_on(device, network=network)
         state.network.train()
         torch.manual_seed(0)
-        trained = state.network(images.to(device)) if "alexnet" not in network else None  # dropout draws on the device
+        trained = (
+            state.network(images.to(device)) if "alexnet" not in network else None
+        )  # dropout uses the generator of the device
         results.append((trained, state.network.eval()(images.to(device))))
     (trained, tested), (trained_cpu, tested_cpu) = results
     close(tested.detach(), tested_cpu.detach(), 1e-4)
@@ -114,7 +116,7 @@ def test_the_network_agrees(network: str) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 5])
-def test_loss_and_gradient_agree(size: int) -> None:
+def test_loss_and_gradient_equal_those_of_the_cpu(size: int) -> None:
     bank, index = rows(SAMPLES), torch.arange(BATCH)
     near = discover(bank, temperature=0.1, anchors=SAMPLES // 2, size=size or 1)
     own = near.of(index) if size else index[:, None]
@@ -129,7 +131,7 @@ def test_loss_and_gradient_agree(size: int) -> None:
     close(gradient, gradient_cpu, 1e-5)
 
 
-def test_the_bank_agrees() -> None:
+def test_memory_bank_equals_that_of_the_cpu() -> None:
     banks = [MemoryBank(SAMPLES, LOW_DIM, temperature=0.1, momentum=0.5, seed=3, device=each) for each in (GPU, CPU)]
     assert torch.equal(banks[0].memory.cpu(), banks[1].memory)
     index = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0))[:BATCH]
@@ -139,8 +141,8 @@ def test_the_bank_agrees() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.001])
-def test_discovery_agrees(temperature: float) -> None:
-    """The second temperature is for the fallback that shifts each row by its own maximum."""
+def test_discovery_equals_that_of_the_cpu(temperature: float) -> None:
+    """The second temperature needs the fallback that shifts each row by its own maximum."""
     bank = rows(SAMPLES)
     bank[::7] *= 0.5 if temperature < 0.01 else 1.0
     found = [discover(bank.to(each), temperature=temperature, anchors=SAMPLES // 4, size=3) for each in (GPU, CPU)]
@@ -149,16 +151,18 @@ def test_discovery_agrees(temperature: float) -> None:
     anchors, anchors_cpu = (set(each.anchors.tolist()) for each in found)
     threshold = theirs.entropy.sort().values[SAMPLES // 4]
     assert all((theirs.entropy[i] - threshold).abs() < 1e-3 for i in anchors ^ anchors_cpu)
-    for anchor, near in zip(ours.anchors.tolist(), ours.neighbours.cpu(), strict=True):  # equally near ones may swap
+    for anchor, near in zip(
+        ours.anchors.tolist(), ours.neighbours.cpu(), strict=True
+    ):  # equally similar neighbours may swap
         exact[anchor, anchor] = -2
         torch.testing.assert_close(exact[anchor, near], exact[anchor].topk(3).values, atol=1e-6, rtol=0)
 
 
-def test_knn_and_the_health_figures_agree() -> None:
+def test_knn_and_health_figures_equal_those_of_the_cpu() -> None:
     bank, queries, labels = rows(SAMPLES), rows(400, seed=5), torch.arange(SAMPLES) % 10
     constants = {"classes": 10, "k": 200, "sigma": 0.1}
     scores = [weighted_knn(queries.to(each), bank.to(each), labels.to(each), **constants) for each in (GPU, CPU)]
-    close(*scores, 1e-3)  # the 200th neighbour may be another one of the same similarity
+    close(*scores, 1e-3)  # the 200th neighbour may be another one of equal similarity
     assert (scores[0].argmax(dim=1).cpu() == scores[1].argmax(dim=1)).float().mean() > 0.99
     ours, theirs = (
         diagnostics.measure(bank.to(each), None, round=0, temperature=0.1, size=1)[0] for each in (GPU, CPU)
@@ -167,8 +171,8 @@ def test_knn_and_the_health_figures_agree() -> None:
     assert {name: ours[name] for name in known} == pytest.approx(known, rel=1e-3, abs=1e-3)
 
 
-def test_a_step_agrees_and_never_waits_for_the_gpu() -> None:
-    """CUDA itself refuses what makes the host wait: loading, loss, gradient, bank and optimiser."""
+def test_step_equals_that_of_the_cpu_and_never_waits() -> None:
+    """CUDA is set to raise if the host waits in loading, loss, gradient, bank or optimiser."""
     images, states, losses = pictures(300), [], []
     for device in (GPU, CPU):
         state = state_on(device, len(images), "resnet10-w16")
@@ -177,7 +181,7 @@ def test_a_step_agrees_and_never_waits_for_the_gpu() -> None:
         state.network.train()
         total = torch.zeros((), device=device)
         for number in range(3):
-            if number == 1 and device.type == "cuda":  # the first step sets up the libraries
+            if number == 1 and device.type == "cuda":  # the first step initialises the libraries
                 torch.cuda.set_sync_debug_mode("error")
             try:
                 batch, index = next(batches)
@@ -201,7 +205,7 @@ def test_a_step_agrees_and_never_waits_for_the_gpu() -> None:
 
 @real
 def test_out_of_memory_error_names_a_batch_that_fits() -> None:
-    """The program may take one GiB beyond what is taken now; the rehearsal halves the batch until it fits."""
+    """The program may use one more GiB; the rehearsal halves the batch until it fits."""
     state = state_on(GPU, 8_192, "resnet10-w16")
     torch.cuda.empty_cache()
     allowed = torch.cuda.memory_reserved(GPU) + 2**30
@@ -228,7 +232,7 @@ sys.exit(main.main(sys.argv[1:]))
 
 
 @real
-def test_run_that_needs_too_much_memory_ends_in_a_sentence(tmp_path: Path) -> None:
+def test_run_without_enough_memory_ends_with_an_error_line(tmp_path: Path) -> None:
     words = "--cfgs configs/base.yaml configs/digits.yaml --resize 64 64 --size 64 64 --batch-size 1024 --gpus 0"
     process = start(*words.split(), "--sess-dir", str(tmp_path), program=("-c", LITTLE_MEMORY))
     shown = output_of(process)
@@ -244,7 +248,7 @@ def test_run_that_needs_too_much_memory_ends_in_a_sentence(tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def new(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Trains a session of this name, with these options."""
+    """Returns a function that trains a session with a name and options."""
     folder = tmp_path_factory.mktemp("sessions")
 
     def train(name: str, *more: str) -> Path:
@@ -324,7 +328,7 @@ def test_gpu_checkpoint_is_evaluated_reported_and_exported(whole: Path, tmp_path
 
 
 def test_gpu_checkpoint_resumes_on_the_cpu(whole: Path, tmp_path: Path) -> None:
-    """A checkpoint of a GPU needs none."""
+    """A checkpoint of a GPU can be resumed without one."""
     finished(
         "--resume", str(whole), "--restart", "--gpus", "", "--max-epoch", "5", "--sess-dir", str(tmp_path), "--brief"
     )
@@ -332,8 +336,8 @@ def test_gpu_checkpoint_resumes_on_the_cpu(whole: Path, tmp_path: Path) -> None:
     assert metrics.read(session)[-1]["epoch"] == 4
 
 
-def test_loader_gives_the_batches_of_a_cpu() -> None:
-    """Also those that worker processes crop, and that are prepared ahead on another stream."""
+def test_loader_gives_the_same_batches_as_on_the_cpu() -> None:
+    """Including images that worker processes crop, and batches prepared on another stream."""
     images = pictures(70, 40)
     many_sizes: Any = [image[: 30 + i % 9, : 30 + i % 7] for i, image in enumerate(images)]
     for given in (torch.from_numpy(images), many_sizes):

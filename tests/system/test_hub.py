@@ -1,4 +1,4 @@
-"""The encoder that ``torch.hub`` loads: its embeddings, the program around it, and what it refuses."""
+"""The encoder for ``torch.hub``: embeddings, use in other programs, and refused input."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WORDS = f"""--dataset folder --network resnet10-w16 --resize 40 --size 32 --low-
 --workers-num 0 --max-round 1 --max-epoch 1 --base-lr 0.01 --seed 3 --brief --log-tfb false""".split()
 SMALL: dict[str, Any] = {"network": "resnet10-w16", "low_dim": LOW_DIM, "resize": 12, "size": 8}
 CLOSE = 1e-6
-"""Of the numbers of an embedding, whose batch may be another one."""
+"""Absolute tolerance of embeddings computed in different batches."""
 
 
 def load(*arguments: Any, **named: Any) -> Any:
@@ -84,7 +84,7 @@ def test_images_of_one_size_differ_by_rounding_only(trained: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["path", "str", "PIL", "opened", "array"])
-def test_files_pictures_and_arrays_give_the_same(kind: str, encoder: Any, photos: Path) -> None:
+def test_files_pil_images_and_arrays_give_equal_embeddings(kind: str, encoder: Any, photos: Path) -> None:
     paths = sorted((photos / "test").rglob("*.png"))[:5]
     given: dict[str, Any] = {
         "path": paths,
@@ -98,10 +98,10 @@ def test_files_pictures_and_arrays_give_the_same(kind: str, encoder: Any, photos
         torch.testing.assert_close(encoder.embed(given[kind]), encoder(by_hand), rtol=0, atol=CLOSE)
 
 
-def test_orientation_and_grey_are_taken_care_of(encoder: Any, tmp_path: Path) -> None:
+def test_exif_orientation_and_greyscale_images_are_handled(encoder: Any, tmp_path: Path) -> None:
     grey, rgb = synthetic.picture(1)[:, :, 0], synthetic.picture(2)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
     Image.fromarray(rgb).save(tmp_path / "turned.png", exif=exif)
     upright = np.ascontiguousarray(np.rot90(rgb, -1))
     with Image.open(tmp_path / "turned.png") as opened:
@@ -111,7 +111,7 @@ def test_orientation_and_grey_are_taken_care_of(encoder: Any, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("resize", "size"), [(40, 32), (32, 32), ((40, 50), (32, 48)), (33, (20, 33))])
-def test_the_transform_equals_that_of_test_runs(resize: Any, size: Any) -> None:
+def test_transform_equals_that_of_test_runs(resize: Any, size: Any) -> None:
     means, stds = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     encoder = load(**{**SMALL, "resize": resize, "size": size, "means": means, "stds": stds})
     options, none = Options(resize=resize, size=size), np.zeros((1, augmentation.NUM_RANDOM))
@@ -137,7 +137,7 @@ def test_modes_are_restored_and_no_gradient_is_kept(encoder: Any) -> None:
     assert all(torch.equal(value, state[name]) for name, value in encoder.state_dict().items())
 
 
-def test_it_is_a_module_like_any_other(encoder: Any) -> None:
+def test_encoder_is_an_ordinary_module(encoder: Any) -> None:
     images = [synthetic.picture(number) for number in range(3)]
     expected, file = encoder.embed(images), io.BytesIO()
     torch.save(encoder.state_dict(), file)
@@ -148,14 +148,14 @@ def test_it_is_a_module_like_any_other(encoder: Any) -> None:
         assert torch.equal(same.embed(images), expected)
     doubled = copy.deepcopy(encoder).double()
     torch.testing.assert_close(doubled.embed(images), expected, rtol=0, atol=1e-5)
-    transform = pickle.loads(pickle.dumps(encoder.transform))  # for the workers of a DataLoader
+    transform = pickle.loads(pickle.dumps(encoder.transform))  # workers of a DataLoader pickle it
     picture = Image.fromarray(images[0])
     assert torch.equal(transform(picture), encoder.transform(picture))
     maps = encoder.stages(encoder.transform(picture)[None])
     assert list(maps) == ["conv1", "conv2", "conv3", "conv4", "conv5", "fc"] and maps["fc"].shape == (1, LOW_DIM)
 
 
-def test_no_images_give_no_rows(encoder: Any) -> None:
+def test_empty_input_gives_no_rows(encoder: Any) -> None:
     assert encoder.embed([]).shape == (0, LOW_DIM)
 
 
@@ -173,7 +173,7 @@ assert not names & {"datasets", "lib", "models", "main", "hubconf"}, names
 import datasets, lib, models
 images = [f"{sys.argv[3]}/test/{number % 3}/{number}.png" for number in range(4)]
 rows = encoder.embed(images)
-again = load(weights=sys.argv[2])  # now that the program has its own packages
+again = load(weights=sys.argv[2])  # after the program imported its own packages
 assert type(again) is type(encoder) and torch.equal(again.embed(images), rows) and rows.shape == (4, 8)
 assert torch.equal(copy.deepcopy(encoder).embed(images), rows)
 assert load(network="alexnet-small", size=32).stages(torch.zeros(1, 3, 32, 32))["fc"].shape == (1, 128)
@@ -185,8 +185,8 @@ print("done")
 """
 
 
-def test_packages_of_the_same_names_work(trained: Path, photos: Path, tmp_path: Path) -> None:
-    """Those that the program imports before it loads the encoder, and after that."""
+def test_other_packages_of_the_same_names_still_work(trained: Path, photos: Path, tmp_path: Path) -> None:
+    """The program imports its own packages before and after it loads the encoder."""
     for name in ("datasets", "lib", "models"):
         (tmp_path / name).mkdir()
         for module in ("__init__", "inner"):
@@ -198,13 +198,13 @@ def test_packages_of_the_same_names_work(trained: Path, photos: Path, tmp_path: 
     assert process.returncode == 0 and shown.splitlines()[-1] == "done", shown
 
 
-def test_loading_changes_nothing_of_this_program() -> None:
+def test_loading_keeps_the_modules_of_the_program() -> None:
     path, own = list(sys.path), {name: sys.modules[name] for name in ("datasets", "lib", "models", "lib.errors")}
     load(**SMALL)
     assert sys.path == path and all(sys.modules[name] is module for name, module in own.items())
 
 
-def test_the_documented_examples_run_from_an_empty_folder(
+def test_documented_examples_run_in_an_empty_folder(
     trained: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("model.safetensors", "model.yaml"):

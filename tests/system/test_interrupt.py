@@ -1,4 +1,4 @@
-"""Runs that are killed or stopped anywhere and resumed end with the same bits as an uninterrupted run."""
+"""Runs that are killed or stopped at any point and resumed end with the bits of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are ano
 
 @pytest.fixture
 def new(photos: Path, tmp_path: Path) -> Callable[[str], list[str]]:
-    """The words of a new run of this name."""
+    """Returns a function that gives the command line of a new run."""
     return lambda name: words_of(photos, tmp_path, name)
 
 
@@ -55,8 +55,8 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_repeatedly_killed_run_ends_as_an_uninterrupted_one(whole: Path, tmp_path: Path, new: New) -> None:
-    """SIGKILL from outside as soon as the first checkpoint is there, then in a step drawn at random, twice."""
+def test_repeatedly_killed_run_ends_with_the_same_bits(whole: Path, tmp_path: Path, new: New) -> None:
+    """SIGKILL from outside after the first checkpoint, then in two random steps."""
     session, draw = tmp_path / "killed", np.random.default_rng(0)
     process = start(*new("killed"))
     until(lambda: written(session) > 0, process)
@@ -84,7 +84,7 @@ def test_resume_after_kill_repeats_epochs_since_the_last_save(
     assert process.returncode == -signal.SIGKILL, shown
     before = content(session)
     assert (before["round"], before["epoch"]) == ((0, 1) if epochs == 3 else (0, 4))
-    assert len(metrics(session)) == epochs  # rows of epochs that are not in the checkpoint
+    assert len(metrics(session)) == epochs  # including epochs after the last checkpoint
     finished("--resume", str(session), "--brief")
     assert_alike(session, whole)
     best = {path.name for path in (whole / "checkpoint").glob("0*.ckpt")}
@@ -133,13 +133,13 @@ PLACES = {
     "with the anchors found and not drawn": ("lib.session.image_grid", "draw", 1),
     "with the run done": ("lib.reporting.outputs", "show_embeddings", 1),
 }
-"""Where a run dies, in the order of a run: module, function, and which call of it since the start."""
+"""Where the run is killed, in the order of a run: module, function, and number of the call."""
 UNFINISHED = [place for place in PLACES if place.startswith("with a checkpoint") or place.endswith("not the latest")]
-"""Of these, where a file is left half written."""
+"""Those that leave a partial file."""
 
 
 @pytest.mark.slow
-def test_run_killed_in_every_part_ends_as_an_uninterrupted_one(whole: Path, tmp_path: Path, new: New) -> None:
+def test_run_killed_in_every_phase_ends_with_the_same_bits(whole: Path, tmp_path: Path, new: New) -> None:
     session = tmp_path / "dying"
     words = new("dying")
     for place, (module, name, calls) in PLACES.items():
@@ -162,7 +162,7 @@ def test_signal_saves_a_checkpoint_and_shows_how_to_resume(
     process = start(*STEP, "8", *new("stopped"), program=program)
     read_until(process, "waiting for a signal")
     workers = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, getattr(signal, which))  # workers get it, too, as from a terminal
+    os.killpg(process.pid, getattr(signal, which))  # workers receive it, too, as from a terminal
     shown = output_of(process)
     assert process.returncode == status, shown
     assert f"stopped by {which} after round 0, epoch 1, step 8;" in shown
@@ -173,24 +173,26 @@ def test_signal_saves_a_checkpoint_and_shows_how_to_resume(
 
 
 @pytest.mark.slow
-def test_a_killed_run_leaves_no_workers(new: New, tmp_path: Path) -> None:
+def test_killed_run_leaves_no_worker_processes(new: New, tmp_path: Path) -> None:
     process = start(*STEP, "8", *new("orphans"), program=altered("await_signals(1)"))
     read_until(process, "waiting for a signal")
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     output_of(process)
-    assert workers and not psutil.wait_procs(workers, timeout=LIMIT)[1]  # PyTorch's look for their parent now and then
+    assert (
+        workers and not psutil.wait_procs(workers, timeout=LIMIT)[1]
+    )  # PyTorch's workers check for their parent from time to time
 
 
 @pytest.mark.slow
 def test_second_ctrl_c_stops_the_program_at_once(new: New, tmp_path: Path) -> None:
-    """The step that the first one waits for never ends."""
+    """The first Ctrl-C waits for a step that never ends."""
     process = start(*STEP, "8", *new("twice"), program=altered("await_signals(-1)"))
     read_until(process, "waiting for a signal")
     os.killpg(process.pid, signal.SIGINT)
     read_until(process, "waiting for a signal")
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=1.5 * signals.BOUNCE)  # the step is not done
+        process.wait(timeout=1.5 * signals.BOUNCE)  # the step has not ended
     os.killpg(process.pid, signal.SIGINT)
     shown = output_of(process)
     assert process.returncode == 130 and "Traceback" not in shown and "interrupted" in shown
@@ -216,7 +218,7 @@ def test_damaged_latest_checkpoint_is_replaced_by_the_previous(whole: Path, tmp_
     bytes_[len(bytes_) // 2] ^= 1
     latest.write_bytes(bytes_)
     words = ["--resume", str(session), "--max-round", "2", "--brief"]
-    process = start(*words, limit=nothing_is_saved)  # the good one must outlive saves that fail
+    process = start(*words, limit=nothing_is_saved)  # failed saves must not damage the good checkpoint
     shown = output_of(process)
     assert process.returncode == 3 and "latest.ckpt: is damaged" in shown and "previous.ckpt" in shown
     finished(*words)
@@ -235,7 +237,7 @@ def test_run_that_cannot_save_ends_with_status_3(new: New, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_run_that_cannot_write_anything_continues_to_its_end(new: New, tmp_path: Path) -> None:
-    """Log, metrics, events, pictures and report do not fit, either."""
+    """Log, metrics, events, images and report cannot be written, either."""
     import resource
 
     out = tmp_path / "features.npz"
@@ -252,10 +254,10 @@ def test_run_that_cannot_write_anything_continues_to_its_end(new: New, tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("back", [True, False])
 def test_deleted_session_folder_is_reported(back: bool, whole: Path, new: New, tmp_path: Path) -> None:
-    """Where it comes back, as one on a network does, the run saves again; where it does not, the status tells."""
+    """If the folder returns, as on a network drive, the run saves again; if not, the exit status shows it."""
     session, away = tmp_path / "gone", tmp_path / "away"
     process = start(*STEP, "8", *new("gone"), program=altered("await_line()"))
-    until(lambda: written(session) > 0, process)  # after five steps; in the eighth it waits
+    until(lambda: written(session) > 0, process)  # saved after five steps; the run waits in the eighth
     session.rename(away)
     assert process.stdin
     process.stdin.write(20 * "\n")  # steps, with a checkpoint after every fifth
@@ -263,11 +265,11 @@ def test_deleted_session_folder_is_reported(back: bool, whole: Path, new: New, t
     read_until(process, "could not be saved")
     if back:
         away.rename(session)
-    rest = output_of(process)  # closes its standard input, so that it waits no longer
+    rest = output_of(process)  # closes its standard input, so that it stops waiting
     assert process.returncode == (0 if back else 3) and "Traceback" not in rest, rest
     assert session.exists() == back
     if not back:
-        away.rename(session)  # its last good checkpoint is in it
+        away.rename(session)  # it contains the last good checkpoint
         finished("--resume", str(session), "--brief")
     assert equal({**content(session), "session": ""}, {**content(whole), "session": ""})
 
@@ -303,14 +305,14 @@ def test_second_ctrl_c_interrupts_a_deferred_block(monkeypatch: pytest.MonkeyPat
         signal.raise_signal(signal.SIGINT)
         assert stop.is_stop_requested()
         now += signals.BOUNCE
-        signal.raise_signal(signal.SIGINT)  # its echo
+        signal.raise_signal(signal.SIGINT)  # the same Ctrl-C, forwarded
         now += 0.1
         signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("delay", [0.1, 30.0])
 def test_sigint_forwarded_by_a_launcher_is_ignored(delay: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's launcher sends each Ctrl-C again, on a busy machine late."""
+    """PyTorch's launcher sends each Ctrl-C again, with a delay on a busy machine."""
     now = 100.0
     monkeypatch.setattr(signals.time, "monotonic", lambda: now)
     monkeypatch.setattr(signals, "is_launched", lambda: True)

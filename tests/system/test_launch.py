@@ -1,4 +1,4 @@
-"""Runs of several processes: started by torchrun and by the program itself, resumed, broken and stopped."""
+"""Runs of several processes, started by torchrun and by the program: resumed, failed and stopped."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there"),
 ]
 LAUNCH = "import sys; from lib.distributed import launch; sys.exit(launch.run(sys.argv[1], sys.argv[2:], 2))"
-"""What ``--gpus 0,1`` does, on CPUs; the first word is the program."""
+"""Starts two processes as ``--gpus 0,1`` does, on CPUs; the first argument is the program."""
 
 
 def torchrun(processes: int, *flags: str) -> tuple[str, ...]:
@@ -41,7 +41,7 @@ def torchrun(processes: int, *flags: str) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def two(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The session of two processes that was not stopped."""
+    """The session of an uninterrupted run of two processes."""
     folder = tmp_path_factory.mktemp("two")
     process = start("main.py", *words_of(photos, folder, "two"), program=torchrun(2))
     shown = output_of(process)
@@ -84,7 +84,7 @@ def test_session_resumes_with_another_number_of_processes(two: Path, photos: Pat
     for name in ("one", "three"):
         assert [row["round"] for row in metrics(tmp_path / name)] == [2] * 4
     one, three = content(tmp_path / "one"), content(tmp_path / "three")
-    for part in ("anchor_indexes", "neighbours", "entropy"):  # of the discovery that both began with
+    for part in ("anchor_indexes", "neighbours", "entropy"):  # both resumed with the same discovery
         assert_near(three["ANs_discovery"][part], one["ANs_discovery"][part], part)
 
 
@@ -100,13 +100,13 @@ def test_killed_job_resumes_to_the_same_result(two: Path, photos: Path, tmp_path
 
 
 def main_with(folder: Path, setup: str) -> str:
-    """A program that does something and then what main.py does; where it lies."""
+    """Writes a program that runs ``setup`` after it imported main.py; returns its path."""
     program = folder / "program.py"
     program.write_text(f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport main\n{setup}\n")
     return str(program)
 
 
-IN_STEP_20 = """
+CALL_ACTION_AT_STEP_20 = """
 from lib.distributed import launch
 from lib.training.trainer import Trainer
 calls, step = iter(range(1, 20)), Trainer.backward
@@ -119,23 +119,23 @@ def altered(*arguments):
 Trainer.backward = altered
 launch.end(main.main())
 """
-"""``action()`` is called before the twentieth step and those that follow."""
-RANK_1_IS_KILLED = """
+"""Calls ``action()`` before the twentieth and every later step."""
+KILL_RANK_1 = """
 def action():
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
 """
-RANK_1_FAILS = """
+FAIL_ON_RANK_1 = """
 def action():
     if os.environ["RANK"] == "1":
         raise KeyError("stages")
 """
-BOTH_LOSE_THEIR_NUMBERS = """
+BOTH_RAISE_NONFINITE_LOSS = """
 def action():
     from lib.errors import NonFiniteLossError
     raise NonFiniteLossError("the loss is not a finite number")
 """
-A_SIGNAL_IS_AWAITED = """
+WAIT_FOR_A_SIGNAL = """
 def action():
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -147,7 +147,7 @@ def action():
 
 
 def running(text: str) -> list[psutil.Process]:
-    """The processes with a text on their command line."""
+    """The processes whose command line contains a text."""
     return [process for process in psutil.process_iter(["cmdline"]) if text in " ".join(process.info["cmdline"] or [])]
 
 
@@ -156,7 +156,7 @@ def test_failed_rank_ends_the_others_and_may_be_restarted(
     restarts: int, two: Path, photos: Path, tmp_path: Path
 ) -> None:
     session, sessions = tmp_path / "sessions" / "broken", tmp_path / "sessions"
-    program = main_with(tmp_path, RANK_1_IS_KILLED + IN_STEP_20)
+    program = main_with(tmp_path, KILL_RANK_1 + CALL_ACTION_AT_STEP_20)
     words = [program, *words_of(photos, sessions, "broken")]
     process = start(*words, program=torchrun(2, "--max-restarts", str(restarts)))
     shown = output_of(process)
@@ -176,16 +176,16 @@ def test_failed_rank_ends_the_others_and_may_be_restarted(
 @pytest.mark.parametrize(
     ("setup", "status", "message"),
     [
-        (RANK_1_FAILS, 70, "error: unexpected KeyError: 'stages'"),
-        (RANK_1_IS_KILLED, 128 + signal.SIGKILL, "error: another process of the run has ended"),
-        (BOTH_LOSE_THEIR_NUMBERS, 1, "error: the loss is not a finite number"),
+        (FAIL_ON_RANK_1, 70, "error: unexpected KeyError: 'stages'"),
+        (KILL_RANK_1, 128 + signal.SIGKILL, "error: another process of the run has ended"),
+        (BOTH_RAISE_NONFINITE_LOSS, 1, "error: the loss is not a finite number"),
     ],
     ids=["fails", "killed", "not finite"],
 )
 def test_exit_status_is_that_of_the_failed_process(
     setup: str, status: int, message: str, photos: Path, tmp_path: Path
 ) -> None:
-    program = main_with(tmp_path, setup + IN_STEP_20)
+    program = main_with(tmp_path, setup + CALL_ACTION_AT_STEP_20)
     process = start(program, *words_of(photos, tmp_path, "broken"), program=("-c", LAUNCH))
     shown = output_of(process)
     assert process.returncode == status, shown
@@ -197,9 +197,9 @@ def test_exit_status_is_that_of_the_failed_process(
 def test_signal_stops_all_ranks_at_one_step_and_they_resume(
     which: str, status: int, group: bool, two: Path, photos: Path, tmp_path: Path
 ) -> None:
-    """From a terminal everyone gets it, and from a scheduler the launcher alone."""
+    """A terminal sends the signal to all processes, a scheduler to the launcher only."""
     session = tmp_path / "stopped"
-    program = main_with(tmp_path, A_SIGNAL_IS_AWAITED + IN_STEP_20)
+    program = main_with(tmp_path, WAIT_FOR_A_SIGNAL + CALL_ACTION_AT_STEP_20)
     process = start(program, *words_of(photos, tmp_path, "stopped"), program=("-c", LAUNCH))
     for _ in range(2):
         read_until(process, "waits")
@@ -250,7 +250,7 @@ def test_rank_with_other_options_is_refused_at_the_start(photos: Path, tmp_path:
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_resume_on_only_one_rank_is_refused_at_the_start(rank: str, two: Path, photos: Path, tmp_path: Path) -> None:
-    """Otherwise it would wait for the others to read a checkpoint, and they for it."""
+    """Otherwise the ranks would wait for each other."""
     more = f"['--resume', {str(two)!r}, '--restart'] if os.environ['RANK'] == {rank!r} else []"
     program = main_with(tmp_path, f"sys.exit(main.main([*sys.argv[1:], *({more})]))")
     cfgs = ["--cfgs", str(two / "config.yaml")]

@@ -1,4 +1,4 @@
-"""The program as its users run it: what it prints, writes and refuses."""
+"""The program as users run it: what it prints, writes and refuses."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SHORT = [
 
 
 class Tiny(torch.nn.Module):
-    """A network whose checkpoints take no time to write."""
+    """A small network whose checkpoints are written quickly."""
 
     def __init__(self, *, low_dim: int) -> None:
         super().__init__()
@@ -95,9 +95,7 @@ def session_in(folder: Path) -> Path:
     return found
 
 
-def test_a_run_leaves_the_documented_files(
-    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_writes_the_documented_files(start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(start) == 0
     session = session_in(tmp_path)
     names = {str(path.relative_to(session)) for path in session.rglob("*") if path.is_file()}
@@ -152,7 +150,7 @@ def test_partly_labelled_images_are_trained_on_and_evaluated(
     assert results[0]["top1"] == pytest.approx(rows[-1]["top1"], abs=1e-6)  # both recompute the labelled images
 
 
-def test_parquet_files_train_as_the_same_images_in_a_folder(start: list[str], photos: Path, tmp_path: Path) -> None:
+def test_parquet_files_train_like_the_same_images_in_a_folder(start: list[str], photos: Path, tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     for split in ("train", "test"):
         files = sorted((photos / split).rglob("*.png"))
@@ -168,17 +166,17 @@ def test_parquet_files_train_as_the_same_images_in_a_folder(start: list[str], ph
     assert equal(content(one), content(two))
 
 
-def test_the_best_checkpoint_of_a_round_is_its_best_epoch(start: list[str], tmp_path: Path) -> None:
+def test_best_checkpoint_of_a_round_is_its_best_epoch(start: list[str], tmp_path: Path) -> None:
     main.main(start)
     session = session_in(tmp_path)
     for file in (session / "checkpoint").glob("0*.ckpt"):
         kept = torch.load(file, weights_only=True)
         epochs = [row for row in metrics(session) if row["round"] == kept["round"]]
-        best = max(range(len(epochs)), key=lambda i: (epochs[i]["top1"], i))  # of equal ones the last
+        best = max(range(len(epochs)), key=lambda i: (epochs[i]["top1"], i))  # the last of equal ones
         assert (kept["epoch"], kept["acc"]) == (best + 1, epochs[best]["top1"])
 
 
-def test_the_session_s_config_repeats_the_run(start: list[str], tmp_path: Path) -> None:
+def test_config_of_a_session_repeats_the_run(start: list[str], tmp_path: Path) -> None:
     main.main(start)
     session = session_in(tmp_path)
     again = tmp_path / "again"
@@ -189,7 +187,7 @@ def test_the_session_s_config_repeats_the_run(start: list[str], tmp_path: Path) 
 def test_deterministic_run_repeats_exactly_and_resets_the_mode(
     start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the run sets it, and the next test is another
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # set by the run; restored for the next test
     during: list[bool] = []
     real = Trainer.fit
     monkeypatch.setattr(
@@ -220,7 +218,7 @@ def test_initial_weights_and_bank_noise_are_independent(start: list[str]) -> Non
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
-def test_interrupted_run_resumes_in_its_session_to_the_same_end(
+def test_interrupted_run_resumes_in_its_session_with_equal_bits(
     stop: int, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = [*start, "--ckpt-interval", "0"]  # a checkpoint after every epoch
@@ -293,9 +291,9 @@ def test_kept_checkpoints_follow_the_option(keep: str, kept: set[str], start: li
     whole, session = (tmp_path / "sessions" / name for name in ("all", "kept"))
     assert {path.name for path in (session / "checkpoint").iterdir()} == LATEST_TWO | kept
     assert equal({**content(session), "session": "all"}, content(whole)) and metrics(session) == metrics(whole)
-    for name in sorted(LATEST_TWO | kept):  # whatever is kept can be tested
+    for name in sorted(LATEST_TWO | kept):  # every kept checkpoint can be evaluated
         assert main.main(["--resume", str(session / "checkpoint" / name), "--test-only"]) == 0
-    # reports and tables know the discoveries of all rounds
+    # reports and tables include the discoveries of all rounds
     assert main.main(["--resume", str(session), "--test-only", "--export-table", str(again)]) == 0
     assert again.read_bytes() == table.read_bytes()
     found = [checkpoint.discoveries(folder, content(folder), 24) for folder in (whole, session)]
@@ -321,7 +319,7 @@ def test_resume_with_fewer_kept_removes_earlier_best_checkpoints(start: list[str
     assert [number for number, _ in checkpoint.discoveries(session, content(session), 24)] == [1, 2, 3]
 
 
-def test_a_best_checkpoint_holds_the_rows_of_the_bank_once(start: list[str], tmp_path: Path) -> None:
+def test_best_checkpoint_holds_the_bank_only_once(start: list[str], tmp_path: Path) -> None:
     main.main(start)
     folder = session_in(tmp_path) / "checkpoint"
     assert checkpoint.load(folder / "latest.ckpt")["health"]["rows"].shape == (24, 8)
@@ -373,7 +371,7 @@ def test_test_run_without_a_checkpoint_warns_of_random_weights(
     assert "random weights" in capsys.readouterr().out
 
 
-def test_several_protocols_make_one_table(start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_protocols_give_one_table(start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "--protocol nn knn linear cluster graph --linear-layers conv1 fc --knn-k 7 --knn-sigma 0.2"
     words += " --graph-neighbours 4 --graph-resolution 0.5"
     assert main.main([*start, *words.split(), "--test-only"]) == 0
@@ -461,7 +459,7 @@ def test_exports_with_held_out_images_use_data_set_indices(start: list[str], pho
 
 
 class DeviceTensor(torch.Tensor):
-    """A tensor that has to be copied to the host before NumPy sees it, as one on a GPU."""
+    """A tensor that must be copied to the host before it becomes a NumPy array, like one on a GPU."""
 
     def numpy(self, *, force: bool = False) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
@@ -470,7 +468,7 @@ class DeviceTensor(torch.Tensor):
         return self.as_subclass(torch.Tensor)
 
 
-def test_a_run_on_a_gpu_ends_with_its_report_and_exports(
+def test_results_on_a_gpu_are_reported_and_exported(
     start: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finish = outputs.finish
@@ -490,7 +488,7 @@ def test_a_run_on_a_gpu_ends_with_its_report_and_exports(
     assert (session_in(tmp_path) / "report.html").is_file() and all(path.is_file() for path in out)
 
 
-def test_test_run_without_labels_shows_label_free_figures(
+def test_test_run_without_labels_shows_health_and_clusters(
     photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (photos / "train").rename(tmp_path / "flat")
@@ -506,7 +504,7 @@ def test_test_run_without_labels_shows_label_free_figures(
 def test_identical_images_are_found_by_query_and_in_the_table(
     photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The memory bank cannot tell: the rows of identical images are means over different augmented views."""
+    """Rows of the memory bank would not be equal: they average different augmented views."""
     pairs = {}
     for folder in (photos / "train").iterdir():
         for path in sorted(folder.iterdir())[:3]:
@@ -567,7 +565,7 @@ def test_failed_export_does_not_prevent_the_others(
     assert weights.is_file() and table.is_file() and not features.exists()
 
 
-def test_the_table_knows_the_rounds_and_pictures_are_looked_up(
+def test_table_has_rounds_and_query_finds_similar_images(
     photos: Path, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "table.csv"
@@ -640,7 +638,7 @@ def test_images_without_class_folders_train_without_labels(
     assert len(list((session / "checkpoint").iterdir())) == 5
 
 
-def test_some_of_many_skipped_files_are_named(
+def test_first_of_many_skipped_files_are_named(
     photos: Path, start: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(12):
@@ -743,7 +741,7 @@ def test_pretrained_weights_are_ignored_on_resume(
 def test_checkpoint_with_weights_only_is_resumed(
     start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The bank is filled with the embeddings of the network, so it tells what the network tells."""
+    """The bank is filled with the embeddings of the network."""
     torch.save({"net": Tiny(low_dim=8).state_dict()}, tmp_path / "net.ckpt")
     assert main.main([*start, "--resume", str(tmp_path / "net.ckpt"), "--base-lr", "1e-9"]) == 0
     session = session_in(tmp_path)
@@ -754,7 +752,7 @@ def test_checkpoint_with_weights_only_is_resumed(
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one sentence of a refusal, without its 'error: '."""
+    """The error message without 'error: '; checks that it is one line."""
     capsys.readouterr()
     assert main.main(words) == 2
     error = capsys.readouterr().err
@@ -801,7 +799,7 @@ BAD_OPTIONS = {
 
 
 @pytest.mark.parametrize("words", BAD_OPTIONS)
-def test_bad_input_gets_one_sentence_and_writes_nothing(
+def test_bad_input_is_refused_and_nothing_is_written(
     words: str, start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert BAD_OPTIONS[words] in refused([*start, *words.split()], capsys)
@@ -861,7 +859,7 @@ def test_internal_error_without_session_shows_its_traceback(
 
 
 def failing_after(calls: int, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
-    """From then on a step of the training raises this error, or an unexpected one."""
+    """Makes every training step after ``calls`` raise this error, by default an unexpected one."""
     step, left = Trainer.backward, iter(range(calls))
 
     def altered(*arguments: Any) -> Any:
@@ -956,27 +954,27 @@ def test_traceback_is_shown_if_the_log_cannot_be_written(
     assert shown.startswith("Traceback") and shown.endswith("unexpected KeyError: 'stages'; its traceback is above\n")
 
 
-class Unlike(Tiny):
-    """A network of somebody's own, which lacks what ``lacking`` says."""
+class Incomplete(Tiny):
+    """A user's network with one defect."""
 
-    def __init__(self, *, low_dim: int, lacking: str) -> None:
-        super().__init__(low_dim=low_dim + (lacking == "size"))
-        self.lacking = lacking
-        if lacking == "stages":
+    def __init__(self, *, low_dim: int, defect: str) -> None:
+        super().__init__(low_dim=low_dim + (defect == "size"))
+        self.defect = defect
+        if defect == "stages":
             self.stages = None
 
     def stages(self, x: torch.Tensor) -> Any:
         found = super().stages(x)
-        if self.lacking == "fc":
+        if self.defect == "fc":
             del found["fc"]
-        return {"dict": list(found.values()), "tensors": {**found, "fc": "fc"}}.get(self.lacking, found)
+        return {"dict": list(found.values()), "tensors": {**found, "fc": "fc"}}.get(self.defect, found)
 
     def forward(self, x: torch.Tensor) -> Any:
         embedding = super().stages(x)["fc"]
-        return {"length": 2 * embedding, "tensor": [embedding]}.get(self.lacking, embedding)
+        return {"length": 2 * embedding, "tensor": [embedding]}.get(self.defect, embedding)
 
 
-LACKING = {
+DEFECTS = {
     "stages": "has no method stages(images)",
     "size": "its embedding of one image must have shape (1, 8), as set by --low-dim, and is (1, 9)",
     "tensor": "its embedding of one image must have shape (1, 8), as set by --low-dim, and is list",
@@ -987,30 +985,28 @@ LACKING = {
 }
 
 
-@pytest.mark.parametrize("lacking", LACKING)
+@pytest.mark.parametrize("defect", DEFECTS)
 def test_incomplete_network_is_refused_before_training(
-    lacking: str,
+    defect: str,
     start: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(models.NETWORKS, "mine", lambda low_dim: Unlike(low_dim=low_dim, lacking=lacking))
+    monkeypatch.setitem(models.NETWORKS, "mine", lambda low_dim: Incomplete(low_dim=low_dim, defect=defect))
     for more in ([], ["--test-only", "--protocol", "linear", "--linear-layers", "conv1"]):
         message = refused([*start, "--network", "mine", *more], capsys)
-        assert message.startswith(f"--network mine: {LACKING[lacking]}")
+        assert message.startswith(f"--network mine: {DEFECTS[defect]}")
     assert not (tmp_path / "sessions").exists()
 
 
 @pytest.mark.parametrize("name", [name for name in models.NETWORKS if name != "tiny"])
-def test_every_network_has_what_the_program_needs(name: str) -> None:
+def test_every_network_meets_the_requirements(name: str) -> None:
     size = 224 if name in ("alexnet", "imagenet-resnet50") else 64 if name.startswith("imagenet") else 32
     assert models.build(name, low_dim=5, size=(size, size)).training
 
 
-def test_a_place_where_no_session_can_be_written_is_refused(
-    start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unwritable_sess_dir_is_refused(start: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert "--sess-dir" in refused([*start, "--sess-dir", str(tmp_path / "file" / "sessions")], capsys)
 
@@ -1035,7 +1031,7 @@ def test_incompatible_checkpoint_is_refused_with_the_reason(
     assert "embedding size 8, not 16" in refused([*resume, "--low-dim", "16"], capsys)
     (photos / "train" / "dark" / "0.png").unlink()
     assert "24 samples, not 23" in refused(resume, capsys)
-    assert main.main([*resume, "--test-only", "--debug"]) == 0  # the network alone does not mind
+    assert main.main([*resume, "--test-only", "--debug"]) == 0  # evaluation does not need the same training images
     cut = tmp_path / "cut.ckpt"
     cut.write_bytes((session / "checkpoint" / "latest.ckpt").read_bytes()[:5000])
     assert "cut.ckpt" in refused([*start, "--resume", str(cut)], capsys)
@@ -1063,7 +1059,7 @@ def test_diverged_checkpoint_is_refused_for_every_use(
         assert "not finite" in refused([*start, "--pretrained", str(path)], capsys)
 
 
-def test_the_program_itself_exits_with_2_and_one_line(tmp_path: Path) -> None:
+def test_main_py_exits_with_2_and_one_line(tmp_path: Path) -> None:
     words = [sys.executable, str(ROOT / "main.py"), "--cfgs", str(tmp_path / "none.yaml")]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
@@ -1100,16 +1096,14 @@ def test_unused_gpu_is_reported(
     assert capsys.readouterr().out.count("NVIDIA H100 is not used; set --gpus 0 to use it") == 1
 
 
-def test_a_single_process_computes_no_fingerprint_of_the_data(
-    start: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_single_process_computes_no_data_fingerprint(start: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "fingerprint", lambda images: pytest.fail("the images are hashed"))
     assert main.main([*start, "--max-round", "1"]) == 0
 
 
 HEAVY = "torch", "torchvision", "matplotlib", "sklearn", "scipy"
-"""What takes a second or more to import."""
-UNTIL_THE_OPTIONS_ARE_READ = f"""
+"""Packages that take a second or more to import."""
+IMPORTS_AFTER_OPTIONS = f"""
 import sys
 import main
 try:
@@ -1118,7 +1112,7 @@ except SystemExit as stop:
     status = stop.code
 print([name for name in {HEAVY} if name in sys.modules], status)
 """
-UNTIL_THE_FIRST_STEP = f"""
+IMPORTS_AT_FIRST_STEP = f"""
 import os, sys
 import main
 from lib.training import trainer
@@ -1142,16 +1136,16 @@ def last_line(program: str, *words: str) -> str:
     [("--help", 0), ("--print-args", 0), ("--network resnet81", 2), ("--dataset cifar12", 2), ("--no-option", 2)],
 )
 def test_options_are_read_without_pytorch(words: str, status: int) -> None:
-    assert last_line(UNTIL_THE_OPTIONS_ARE_READ, *words.split()) == f"[] {status}"
+    assert last_line(IMPORTS_AFTER_OPTIONS, *words.split()) == f"[] {status}"
 
 
 def test_first_step_on_the_digits_imports_only_pytorch(tmp_path: Path) -> None:
     words = ["--cfgs", "configs/base.yaml", "configs/digits.yaml", "--sess-dir", str(tmp_path), "--brief"]
-    assert last_line(UNTIL_THE_FIRST_STEP, *words) == "['torch']"
+    assert last_line(IMPORTS_AT_FIRST_STEP, *words) == "['torch']"
 
 
 def test_run_with_closed_output_continues_to_its_end(tmp_path: Path) -> None:
-    """As behind ``| head -1``."""
+    """As with ``| head -1``."""
     words = "--cfgs configs/base.yaml configs/digits.yaml --max-round 1 --max-epoch 2 --seed 0 --session run"
     process = runs.start(*words.split(), "--sess-dir", str(tmp_path))
     assert process.stdout and process.stdout.readline()
@@ -1163,7 +1157,7 @@ def test_run_with_closed_output_continues_to_its_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--print-args"], ["--cfgs", "configs/base.yaml", "--print-args"]])
-def test_closed_pipe_ends_printing_without_an_error(words: list[str]) -> None:
+def test_closed_pipe_ends_the_output_without_an_error(words: list[str]) -> None:
     shell = f"{shlex.quote(sys.executable)} main.py {shlex.join(words)} | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("0\n", "")
@@ -1197,7 +1191,7 @@ def test_compile_has_no_graph_break_and_no_recompilation(
 
 @HIDDEN
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="PyTorch compiles for CPUs by g++")
+@pytest.mark.skipif(not shutil.which("g++"), reason="PyTorch compiles for CPUs with g++")
 def test_compiled_steps_differ_by_rounding_only(tmp_path: Path) -> None:
     """The mean loss of three steps; later ones amplify the rounding."""
     losses = []

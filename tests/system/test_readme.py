@@ -1,4 +1,4 @@
-"""What the README and the pages in docs/ say, held against the program."""
+"""The README and the pages in docs/ are compared with the program."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def text_of(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def test_the_options_table_is_the_program_s_own() -> None:
+def test_options_table_equals_the_generated_one() -> None:
     written = re.search(r"<!-- options.*?-->\n(.*?)\n<!-- end of options -->", text_of("docs/options.md"), re.DOTALL)
     assert written and written[1] == options_table(), "run the command beside the table and paste what it prints"
 
@@ -55,7 +55,7 @@ def test_every_room_and_module_is_named() -> None:
 
 
 def counted(name: str, pixels: int) -> tuple[str, str]:
-    """Millions of parameters and thousands of millions of multiply-adds."""
+    """Millions of parameters and billions of multiply-adds."""
     with torch.device("meta"):
         network = build(name, low_dim=128).eval()
         with FlopCounterMode(display=False) as counter:
@@ -64,7 +64,7 @@ def counted(name: str, pixels: int) -> tuple[str, str]:
     return f"{parameters / 1e6:.2f}", f"{counter.get_total_flops() / 2e9:.3f}"
 
 
-def test_parameter_counts_in_the_table_are_right() -> None:
+def test_parameter_counts_in_the_table_are_correct() -> None:
     rows = re.findall(
         r"^\| `([a-z0-9-]+)` \| (\d+) x \2 \| ([\d.]+) \| ([\d.]+) \|$", text_of("docs/options.md"), re.MULTILINE
     )
@@ -82,20 +82,20 @@ def test_each_set_up_command_occurs_once() -> None:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words after `main.py` of every command in a page, in code blocks and in the text."""
+    """The arguments of every `main.py` command in a page, in code blocks and in the text."""
     found = re.findall(r"(?:python|torchrun [^`\n]*) main\.py(?: ([^`\n]*))?", text.replace("\\\n", " "))
     return [shlex.split(words.split("&&")[0], comments=True) for words in found]
 
 
 NEW_NAMES = {"convnet", "arrays", "mean-log"}
-"""Of the examples in docs/extending.md, which tests/system/test_extending.py runs."""
+"""Networks, data sets and losses of the examples in docs/extending.md; tests/system/test_extending.py runs them."""
 
 
 @EACH_PAGE
 def test_every_command_is_accepted_by_the_program(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for words in commands(page.read_text(encoding="utf-8")):
-        try:  # a session's options are a file like any other
+        try:  # the config of a session is an option file, too
             options = read_options(
                 [re.sub(r"^sessions/NAME/config.yaml$", "configs/base.yaml", word) for word in words]
             )
@@ -107,7 +107,7 @@ def test_every_command_is_accepted_by_the_program(page: Path, monkeypatch: pytes
         assert options.loss in {*LOSSES, *NEW_NAMES}
 
 
-def test_there_are_commands() -> None:
+def test_pages_contain_commands() -> None:
     assert len(commands(text_of("README.md"))) >= 10
     assert sum(len(commands(page.read_text(encoding="utf-8"))) for page in PAGES) >= 25
 
@@ -119,7 +119,7 @@ def test_every_flag_in_the_text_is_an_option(page: Path) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """The names that GitHub gives to the headings of a page."""
+    """The anchors that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -1,7 +1,7 @@
 """Random options, image folders and checkpoints: the program runs or prints one error line, never a traceback.
 
-By default a fixed set of cases. ``FUZZ=2000 python -m pytest -m slow tests/system/test_fuzz.py`` tries 2,000 new cases of
-each kind.
+By default a fixed set of cases. ``FUZZ=2000 python -m pytest -m slow tests/system/test_fuzz.py`` tries 2,000 new cases
+of each kind.
 """
 
 from __future__ import annotations

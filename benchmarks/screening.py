@@ -17,7 +17,7 @@ finished runs, and a line for each ``SCREEN/simclr-sN``, which one trains with
 
 Most arms have one round of 30 passes, with instance loss, and change one thing of ``one-round``; those named after two
 options have both, and ``together`` has several. ``round0`` is the first 18 passes of the arms that follow it and
-discover neighbourhoods in four more rounds of 3 passes. ``and-cosine`` and ``together-and`` have five rounds of 6
+discover neighbourhoods in four more rounds of 3 passes. ``and-cosine`` and ``view-loss-cosine-and`` have five rounds of 6
 passes, with one schedule over all of them.
 """
 
@@ -104,9 +104,8 @@ ARMS: dict[str, Arm] = {
     "view-loss-mlp": Arm((*VIEW_LOSS, *MLP), views=2),
     "view-loss-cosine": Arm((*VIEW_LOSS, *COSINE), views=2, has_schedule=True),
     "together": Arm((*VIEW_LOSS, *FLIP, *MLP, *COSINE), views=2, has_schedule=True),
-    "together-and": Arm(
-        (*VIEW_LOSS, *FLIP, *MLP, *COSINE, "--lr-span", "run"), views=2, rounds=ROUNDS, has_schedule=True
-    ),
+    "view-loss-3": Arm(("--views", "2", "--view-loss", "3"), views=2),
+    "view-loss-cosine-and": Arm((*VIEW_LOSS, *COSINE, "--lr-span", "run"), views=2, rounds=ROUNDS, has_schedule=True),
 }
 
 

@@ -17,8 +17,8 @@ finished runs, and a line for each ``SCREEN/simclr-sN``, which one trains with
 
 Most arms have one round of 30 passes, with instance loss, and change one thing of ``one-round``; those named after two
 options have both, and ``together`` has several. ``round0`` is the first 18 passes of the arms that follow it and
-discover neighbourhoods in four more rounds of 3 passes. ``and-cosine`` and ``view-loss-cosine-and`` have five rounds of 6
-passes, with one schedule over all of them.
+discover neighbourhoods in four more rounds of 3 passes. ``and-cosine`` and ``view-loss-cosine-and`` have five rounds of
+6 passes, with one schedule over all of them.
 """
 
 from __future__ import annotations

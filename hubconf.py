@@ -1,7 +1,7 @@
-"""The network for other programs, by ``torch.hub``; docs/using.md has examples.
+"""The network for other programs, loaded by ``torch.hub``; docs/using.md has examples.
 
 This repository's packages have common names, such as ``datasets``. They are loaded under a private name here, so that
-a program's own packages of these names work beside them: a loader changes the names in their import statements.
+a program's own packages of these names still work: a loader changes the names in the import statements.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ dependencies = ["torch", "torchvision", "numpy", "PIL", "yaml", "pydantic", "saf
 _ROOT = pathlib.Path(__file__).resolve().parent
 _PACKAGES = ("datasets", "lib", "models")
 _PRIVATE = f"_and_{zlib.crc32(os.fsencode(_ROOT)):08x}"
-"""Name of the package that holds this repository's; another clone has another one."""
+"""Name of the private package that contains those of this repository; different for every clone."""
 
 
 def and_encoder(
@@ -46,13 +46,13 @@ def and_encoder(
     ``encoder.embed`` takes a list of files, PIL images or arrays.
 
     Args:
-        weights: a .safetensors file of ``--export-model``, with its .yaml beside it; a session folder or a checkpoint
+        weights: a .safetensors file of ``--export-model``, with its .yaml next to it; a session folder or a checkpoint
             in one; None: random weights.
         network: name of the backbone, ``resnet18`` if there are no weights.
         low_dim: D, 128 if there are no weights.
         resize, size, means, stds: the preprocessing, as the options of these names.
 
-    The default of all but ``weights`` is the value that belongs to the weights.
+    The defaults of all but ``weights`` are the values that belong to the weights.
 
     Raises:
         ValueError: the weights or a value cannot be used. The message is one sentence.
@@ -75,9 +75,9 @@ def and_encoder(
 
 @contextlib.contextmanager
 def _not_on_path() -> typing.Iterator[None]:
-    """Takes this folder, which ``torch.hub`` has put there, off ``sys.path``.
+    """Removes this folder, which ``torch.hub`` has added, from ``sys.path``.
 
-    A package that is imported meanwhile and needs another ``datasets`` would find the one here.
+    Otherwise a package that imports another ``datasets`` would find the one of this repository.
     """
     before = list(sys.path)
     sys.path[:] = [entry for entry in before if not entry or pathlib.Path(entry).resolve() != _ROOT]
@@ -93,7 +93,7 @@ def _module(name: str) -> typing.Any:
         package = types.ModuleType(_PRIVATE)
         package.__path__ = []
         sys.modules[_PRIVATE] = package
-        sys.meta_path.insert(0, _Finder())  # the usual one would find the files, too
+        sys.meta_path.insert(0, _Finder())  # Python's own finder would find the files, too
     return importlib.import_module(f"{_PRIVATE}.{name}")
 
 

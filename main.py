@@ -1,7 +1,7 @@
 """Anchor Neighbourhood Discovery from the command line; ``python main.py --help`` lists the options.
 
 PyTorch takes seconds to import. What needs it is imported once the options are known to be valid, so that ``--help``
-and a wrong option answer at once.
+and errors in options appear at once.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {sentence}", file=sys.stderr)
         return status
     except KeyboardInterrupt:
-        print("interrupted; a run that stores a session is resumed by --resume with its folder", file=sys.stderr)
+        print("interrupted; to resume a run that stores a session, use --resume with its folder", file=sys.stderr)
         return 130
 
 
 def run(words: Sequence[str]) -> int:
-    """Does what the command line asks for; the exit status."""
+    """Runs the command line; returns the exit status."""
     options, ranks = read_on_all_ranks(words) if launch.is_launched() else (resolve(words), None)
     if options.print_args:
         with closed_pipe_allowed():
@@ -65,7 +65,7 @@ def run(words: Sequence[str]) -> int:
         return 0
     options = device.choose_gpus(options)
     if len(options.gpus) > 1 and not launch.is_launched() and not options.is_for_one:
-        device.select(options.gpus)  # a wrong number is refused here, once
+        device.select(options.gpus)  # an invalid GPU is refused here, once
         return launch.run(Path(__file__), words, len(options.gpus))
     outputs.check(options)
     context = setup.prepare(options, ranks)
@@ -77,7 +77,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def read_on_all_ranks(words: Sequence[str]) -> tuple[Options, Ranks]:
-    """The options on one of several ranks that a launcher started, and these; what one refuses all refuse."""
+    """The options and the ranks of a process that a launcher started. An error on one rank is raised on all."""
     from lib.distributed import device
     from lib.distributed.consensus import run_on_all_ranks
     from lib.distributed.processes import Ranks
@@ -96,7 +96,7 @@ def read_on_all_ranks(words: Sequence[str]) -> tuple[Options, Ranks]:
 
 
 def train(context: RunContext) -> int:
-    """Trains in a new session, or resumes the checkpoint's; the exit status."""
+    """Trains in a new session, or in that of the resumed checkpoint; returns the exit status."""
     from lib.distributed.signals import STATUS, Stopped
     from lib.reporting import outputs
     from lib.training import build
@@ -107,7 +107,7 @@ def train(context: RunContext) -> int:
         with trainer.signals:
             build.log_start(context, session)
             trainer.fit()
-        final = state.checkpoint(context.options.network, session.name)  # of all ranks together
+        final = state.checkpoint(context.options.network, session.name)  # raised on all ranks together
         if (own := context.on_rank0()) and not outputs.finish(own, recorder, final, state.history):
             return 3
     except Stopped as stop:

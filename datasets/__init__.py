@@ -89,7 +89,7 @@ def load(
         strict: raise DataError if an image is unreadable, instead of skipping it.
         download: download missing files.
         boxes: crop the images to their annotated bounding boxes.
-        label_column: the column with the labels, of a data set in tables; None: it is found by its name.
+        label_column: the column with the labels, for data sets in tables; None: it is found by its name.
         progress: shows a progress bar.
 
     Raises:

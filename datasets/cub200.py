@@ -45,10 +45,12 @@ def load(request: Request) -> Splits:
     labels, training = _lines(home, "image_class_labels.txt", files), _lines(home, "train_test_split.txt", files)
     boxes = _lines(home, "bounding_boxes.txt", files) if request.boxes else None
     if unclear := [image for image in files if training[image] not in ("0", "1")]:
-        raise DataError(f"{home / 'train_test_split.txt'}: says neither 0 nor 1 of image {unclear[0]}; {MEND}")
+        raise DataError(f"{home / 'train_test_split.txt'}: has neither 0 nor 1 for image {unclear[0]}; {MEND}")
     numbers = {number: i for i, number in enumerate(names)}
     if unknown := sorted(set(labels.values()) - set(numbers)):
-        raise DataError(f"{home}: image_class_labels.txt has class {unknown[0]}, which classes.txt lacks; {MEND}")
+        raise DataError(
+            f"{home}: image_class_labels.txt has class {unknown[0]}, which is missing in classes.txt; {MEND}"
+        )
     reader = Reader(home, request)
 
     def read(part: str, flag: str) -> ImageSet:
@@ -70,7 +72,7 @@ def _lines(home: Path, name: str, images: dict[str, str] | None = None) -> dict[
         reason = getattr(error, "strerror", None) or "it is not a list of lines 'number value'"
         raise DataError(f"{home / name}: cannot be read: {reason}; {MEND}") from None
     if missing := [image for image in images or {} if image not in found]:
-        raise DataError(f"{home / name}: tells nothing of image {missing[0]}, which images.txt names; {MEND}")
+        raise DataError(f"{home / name}: has no line for image {missing[0]}, which images.txt lists; {MEND}")
     return found
 
 
@@ -81,4 +83,6 @@ def _corners(line: str, home: Path) -> np.ndarray:
         corners = math.floor(left), math.floor(top), math.ceil(left + width), math.ceil(top + height)
         return np.array(corners, np.int64)
     except (ValueError, OverflowError):
-        raise DataError(f"{home / 'bounding_boxes.txt'}: {line!r} is no box 'left top width height'; {MEND}") from None
+        raise DataError(
+            f"{home / 'bounding_boxes.txt'}: {line!r} is not a box 'left top width height'; {MEND}"
+        ) from None

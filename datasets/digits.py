@@ -1,4 +1,4 @@
-"""UCI handwritten digits: 1,797 real 8x8 images of ten classes, embedded as ``digits.npz``.
+"""UCI handwritten digits: 1,797 real 8x8 images of ten classes, included as ``digits.npz``.
 
 E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository,
 1998, https://doi.org/10.24432/C50P49, licensed CC BY 4.0. These are the images of its test part, with grey

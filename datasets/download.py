@@ -81,7 +81,7 @@ def provide(request: Request, archives: Sequence[Archive]) -> None:
         raise DataError(f"{request.root}: another process is downloading to it; wait for that one to end") from None
     except OSError as error:
         raise DataError(
-            f"{error.filename or request.root}: cannot be read or written: {error.strerror or error}; mend that, or "
+            f"{error.filename or request.root}: cannot be read or written: {error.strerror or error}; fix this, or "
             "choose another --data-root"
         ) from None
 
@@ -92,7 +92,7 @@ def _fetch(archive: Archive, root: Path, request: Request) -> Path:
     if path.exists():
         if not _is_published(path, archive, request):
             raise DataError(
-                f"{path}: is cut short or altered: it is not the published file ({archive.checksum}); move it away, "
+                f"{path}: is incomplete or altered: it is not the published file ({archive.checksum}); move it away, "
                 "and --download fetches it anew"
             )
         return path
@@ -101,7 +101,7 @@ def _fetch(archive: Archive, root: Path, request: Request) -> Path:
     if not _is_published(part, archive, request):
         part.unlink()  # resuming from wrong data would fail again
         raise DataError(
-            f"{archive.url}: what came from there is not the published file ({archive.checksum}), and was removed; "
+            f"{archive.url}: the downloaded file is not the published one ({archive.checksum}), and was removed; "
             f"try again, or put {archive.name} from another source at {path}"
         )
     return part.replace(path)
@@ -145,7 +145,7 @@ def _resume(archive: Archive, part: Path, request: Request) -> None:
                 file.write(chunk)
                 received += len(chunk)
     if received < length:
-        raise _LostError(f"the connection broke off after {part.stat().st_size} bytes")
+        raise _LostError(f"the connection was lost after {part.stat().st_size} bytes")
 
 
 def _received(answer: Any) -> Iterator[bytes]:
@@ -153,7 +153,7 @@ def _received(answer: Any) -> Iterator[bytes]:
         try:
             chunk = answer.read(CHUNK)
         except (OSError, http.client.HTTPException) as error:
-            raise _LostError(f"the connection broke off: {_reason(error)}") from None
+            raise _LostError(f"the connection was lost: {_reason(error)}") from None
         if not chunk:
             return
         yield chunk
@@ -184,7 +184,7 @@ def _extract(archive: tarfile.TarFile, folder: Path) -> None:
     for member in archive.getmembers():  # Python before 3.10.12 and 3.11.4, Debian 12's among them, has no filters
         member.name = member.name.lstrip("/")
         if not (member.isfile() or member.isdir()) or ".." in PurePosixPath(member.name).parts:
-            raise tarfile.TarError(f"{member.name!r} is no plain file or folder inside it")
+            raise tarfile.TarError(f"{member.name!r} is not a plain file or folder inside it")
     archive.extractall(folder)
 
 
@@ -200,7 +200,7 @@ def _unpack(path: Path, target: Path) -> None:
         (inside if inside.is_dir() else content).rename(target)
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, LookupError, ValueError) as error:
         raise DataError(
-            f"{path}: cannot be unpacked: {_reason(error)}; move it away, and --download fetches it anew"
+            f"{path}: cannot be unpacked: {_reason(error)}; move it away, and --download fetches it again"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -133,11 +133,14 @@ class Reader:
         if self.skipped and self.request.strict:
             names = "; ".join(f"{name} ({why})" for name, why in self.skipped[:10])
             raise DataError(
-                f"{self.root}: {len(self.skipped)} unreadable images: {names}; mend them, or drop --strict-data"
+                f"{self.root}: {len(self.skipped)} unreadable images: {names}; "
+                "repair or remove them, or drop --strict-data"
             )
         if not len(train):
             name, why = self.skipped[0]
-            raise DataError(f"{self.root}: no training image could be read, for instance {name} ({why}); mend them")
+            raise DataError(
+                f"{self.root}: no training image could be read, for instance {name} ({why}); repair the files"
+            )
         test = test if test is not None and len(test) else None
         return Splits(train, test, notes=tuple(self.notes), skipped=tuple(self.skipped))
 
@@ -243,7 +246,9 @@ def renumber(test: Classes, train: tuple[str, ...], root: Path) -> Classes:
     """
     if unknown := sorted(set(test.names) - set(train)):
         names = ", ".join(unknown[:5])
-        raise DataError(f"{root}: the test folder has classes that train lacks: {names}; rename or remove them")
+        raise DataError(
+            f"{root}: the test folder has classes that are missing in train: {names}; rename or remove them"
+        )
     number = {name: i for i, name in enumerate(train)}
     return Classes(train, np.array([number[name] for name in test.names], np.int64)[test.labels])
 
@@ -282,7 +287,7 @@ def _check_list(root: Path, names: Sequence[str], source: str, mend: str) -> Lis
     folders = sorted({os.path.dirname(name) for name in names})  # noqa: PTH120  # strings, a million of them
     there = {f"{folder}{os.sep}{entry}" for folder in folders for entry in _entries(root / folder)}
     if missing := [name for name in names if name not in there]:
-        raise DataError(f"{root}: {source} names {len(missing)} files that are not there, first {missing[0]}; {mend}")
+        raise DataError(f"{root}: {source} names {len(missing)} files that are missing, first {missing[0]}; {mend}")
     return Listing(names, folders)
 
 
@@ -310,7 +315,7 @@ def _inside(boxes: np.ndarray, sizes: np.ndarray, names: Sequence[str]) -> np.nd
     if len(empty):
         raise DataError(
             f"{names[empty[0]]}: its bounding box {boxes[empty[0]].tolist()} (left, top, right, bottom) lies outside "
-            f"the image of {' x '.join(map(str, sizes[empty[0]]))} pixels; mend the box, or drop --bounding-boxes"
+            f"the image of {' x '.join(map(str, sizes[empty[0]]))} pixels; correct the box, or drop --bounding-boxes"
         )
     return cut
 

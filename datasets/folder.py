@@ -28,7 +28,7 @@ def load(request: Request) -> Splits:
     if not (root / "train").is_dir():
         if any((root / name).is_dir() for name in ("test", "val")):
             raise DataError(f"{root}: holds a test folder but no train folder; put training images in {root / 'train'}")
-        reader.notes.append(f"{root} has no train folder: every image below it is taken, without labels")
+        reader.notes.append(f"{root} has no train folder: all images below it are used, without labels")
         found = below(root, ".")
         _some(root, found)
         return reader.splits(reader.read("training", found), None)

@@ -45,7 +45,7 @@ def load(request: Request) -> Splits:
     """
     if request.download:
         raise DataError(
-            f"--download: ImageNet's images are given to registered users only; {MEND}, and run without --download"
+            f"--download: ImageNet's images are available to registered users only; {MEND}, and run without --download"
         )
     root = open_root(request, EXPECTED, MEND)
     reader = Reader(root, request)
@@ -54,7 +54,9 @@ def load(request: Request) -> Splits:
     found = below(root, "train")
     classes = class_folders(root, "train", found)
     if classes is None or not found.names:
-        packed = " (its .tar archives, one a class, are not unpacked)" if any((root / "train").glob("*.tar")) else ""
+        packed = (
+            " (its .tar archives, one for each class, are not unpacked)" if any((root / "train").glob("*.tar")) else ""
+        )
         raise DataError(f"{root}: train holds no class folders with images{packed}; it should hold {EXPECTED}")
     if len(found.names) != IMAGES or len(classes.names) != CLASSES:
         reader.notes.append(
@@ -92,7 +94,7 @@ def _by_devkit(root: Path, files: Inventory) -> Classes:
         line = int(number[1]) if number else 0
         if not 1 <= line <= len(truth) or truth[line - 1] not in wnids:
             raise DataError(
-                f"{root / name}: {TRUTH} tells no class of it; the flat val folder should hold "
+                f"{root / name}: {TRUTH} has no class for it; the flat val folder should hold "
                 f"ILSVRC2012_val_00000001.JPEG to {len(truth):08d}, and nothing else"
             )
         of_image.append(wnids[truth[line - 1]])
@@ -107,7 +109,7 @@ def _devkit(root: Path) -> dict[str, bytes]:
     archive = root / f"{DEVKIT}.tar.gz"
     if not archive.is_file():
         raise DataError(
-            f"{root}: val has no class folders, and the devkit that tells its classes is not there; put "
+            f"{root}: val has no class folders, and the devkit with its classes is missing; put "
             f"{archive.name} ({PAGE}) into {root}, or sort the images into val/<wnid>/"
         )
     with tarfile.open(archive) as file:

@@ -46,7 +46,7 @@ Progress = Callable[[Iterable[Any], str, int, str], Iterable[Any]]
 
 
 class DataError(Exception):
-    """The data cannot be used. The message is one sentence for the user: what is wrong, where, how to mend it."""
+    """The data cannot be used. The message is one sentence for the user: what is wrong, where, and how to fix it."""
 
 
 @dataclass(frozen=True)

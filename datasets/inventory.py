@@ -20,11 +20,11 @@ import numpy as np
 
 from datasets.images import DataError
 
-FORM = 1  # of the remembered file; another number is not read
+FORM = 1  # version of the cache file; files of other versions are ignored
 SETTLED = 2 * 10**9
-"""Nanoseconds after which another change of a folder has another time, on any file system."""
+"""Nanoseconds after which a further change gives a folder a new modification time, on any file system."""
 ABANDONED = 24 * 3600
-"""Seconds after which an unfinished file is one of a killed process."""
+"""Seconds after which a partial file is assumed to be left by a killed process."""
 
 
 class Names(Sequence[str]):
@@ -37,7 +37,7 @@ class Names(Sequence[str]):
     def __init__(self, names: Iterable[str] = (), *, packed: np.ndarray | None = None) -> None:
         if packed is None:
             packed = np.frombuffer(b"".join(os.fsencode(name) + b"\0" for name in names), np.uint8)
-        self.packed = packed  # names with a zero behind each, which no file name holds
+        self.packed = packed  # each name is followed by a zero byte, which no file name contains
         self._ends = np.flatnonzero(packed == 0)
 
     def __len__(self) -> int:
@@ -60,8 +60,8 @@ class Listing:
 
     Attributes:
         names: of the images, relative to the root.
-        folders: those that were looked into.
-        reasons: other files that should be named, and why they are left out.
+        folders: the folders that were listed.
+        reasons: other files that should be reported -> why they are skipped.
     """
 
     names: Sequence[str]
@@ -71,15 +71,15 @@ class Listing:
 
 @dataclass(frozen=True)
 class Inventory:
-    """Image files of one split, and what opening them showed.
+    """Image files of one split, with their sizes or the reasons why they cannot be read.
 
     Attributes:
-        key: what tells this inventory from the others of its root.
+        key: identifies this inventory among those of its root.
         names: N file names relative to the root.
-        folders: those that were looked into.
-        sizes: (N, 2) width and height of int32, zeros where a file cannot be read; None: not opened yet.
-        reasons: why, by name, of those that cannot be read, and of other files that are left out.
-        changed: (F,) when each folder was last changed, in nanoseconds; None: too short ago to be remembered.
+        folders: the folders that were listed.
+        sizes: (N, 2) width and height of int32, zeros if a file cannot be read; None: not opened yet.
+        reasons: files that cannot be read or are skipped -> why.
+        changed: (F,) modification time of each folder, in nanoseconds; None: too recent to be cached.
     """
 
     key: str
@@ -95,7 +95,7 @@ def take(root: Path, key: str, listing: Callable[[], Listing]) -> Inventory:
 
     Args:
         root: the data root.
-        key: what tells this inventory from the others of its root.
+        key: identifies this inventory among those of its root.
         listing: lists the files.
     """
     if remembered := _recall(root, key):
@@ -119,7 +119,7 @@ def remember(root: Path, inventory: Inventory) -> None:
     try:
         place = cache_path(root, inventory.key, ".npz")
     except RuntimeError as error:
-        raise DataError(f"~/.cache: the list of files cannot be kept there: {error}") from None
+        raise DataError(f"~/.cache: the list of files cannot be stored there: {error}") from None
     bad = list(inventory.reasons)
     content: dict[str, Any] = {
         "form": np.array(FORM),
@@ -137,7 +137,7 @@ def remember(root: Path, inventory: Inventory) -> None:
         for part in place.parent.glob(f"{place.stem}.*.part"):
             if time.time() - part.stat().st_mtime > ABANDONED:
                 part.unlink(missing_ok=True)
-        # of its own in every process, for two may start at once
+        # a separate file for each process, as two may start at the same time
         with tempfile.NamedTemporaryFile(
             dir=place.parent, prefix=f"{place.stem}.", suffix=".part", delete=False
         ) as file:
@@ -149,7 +149,7 @@ def remember(root: Path, inventory: Inventory) -> None:
                 Path(file.name).unlink()
                 raise
     except OSError as error:
-        raise DataError(f"{place.parent}: the list of files cannot be kept there: {error.strerror}") from None
+        raise DataError(f"{place.parent}: the list of files cannot be stored there: {error.strerror}") from None
 
 
 def _recall(root: Path, key: str) -> Inventory | None:
@@ -167,7 +167,7 @@ def _recall(root: Path, key: str) -> Inventory | None:
         if changed is None or not np.array_equal(changed, content["changed"]):
             return None
         return Inventory(key, names, folders, content["sizes"], dict(zip(bad, reasons, strict=True)), changed)
-    except Exception:  # no file, or a damaged one, which makes the reader raise nearly anything
+    except Exception:  # no file, or a damaged one, for which the reader can raise any error
         return None
 
 
@@ -183,7 +183,7 @@ def _full_key(root: Path, key: str) -> np.ndarray:
 
 
 def _times(root: Path, folders: Sequence[str]) -> np.ndarray | None:
-    """(F,) when each folder was last changed, in nanoseconds; None where one is gone."""
+    """(F,) modification time of each folder, in nanoseconds; None if one is missing."""
     try:
         return np.array([(root / folder).stat().st_mtime_ns for folder in folders], np.int64)
     except OSError:
@@ -191,7 +191,7 @@ def _times(root: Path, folders: Sequence[str]) -> np.ndarray | None:
 
 
 def _states(root: Path, names: Sequence[str]) -> np.ndarray:
-    """(n, 2) time of the last change and size of each file; -1, -1 where it is gone."""
+    """(n, 2) modification time and size of each file; -1, -1 if it is missing."""
     states = np.full((len(names), 2), -1, np.int64)
     for row, name in zip(states, names, strict=True):
         try:

@@ -1,8 +1,8 @@
-"""Encoded images one after another, in memory or in one file of the user's cache folder.
+"""Encoded images in one block, in memory or in a file of the user's cache folder.
 
-A Parquet file compresses many images together, so one of them cannot be read alone. The file written here can: it
-holds the images as they are, then where each ends (int64, N), then a fingerprint of what they were read from. It is
-opened for each image, as an image file is, so that worker processes share nothing but its path.
+A Parquet file compresses many images together, so a single one cannot be read alone. The file written here allows that:
+it holds the encoded images, then the end offset of each (int64, N), then a fingerprint of their source. It is opened
+for each image, like an image file, so that worker processes share nothing but its path.
 
 Letters: N images.
 """
@@ -29,10 +29,10 @@ class Packed(Sequence[bytes]):
     """N encoded images.
 
     Attributes:
-        content: their bytes, or the file that begins with them.
-        ends: (N,) where each ends.
+        content: their bytes, or the file that contains them.
+        ends: (N,) end offset of each.
         place: the file that ``on_disk`` writes.
-        fingerprint: of what the images were read from; a file with another one is replaced.
+        fingerprint: identifies the source of the images; a file with another one is replaced.
     """
 
     content: bytes | Path
@@ -83,9 +83,9 @@ def pack(images: Iterable[bytes], count: int, size: int, place: Path, fingerprin
     Args:
         images: encoded images.
         count: N.
-        size: about their total size in bytes, to look for free space before anything is written.
+        size: approximate total size in bytes, to check the free space first.
         place: the file.
-        fingerprint: of what the images were read from.
+        fingerprint: identifies the source of the images.
 
     Raises:
         DataError: the file cannot be written.
@@ -95,14 +95,16 @@ def pack(images: Iterable[bytes], count: int, size: int, place: Path, fingerprin
         with filelock.FileLock(place.with_suffix(".lock")):
             return recall(place, count, fingerprint) or _write(images, size, place, fingerprint)
     except OSError as error:
-        raise DataError(f"{place.parent}: the images cannot be kept there: {error.strerror or error}; {MEND}") from None
+        raise DataError(
+            f"{place.parent}: the images cannot be stored there: {error.strerror or error}; {MEND}"
+        ) from None
 
 
 def _write(images: Iterable[bytes], size: int, place: Path, fingerprint: bytes) -> Packed:
     free = shutil.disk_usage(place.parent).free
     if size > free:
         raise DataError(
-            f"{place.parent}: {size / 1e9:.1f} GB of images have to be kept there, and {free / 1e9:.1f} GB are free; "
+            f"{place.parent}: {size / 1e9:.1f} GB of images must be stored there, and {free / 1e9:.1f} GB are free; "
             f"free some space, or {MEND}"
         )
     temporary = place.with_suffix(".part")  # one process at a time: the caller holds the lock

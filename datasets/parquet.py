@@ -31,16 +31,16 @@ from datasets.files import IN_MEMORY, Classes, Reader
 from datasets.images import DataError, ImageSet, Request, Splits, formats
 
 SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "val": "validation"}
-"""Word in the name of a shard, or of a folder above it -> split."""
+"""Word in the name of a shard or of one of its folders -> split."""
 LABEL_COLUMNS = ("label", "labels", "fine_label")
-"""Columns that are taken for the labels, the first that can be."""
+"""Names of label columns; the first usable one is used."""
 LABEL_TYPES = ("int", "uint", "string", "large_string", "bool", "dictionary<values=string")
-"""Beginnings of the names of the types that a column of labels can have."""
+"""How the names of valid types of a label column begin."""
 BINARY = ("binary", "large_binary")
 UNKNOWN = -1
-"""ClassLabel of an image whose class is not told; the label of such an image."""
+"""Label of an image without a class, as in ClassLabel."""
 ROWS = 64
-"""Rows that are read at a time."""
+"""Number of rows read at a time."""
 EXPECTED = "train-*.parquet, and for evaluation test-*.parquet or validation-*.parquet"
 
 
@@ -49,11 +49,11 @@ class Shard:
     """A Parquet file.
 
     Attributes:
-        root, name: where it is: the data root, and the path below it.
+        root, name: the data root, and the path below it.
         columns: types by name.
-        features: what Hugging Face's library notes of the columns, by name.
-        rows: how many.
-        size: of its uncompressed content, in bytes.
+        features: metadata of the columns by Hugging Face's library, by name.
+        rows: number of rows.
+        size: size of the uncompressed content, in bytes.
     """
 
     root: Path
@@ -77,7 +77,7 @@ class Shard:
     def images(self, column: str) -> Iterator[bytes]:
         """The encoded images; empty where a row has none."""
         field = f"{column}.bytes" if _fields(self.columns[column]) else column
-        # not whole row groups, which may be larger than the memory
+        # not whole row groups, which may not fit in memory
         with self._attempt(self._open) as file:
             batches = file.iter_batches(ROWS, columns=[field])
             while (batch := self._attempt(lambda: next(batches, None))) is not None:
@@ -98,7 +98,7 @@ def load(request: Request) -> Splits:
     """Reads one shard, or a folder of them.
 
     Raises:
-        DataError: pyarrow or the files are missing, the files hold no images, or their columns do not fit together.
+        DataError: pyarrow or the files are missing, the files contain no images, or their columns differ.
     """
     _pyarrow()
     root, names, notes = _layout(request)
@@ -142,12 +142,12 @@ def _layout(request: Request) -> tuple[Path, dict[str, list[str]], list[str]]:
     if "train" not in found:
         raise DataError(f"{root}: holds {rest[0] if rest else next(iter(found.values()))[0]} but no train-*.parquet")
     splits = _in_one_folder(root, {split: names for split, names in found.items() if split})
-    notes = [f"{root}: {name} is left out: its name tells no split" for name in rest]
+    notes = [f"{root}: {name} is ignored: its name contains no split" for name in rest]
     return root, splits, notes + [note for names in splits.values() for note in _missing(root, names)]
 
 
 def _split_of(path: Path) -> str | None:
-    """The split that a shard's name tells, or else the nearest folder's."""
+    """The split in a shard's name, or else in the name of the nearest folder."""
     for part in reversed(path.parts):
         if word := re.search(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])", part.lower()):
             return SPLITS[word[1]]
@@ -155,7 +155,7 @@ def _split_of(path: Path) -> str | None:
 
 
 def _in_one_folder(root: Path, splits: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Raises DataError if a split's shards lie in several folders, which are several data sets as a rule."""
+    """Raises DataError if a split's shards are in several folders, which are usually several data sets."""
     for split, names in splits.items():
         folders = sorted({Path(name).parent.as_posix() for name in names})
         if len(folders) > 1:
@@ -166,7 +166,7 @@ def _in_one_folder(root: Path, splits: dict[str, list[str]]) -> dict[str, list[s
 
 
 def _missing(root: Path, names: Sequence[str]) -> list[str]:
-    """A note if fewer shards are there than their names (``-00000-of-00002``) tell."""
+    """A note if shards are missing, according to the names (``-00000-of-00002``)."""
     counts = {int(found[1]) for name in names if (found := re.search(r"-\d+-of-(\d+)", name))}
     if len(counts) == 1 and len(names) < max(counts):
         return [f"{root}: {len(names)} of {max(counts)} shards are there, such as {names[0]}: the others are not used"]
@@ -174,7 +174,7 @@ def _missing(root: Path, names: Sequence[str]) -> list[str]:
 
 
 def _open(root: Path, name: str) -> Shard:
-    """Reads the footer of a shard. Raises DataError if it is no Parquet file."""
+    """Reads the footer of a shard. Raises DataError if it is not a Parquet file."""
     try:
         with _pyarrow().ParquetFile(root / name) as file:
             schema, metadata = file.schema_arrow, file.metadata
@@ -188,7 +188,7 @@ def _open(root: Path, name: str) -> Shard:
 
 
 def _features(noted: bytes) -> dict[str, dict[str, Any]]:
-    """The features that Hugging Face's library notes in the metadata; empty if there are none."""
+    """The features that Hugging Face's library stores in the metadata; empty if there are none."""
     try:
         features: dict[str, Any] = json.loads(noted)["info"]["features"]
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
@@ -232,7 +232,7 @@ def _image_column(shard: Shard, notes: list[str]) -> str:
             f"columns are {columns}; choose a data set that holds the image files themselves"
         )
     if len(found) > 1:
-        notes.append(f"{shard.root}: of the columns of images, {', '.join(found)}, the first is used")
+        notes.append(f"{shard.root}: of the columns of images, {', '.join(found)}, the first one is used")
     return found[0]
 
 
@@ -243,16 +243,17 @@ def _label_column(shard: Shard, name: str | None, notes: list[str]) -> str | Non
         there = [column for column in LABEL_COLUMNS if column in shard.columns]
         chosen = next((column for column in there if _is_label(shard, column)), noted[0] if len(noted) == 1 else None)
         if there and chosen is None:
-            notes.append(f"{shard.root}: {there[0]} holds {shard.columns[there[0]]}, which is no class: no labels")
+            notes.append(
+                f"{shard.root}: {there[0]} holds {shard.columns[there[0]]}, which cannot be a class: "
+                "there are no labels"
+            )
         return chosen
     where = f"--label-column {name}: {shard.root / shard.name}"
     if name not in shard.columns:
         near = get_close_matches(name, shard.columns, 1, 0)
         raise DataError(f"{where} has no such column; did you mean {near[0]}?")
     if not _is_label(shard, name):
-        raise DataError(
-            f"{where} holds {shard.columns[name]} there; labels are whole numbers or text: name another column"
-        )
+        raise DataError(f"{where} holds {shard.columns[name]} there; labels are integers or text: name another column")
     return name
 
 
@@ -275,7 +276,7 @@ def _check_same(shard: Shard, first: Shard, column: str | None) -> None:
 
 
 def _classes(shards: dict[str, list[Shard]], column: str) -> dict[str, Classes]:
-    """The classes of each split; ``UNKNOWN`` where a row does not tell its class.
+    """The class indices of each split; ``UNKNOWN`` for rows without a class.
 
     Raises:
         DataError: a ClassLabel has no name, or a class has no training images.
@@ -332,7 +333,7 @@ def _read(reader: Reader, shards: list[Shard], split: str, image: str, classes: 
 
 
 def _listing(shards: list[Shard], image: str) -> inventory.Listing:
-    """Names of the rows: their paths where these tell them apart, and otherwise the shard and the row."""
+    """Names of the rows: their paths if these are unique, and otherwise shard and row."""
     paths = [path for shard in shards for path in shard.paths(image)]
     rows = [f"{shard.name}#{row}" for shard in shards for row in range(shard.rows)]
     times = Counter(paths)
@@ -343,16 +344,16 @@ def _listing(shards: list[Shard], image: str) -> inventory.Listing:
 
 
 def _without_unknown(splits: Splits) -> Splits:
-    """Training images have labels all or none; those with labels become ``labelled``. Others are no test images."""
+    """If only some training images have labels, these become ``labelled``. Test images without labels are dropped."""
     notes, train, test, labelled = [*splits.notes], splits.train, splits.test, None
     if train.labels is not None and (unknown := int((train.labels == UNKNOWN).sum())):
         known = np.flatnonzero(train.labels != UNKNOWN)
-        notes.append(f"{unknown} of {len(train)} training images have no label: the others serve to evaluate")
+        notes.append(f"{unknown} of {len(train)} training images have no label: the others are used for evaluation")
         labelled = train.take(known) if len(known) else None
         train = replace(train, labels=None, classes=())
     if test is not None and test.labels is not None and (unknown := int((test.labels == UNKNOWN).sum())):
         if unknown < len(test):
-            notes.append(f"{unknown} of {len(test)} test images have no label, and are left out")
+            notes.append(f"{unknown} of {len(test)} test images have no label and are ignored")
             test = test.take(np.flatnonzero(test.labels != UNKNOWN))
         else:
             test = replace(test, labels=None, classes=())

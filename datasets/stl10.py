@@ -29,7 +29,7 @@ class BinaryImages(Sequence[np.ndarray]):
     """Images that are read from files of uint8 (N, 3, width, height) on access.
 
     Args:
-        paths: the files, whose images follow one another.
+        paths: the files, in the order of their images.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -70,12 +70,12 @@ def load(request: Request) -> Splits:
     classes = tuple((folder / STL10.class_names_file).read_text(encoding="utf-8").split())
     everything = _images(train, unlabelled)
     labelled, tests = (ImageSet(_images(x), _labels(y), classes) for x, y in ((train, train_y), (test, test_y)))
-    notes = (f"{len(labelled)} of {len(everything)} training images have labels, which serve to evaluate only",)
+    notes = (f"{len(labelled)} of {len(everything)} training images have labels, which are used for evaluation only",)
     return Splits(ImageSet(everything), tests, labelled=labelled, notes=notes)
 
 
 def _images(*paths: Path) -> Any:
-    """The images of files as an array (N, H, W, 3), or read on access where they are too many."""
+    """The images of files as an array (N, H, W, 3), or read on access if they are too many."""
     if sum(path.stat().st_size for path in paths) > IN_MEMORY:
         return BinaryImages(paths)
     planes = np.concatenate([np.fromfile(path, np.uint8).reshape(-1, *SHAPE) for path in paths])

@@ -2,7 +2,7 @@
 
 
 class UsageError(Exception):
-    """Input that cannot be used. The message is one sentence for the user: what is wrong, where, how to mend it."""
+    """Input that cannot be used. The message is one sentence for the user: what is wrong, where, and how to fix it."""
 
 
 class ToldElsewhereError(UsageError):

@@ -1,7 +1,7 @@
-"""One seed, and every random number of a run from it.
+"""Derives the seeds of all random numbers of a run from one seed.
 
-Layer 0. Each epoch of each round has its own seed, so nothing random has to be carried from one epoch to
-the next: a run that goes on from a checkpoint draws what the unbroken run would have drawn.
+Each epoch of each round has its own seed, so no generator state is carried from one epoch to the next: a resumed run
+uses the same random numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What random numbers are drawn for; no two share theirs."""
+    """Purposes of random numbers, each with its own stream."""
 
-    WEIGHTS = 0  # the network's first ones
-    MEMORY = 1  # the bank's noise
-    ORDER = 2  # an epoch's
-    STEPS = 3  # dropout in an epoch's steps
-    AUGMENTATION = 4  # a batch's
+    WEIGHTS = 0  # initial weights of the network
+    MEMORY = 1  # initial rows of the memory bank
+    ORDER = 2  # batches of an epoch
+    STEPS = 3  # dropout in the steps of an epoch
+    AUGMENTATION = 4  # of a batch
 
 
 def seed_for(seed: int, *where: int) -> int:
@@ -26,14 +26,14 @@ def seed_for(seed: int, *where: int) -> int:
 
     Args:
         seed: of the run.
-        where: the stream, and the round and epoch where it starts again in each.
+        where: the stream and, if it restarts in each, the round and the epoch.
     """
     high, low = np.random.SeedSequence(seed, spawn_key=where).generate_state(2, np.uint32)
     return (int(high) << 32 | int(low)) >> 1
 
 
 def choose(asked: int | None, saved: object, started: int) -> int:
-    """The seed asked for; else a checkpoint's; else the time of the start in whole seconds, the reference's default."""
+    """The seed of the options, else that of the checkpoint, else the start time in seconds, as in the reference."""
     if asked is not None:
         return asked
     return saved if type(saved) is int and saved >= 0 else started

@@ -118,7 +118,7 @@ def check_size(network: nn.Module, name: str, *, low_dim: int, size: tuple[int, 
 
 
 def _fault(network: nn.Module, low_dim: int, size: tuple[int, int], stage: str, option: str = "--size") -> str | None:
-    """What is wrong with the outputs of a network, or None. The network is not modified."""
+    """The fault of a network's outputs, or None. The network is not modified."""
     import torch
 
     images = torch.linspace(-1, 1, 3 * size[0] * size[1]).view(1, 3, *size)

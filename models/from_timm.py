@@ -33,7 +33,7 @@ def create(name: str, *, low_dim: int, size: Size | None, pretrained: bool) -> T
     """
     try:
         import timm
-    except Exception as error:  # also where its versions and PyTorch's do not fit together
+    except Exception as error:  # also if its version is incompatible with PyTorch's
         raise NetworkError(
             f"--network timm/{name}: needs the package timm, which cannot be imported ({error}); run "
             "pip install -r requirements-timm.txt"

@@ -20,7 +20,7 @@ from models.library import LibraryNetwork, Size, construct, refuse_unknown
 CONTAINERS = ("features", "layers", "blocks", "trunk_output")
 """torchvision's names of modules that hold the stages of a network."""
 AUXILIARY = ("aux1", "aux2", "AuxLogits")
-"""torchvision's names of the classifiers beside the main one, in GoogLeNet and Inception."""
+"""torchvision's names of the auxiliary classifiers of GoogLeNet and Inception."""
 
 
 class TorchvisionNetwork(LibraryNetwork):
@@ -66,7 +66,7 @@ def create(name: str, *, low_dim: int, size: Size | None, pretrained: bool) -> T
         options = {"image_size": size[0]}
     elif name.startswith("maxvit_") and size:
         options = {"input_size": size}
-    elif name in ("googlenet", "inception_v3"):  # which with weights would normalise the images a second time
+    elif name in ("googlenet", "inception_v3"):  # would normalise the images a second time if weights are loaded
         options = {"transform_input": False, "init_weights": not pretrained}
     weights = "DEFAULT" if pretrained else None
     model = construct("torchvision", name, size, pretrained, lambda: vision.get_model(name, weights=weights, **options))

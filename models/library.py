@@ -84,7 +84,7 @@ def construct(package: str, name: str, size: Size | None, pretrained: bool, buil
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if pretrained:
             raise NetworkError(
-                f"--pretrained {package}: the weights of {name} cannot be loaded ({why}); where there is no network, "
+                f"--pretrained {package}: the weights of {name} cannot be loaded ({why}); without internet access, "
                 "give --pretrained a file with them"
             ) from None
         pixels = f" for images of {size[0]} x {size[1]} pixels" if size else ""

@@ -26,7 +26,7 @@ TRIES = 10
 """Random crops that are tried before the central fallback crop, as in torchvision."""
 SIDES, PLACE, FACTORS, ORDER = slice(0, 2 * TRIES), slice(20, 22), slice(22, 26), slice(26, 30)
 GREY, FLIP = 30, 31
-"""Which of the random numbers are used for what."""
+"""Which random numbers are used for each step."""
 LUMA = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in greyscale, as in torchvision."""
 SECTORS = (5 / 6 + 1, 3 / 6 + 1, 1 / 6 + 1)
@@ -48,7 +48,7 @@ class Augmentation:
         grey: probability of conversion to greyscale.
         flip: whether images are flipped horizontally with probability 0.5.
         centred: whether the crop is central, for testing, or random.
-        layout: of the output.
+        layout: memory format of the output.
     """
 
     resize: int | tuple[int, int]
@@ -321,7 +321,7 @@ def jitter(
         random_numbers: (B, ``NUM_RANDOM``), uniform in [0, 1).
 
     Returns:
-        (B, 3, P); ``images`` stays as it is.
+        (B, 3, P); ``images`` is not changed.
     """
     mixed, hue, before_hue = mixing_weights(strengths, random_numbers)
     by_q = before_hue.argsort(kind="stable")
@@ -365,7 +365,9 @@ def shift_hue(images: torch.Tensor, shifts: torch.Tensor, sectors: torch.Tensor)
     chroma = value - images.amin(dim=1)
     not_red, not_green = (value - red).sign_(), (value - green).sign_()  # 0 or 1: as torch.where, but faster
     hue = torch.lerp((blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4), not_green)
-    hue = torch.lerp(green - blue, hue, not_red).div_(chroma.clamp(min=1e-12))  # any hue will do where chroma is 0
+    hue = torch.lerp(green - blue, hue, not_red).div_(
+        chroma.clamp(min=1e-12)
+    )  # the hue is arbitrary if the chroma is 0
     hue.div_(6).add_(shifts)
     sector = hue[:, None] + sectors[:, None]  # (B, 3, P), k / 6, all positive
     sector.frac_().sub_(1 / 3).abs_().mul_(-6).add_(2).clamp_(0, 1)

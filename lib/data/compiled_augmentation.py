@@ -1,7 +1,7 @@
 """The training transform as one function of tensors, for ``torch.compile``.
 
-``Augmentation`` adjusts only the images that an adjustment concerns: how many these are varies, and compiled code has
-fixed shapes. Here each adjustment runs on all images, with weights that leave the others as they are. That is more
+``Augmentation`` applies each adjustment only to the images that need it. Their number varies, but compiled code has
+fixed shapes. Here each adjustment runs on all images, with weights that leave the others unchanged. That is more
 arithmetic in far fewer kernels.
 
 Letters: B batch size, H x W input size, h x w output size, P = h w pixels.
@@ -20,7 +20,7 @@ from lib.data.augmentation import GREY, HUE, SECTORS, Augmentation, luma, mix, m
 from lib.data.loader import mark_batch_size_dynamic
 
 UNCHANGED = np.array([1.0, 0.0, 0.0])
-"""Weights of colour, mean grey and grey of an image that is left as it is."""
+"""Weights of colour, mean grey and grey that leave an image unchanged."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ def _augment(transform: CompiledAugmentation, images: torch.Tensor, numbers: tor
     """The work on the device.
 
     Args:
-        transform: whose options are constants of the compiled code.
+        transform: its options are constants in the compiled code.
         images: uint8 (B, H, W, 3).
-        numbers: (B, C) as ``CompiledAugmentation._run`` puts them together.
+        numbers: (B, C), concatenated by ``CompiledAugmentation._run``.
 
     Returns:
         float32 (B, 3, h, w), normalised.

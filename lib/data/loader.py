@@ -80,7 +80,7 @@ class _BatchPlans(Sampler[BatchPlan]):
         return self.of(*self.next)
 
     def of(self, round: int, epoch: int, first: int) -> Iterator[BatchPlan]:
-        """Plans of the batches of an epoch, from batch ``first`` on."""
+        """Plans of the batches of an epoch, starting with batch ``first``."""
         if self.seed is None:
             for start, stop in self.bounds()[first:]:
                 index = np.arange(start, stop)
@@ -138,8 +138,8 @@ class Loader:
         seed: seed of shuffling and augmentation; None: in order.
         device: device of the batches.
         ranks: the ranks over which each batch, or without a seed the split, is sharded; None: a single process.
-        compiled: whether a compiled network takes the batches. Their size is marked as dynamic then, so that a smaller
-            last batch does not compile it again.
+        compiled: whether the network is compiled. If so, the batch size is marked as dynamic, so that a smaller last
+            batch does not compile it again.
         views: V, augmented views of each image, with a seed; 1 otherwise.
         size_of: size of the augmented images by epoch; None: that of ``augmentation``.
     """
@@ -242,7 +242,7 @@ def _ignore_signals(worker: int) -> None:
 
 @cache
 def _prefetch_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream a device for the whole run: the allocator keeps freed memory apart for each stream."""
+    """One stream per device for the whole run: the allocator keeps freed memory separately for each stream."""
     return torch.cuda.Stream(device)
 
 

@@ -33,7 +33,7 @@ def select(gpus: tuple[int, ...]) -> torch.device:
 
 
 def of_process(gpus: tuple[int, ...]) -> torch.device | None:
-    """``select`` for a process of several: None on the CPU. Raises UsageError as ``select`` does."""
+    """The GPU of one of several processes, or None for the CPU. Raises UsageError as ``select`` does."""
     device = select(gpus)
     return device if device.type == "cuda" else None
 
@@ -81,7 +81,9 @@ def allow_nondeterminism(allowed: bool) -> None:
     if torch.are_deterministic_algorithms_enabled() == allowed:  # the call imports torch.compile, which takes seconds
         torch.use_deterministic_algorithms(not allowed, warn_only=True)
     torch.backends.cudnn.deterministic = not allowed
-    torch.backends.cudnn.benchmark = allowed  # as the reference: the fastest convolution for each shape is chosen
+    torch.backends.cudnn.benchmark = (
+        allowed  # as in the reference: cuDNN selects the fastest convolution for each shape
+    )
 
 
 def memory_format(options: Options, device: torch.device) -> torch.memory_format:

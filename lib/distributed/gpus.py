@@ -1,4 +1,4 @@
-"""What this machine's GPUs can do for PyTorch, and why they fail."""
+"""Which GPUs PyTorch can use, and why GPUs fail."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lib.session.atomic_files import reason
 
 
 def count() -> int:
-    """Number of GPUs that PyTorch can use: 0 where there are GPUs and the driver is missing or too old."""
-    with warnings.catch_warnings():  # it warns of the driver in several lines; ``why_none`` says it in one
+    """Number of GPUs that PyTorch can use; 0 if the driver is missing or too old."""
+    with warnings.catch_warnings():  # PyTorch's warning about the driver has several lines; ``why_none`` gives one
         warnings.simplefilter("ignore")
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def why_none() -> str:
-    """Why PyTorch can use no GPU, in PyTorch's words: no driver, one that is too old, or a build without CUDA."""
+    """PyTorch's reason why it can use no GPU: no driver, an old driver, or a build without CUDA."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
@@ -29,10 +29,10 @@ def why_none() -> str:
 
 
 def memory_of_others() -> str:
-    """A clause that says how much of this process's GPU other programs fill; '' if that is under a tenth of it."""
+    """A clause with the memory of this process's GPU that other programs use; '' if it is less than a tenth."""
     if not torch.cuda.is_initialized():
         return ""
-    with suppress(RuntimeError):  # the GPU may not answer any more
+    with suppress(RuntimeError):  # a failed GPU may not reply
         gpu = torch.cuda.current_device()
         free, total = torch.cuda.mem_get_info(gpu)
         others = total - free - torch.cuda.memory_reserved(gpu)
@@ -45,6 +45,6 @@ def memory_of_others() -> str:
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether an error means that a GPU has failed: nothing that runs on it succeeds until the process ends."""
+    """Whether an error means that a GPU has failed, so that this process cannot use it any more."""
     kind, text = type(error).__name__, str(error)  # PyTorch has AcceleratorError since 2.8
     return kind == "AcceleratorError" or (isinstance(error, RuntimeError) and "CUDA error: " in text)

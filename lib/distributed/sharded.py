@@ -22,7 +22,7 @@ class RingChunk:
     Attributes:
         start: global index of its first row.
         rows: (m, D), the whole shard.
-        tables: (m, ...) each; they travel with the shard. What is written to them reaches the owner of the rows.
+        tables: (m, ...) each; they travel with the shard, and what is written to them returns to the owner of the rows.
         own: the local rows to pair with the shard.
         theirs: the rows of the shard to pair with the local rows.
     """
@@ -152,7 +152,7 @@ class ShardedRows:
             shard = self.ranks.shard(self.samples, other)
             count, own = shard.stop - shard.start, slice(0, len(self.local))
             theirs = slice(0, count)
-            if 2 * step == size:  # the two ranks receive each other's shard: each takes half of the pairs
+            if 2 * step == size:  # the two ranks receive each other's shard: each compares half of the pairs
                 middle = len(self.local if rank < other else buffer[:count]) // 2
                 own, theirs = (slice(0, middle), theirs) if rank < other else (own, slice(middle, count))
             yield RingChunk(shard.start, buffer[:count], [table[:count] for table in travelling_tables], own, theirs)

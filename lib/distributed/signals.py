@@ -30,7 +30,7 @@ GPU_STEPS = 10
 
 
 class Stopped(BaseException):
-    """Raised when a signal has asked the run to stop; a deferred block has finished.
+    """Raised when a signal has requested a stop, after a deferred block has ended.
 
     Attributes:
         signal: the signal.

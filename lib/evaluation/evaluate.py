@@ -61,8 +61,8 @@ class EvaluationInputs:
         train_labels, test_labels: class indices (N,) and (M,), or None.
         classes: number of classes, 0 without labels.
         memory: (N, D), the memory bank of the checkpoint, or None; the values are needed on rank 0 only.
-        embed: the stage whose features are judged besides the embeddings, which are ``fc``.
-        evaluators: kNN and NN evaluators, as the options ask for.
+        embed: the stage whose features are evaluated besides the embeddings (``fc``).
+        evaluators: the kNN and NN evaluators that the options request.
         seed: seed of the linear probe and of k-means.
         device: device of the network.
         ranks: the ranks of the run.
@@ -139,7 +139,7 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> list[Row]:
 def _label_free_rows(
     inputs: EvaluationInputs, options: Options, embeddings: ShardedRows, needing: Sequence[str]
 ) -> list[Row]:
-    """What needs no labels, of the embeddings (N, D) of the training images; ``needing``: protocols to replace."""
+    """Rows that need no labels, from the embeddings (N, D) of the training images; ``needing``: replaced protocols."""
     where, rows = f"training images, {RECOMPUTED}", []
     clusters = inputs.classes or options.clusters
     if needing:
@@ -155,7 +155,7 @@ def _label_free_rows(
     if nearest is None and "cluster" not in options.protocol:
         return rows
     gathered = embeddings.gather_to_rank0().cpu().numpy()
-    if not inputs.ranks.is_rank0:  # the rest takes little time, and its packages run in one process
+    if not inputs.ranks.is_rank0:  # the clusterings take little time, and their packages run in one process
         return rows
     clusterings = []
     if "cluster" in options.protocol or needing:
@@ -172,7 +172,7 @@ def _label_free_rows(
 
 def _features(inputs: EvaluationInputs, batches: Loader, layers: Sequence[str], what: str) -> dict[str, torch.Tensor]:
     """Features of this rank's images: the stages by name, ``embedding`` (the stage ``fc``), and ``chosen``, those of
-    ``--embed``, for which a stage takes a forward pass of its own."""
+    ``--embed``, which need a separate forward pass for another stage."""
     found: dict[str, torch.Tensor] = {}
     if layers:
         found = linear_probe.extract_stages(inputs.network, batches, list(dict.fromkeys([*layers, "fc"])), what)

@@ -41,7 +41,7 @@ class PooledStage(torch.nn.Module):
         self.training = network.training
 
     def stages(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Those of the network."""
+        """The stages of the network."""
         maps: dict[str, torch.Tensor] = self.network.stages(images)  # type: ignore[operator]
         return maps
 
@@ -52,7 +52,7 @@ class PooledStage(torch.nn.Module):
 
 
 def embedder(network: torch.nn.Module, stage: str) -> torch.nn.Module:
-    """What ``--embed`` asks for: the network itself for its embeddings (``fc``), or another stage, pooled."""
+    """The network itself if ``--embed`` is its embeddings (``fc``), otherwise the pooled stage."""
     return network if stage == "fc" else PooledStage(network, stage)
 
 

@@ -1,4 +1,4 @@
-"""What the embeddings say about a set of images: groups, identical images, outliers and suspicious labels.
+"""Findings in a set of images from their embeddings: groups, identical images, outliers and suspicious labels.
 
 All of it comes from one exact K-nearest-neighbour search. Labels are needed for suspicious labels only.
 
@@ -24,21 +24,21 @@ BLANK, NOISY = 0.01, 0.45
 SEEDS = 4
 """Further seeds of the grouping, for ``Certainty.seed_agreement`` and ``seed_range``."""
 RESOLUTION_FACTORS = (0.5, 2.0)
-"""Of the resolution, for ``Certainty.resolution_range``."""
+"""Factors of the resolution for ``Certainty.resolution_range``."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the neighbour graph of N images shows.
+    """Findings from the neighbour graph of N images.
 
     Attributes:
         neighbours: (N, K) int64, the other samples, most similar first.
         similarities: (N, K) float32, their cosines.
         groups: (N,) int64, communities of the neighbour graph; 0 is the largest.
         modularity: of the groups.
-        resolution, seed: that the groups were found with.
+        resolution, seed: settings with which the groups were found.
         copies: (N,) int64, lowest index among the images with the same embedding; its own index if there is no other.
-        outlier_scores: (N,) float32, see ``outlier_scores``; higher: belongs less.
+        outlier_scores: (N,) float32, see ``outlier_scores``; higher: more isolated.
         label_disagreement: (N,) float32, share of the neighbours that have another label; None without labels.
     """
 
@@ -55,7 +55,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Certainty:
-    """How sure the number of groups is.
+    """How certain the number of groups is.
 
     Attributes:
         seed_range: smallest and largest number of groups over the seed of the findings and ``SEEDS`` others.
@@ -69,7 +69,7 @@ class Certainty:
 
 
 def certainty(found: Findings) -> Certainty:
-    """Finds the groups again with other seeds and resolutions: six times the work of the groups."""
+    """Finds the groups again with other seeds and resolutions, which takes six times as long as the groups."""
     from sklearn.metrics import adjusted_rand_score  # the import takes a second
 
     nearest, resolution, seed = found.neighbours, found.resolution, found.seed
@@ -86,7 +86,7 @@ def certainty(found: Findings) -> Certainty:
 def find(
     embeddings: np.ndarray, labels: np.ndarray | None, *, neighbours: int, resolution: float, seed: int
 ) -> Findings:
-    """Searches the neighbours, and derives everything else from them. O(N^2 D) time, O(N (D + K)) memory.
+    """Finds the neighbours and derives everything else from them. O(N^2 D) time, O(N (D + K)) memory.
 
     Args:
         embeddings: (N, D), unit length, computed with the test transform.
@@ -153,7 +153,7 @@ def identical_images(embeddings: np.ndarray, nearest: np.ndarray, cosines: np.nd
     samples = len(nearest)
     row, column = np.nonzero(cosines >= IDENTICAL)
     one, other = [row], [nearest[row, column]]
-    if nearest.size:  # an image may have more copies than K, and then not every one of them names the others
+    if nearest.size:  # with more than K copies, not every copy has all others among its neighbours
         (crowded,) = (cosines[:, -1] >= IDENTICAL).nonzero()
         rows = torch.from_numpy(np.require(embeddings[crowded], np.float32))
         places = torch.arange(len(crowded))
@@ -204,10 +204,10 @@ def outlier_scores(embeddings: np.ndarray, copies: np.ndarray, nearest: np.ndarr
 
 
 def blank_and_noisy(statistics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Images of a single colour, and images of noise, which embeddings do not tell apart reliably.
+    """Images of a single colour, and images of noise, which embeddings do not separate reliably.
 
     An image is noisy if its smoothness is below ``NOISY`` and far below that of the others: more than three
-    interquartile ranges under the first quartile (Tukey's outer fence). So a set of drawings or dots is not all noise.
+    interquartile ranges under the first quartile (Tukey's outer fence). So a set of drawings is not all noisy.
 
     Args:
         statistics: (N, 2), contrast and smoothness, as ``features.WithStatistics`` gives them.
@@ -225,7 +225,7 @@ def blank_and_noisy(statistics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class SimilarImages:
-    """Images that are copies of each other or look alike: their indices, ascending, and the cosines that join them."""
+    """Copies of an image, or similar images: their indices, ascending, and the cosines that join them."""
 
     members: list[int]
     least: float
@@ -235,11 +235,11 @@ class SimilarImages:
 def nearest_sets(found: Findings, count: int) -> list[SimilarImages]:
     """At most ``count`` sets of the most similar images: each image is joined with its nearest neighbour.
 
-    The most similar pairs are joined first, until there are so many sets. So ten copies of an image are one set and not
-    45 pairs, and images that merely look alike do not grow into one large set, as they would if further neighbours were
-    joined, too. Sets with identical images come first, the largest first.
+    The most similar pairs are joined first, until there are ``count`` sets. Ten copies of an image are thus one set,
+    not 45 pairs. Images that are only similar do not form one large set, as they would if more neighbours were joined,
+    too. Sets with identical images come first, the largest first.
     """
-    sets: dict[int, SimilarImages] = {}  # by the first of their members
+    sets: dict[int, SimilarImages] = {}  # ordered by their first member
     set_of: dict[int, int] = {}
     for first in np.flatnonzero(np.bincount(found.copies) > 1).tolist():
         members = np.flatnonzero(found.copies == first).tolist()

@@ -20,7 +20,7 @@ def block_size(device: torch.device) -> int:
     """Number of float32 elements to process at a time.
 
     It depends on the type of the device only, never on free memory: another block size rounds sums differently, and
-    a run has to give the same bits whatever else runs on the machine, also after it is resumed.
+    a run, also a resumed one, must give the same bits regardless of other programs on the machine.
     """
     return GPU_BLOCK if device.type == "cuda" else CPU_BLOCK
 

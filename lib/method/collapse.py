@@ -1,17 +1,17 @@
-"""Whether training has collapsed, judged by the figures of its epochs (``lib/method/diagnostics.py``), without labels.
+"""Detects a collapse of training from the figures of its epochs (``lib/method/diagnostics.py``), without labels.
 
-Two criteria, each over ``WINDOW`` epochs in a row and not before epoch ``FIRST`` of the run, because the memory bank
-still holds its random start in the first epochs:
+There are two criteria, each over ``WINDOW`` epochs in a row. Neither applies before epoch ``FIRST`` of the run, because
+the memory bank still contains random rows in the first epochs:
 
 * Entropy. N unit vectors drawn at random in D dimensions have similarities of variance 1 / D, so their entropies are
   about 1 / (2 D tau^2) below ln N: 0.39 nats for D = 128, tau = 0.1. After training even the lowest twentieth of the
-  entropies (``entropy_05``) is less than half of that below ln N only where nearly all embeddings are the same vector.
+  entropies (``entropy_05``) is less than half of that below ln N only if nearly all embeddings are the same vector.
 * Neighbours kept. Chance alone keeps K / (N - 1) of the neighbours from round to round. Less than ``CHANCE`` times
-  that, on average, means that what a round discovers has nothing to do with what the round before discovered.
+  that, on average, means that the neighbours of a round are unrelated to those of the previous round.
 
-What healthy runs came closest to a warning with, and the worst windows of collapsed ones; one seed each, 2 rounds of 10
-epochs, D = 128 and tau = 0.1 unless said; digits by weighted kNN after the last epoch, from the third row on with
-resnet10-w16:
+The values of healthy runs that were closest to a warning, and the worst windows of collapsed runs. One seed each, 2
+rounds of 10 epochs, D = 128 and tau = 0.1 unless stated otherwise; accuracy by weighted kNN after the last epoch; from
+the third row on with resnet10-w16:
 
 ================================================  ========  ==========================  =============
 run                                               accuracy  ln N - entropy_05, nats     kept / chance
@@ -30,9 +30,9 @@ collapsed: digits.yaml with --base-lr 0.1
 and --weight-decay 1                                10.0 %  0.16 (limit 0.195)          0.5
 ================================================  ========  ==========================  =============
 
-From the fourth epoch on, no healthy run of default temperature was below 0.43 nats, where 610 images had seen 20 steps.
-That the accuracy is the share of one class is no criterion: in collapsed runs the predicted class changes from epoch to
-epoch, and where N is little more than the voters of kNN a healthy run can predict one class, too.
+From the fourth epoch on, no healthy run at the default temperature was below 0.43 nats (610 images, after 20 steps). An
+accuracy equal to the share of one class is not a criterion: in collapsed runs the predicted class changes from epoch to
+epoch, and if N is only slightly larger than the K of kNN, a healthy run can predict a single class, too.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 FIRST = 10
-"""Epochs of the run before the first judgement."""
+"""Epochs of the run before the first check."""
 WINDOW = 4
 """Epochs in a row that must meet a criterion."""
 SPREAD = 0.5
-"""Of the distance from ln N that random unit vectors have: below it the embeddings count as collapsed."""
+"""Fraction of the distance from ln N of random unit vectors, below which the embeddings count as collapsed."""
 NEAREST = 0.2
-"""Nats from ln N that count as collapsed at most, where few dimensions or a low temperature would allow more."""
+"""Upper limit of that distance in nats, for few dimensions or a low temperature."""
 CHANCE = 3
-"""Neighbours kept, in multiples of what chance keeps, below which neighbourhoods count as random."""
+"""Neighbours kept, in multiples of the expectation by chance, below which neighbourhoods count as random."""
 ADVICE = (
     "try a lower --base-lr or --weight-decay, another --npc-temperature, more epochs (--max-epoch) or a larger "
     "--batch-size"
@@ -60,11 +60,11 @@ ADVICE = (
 def find_collapse(
     rows: Sequence[Mapping[str, Any]], *, samples: int, size: int, low_dim: int, temperature: float
 ) -> str:
-    """The first sign of collapse in words, or '' where there is none.
+    """A message about the first sign of collapse, or '' if there is none.
 
     Args:
         rows: records of the epochs in order, as in metrics.jsonl.
-        samples: N; too few of them are not judged.
+        samples: N; very small sets are not checked.
         size: K neighbours.
         low_dim: D.
         temperature: tau.
@@ -76,18 +76,18 @@ def find_collapse(
         where = f"round {window[-1]['round']}, epoch {window[-1]['epoch'] + 1}"
         entropies = [row.get("entropy_05") for row in window]
         distances = [math.log(samples) - entropy for entropy in entropies if entropy is not None]
-        # float32 does not resolve the entropies where the limit is lower, at very high temperatures
+        # at very high temperatures the limit is below the resolution of float32
         if samples >= 20 and limit > 1e-5 and len(distances) == WINDOW and max(distances) < limit:
             return (
                 f"{where}: the embeddings seem to have collapsed: for {WINDOW} epochs the entropies of nearly all "
-                f"samples have been within {max(distances):.2g} nats of the greatest possible value, ln N = "
-                f"{math.log(samples):.2f}, so all images look alike to the network; {ADVICE}"
+                f"samples have been within {max(distances):.2g} nats of the maximum, ln N = "
+                f"{math.log(samples):.2f}, so the network hardly distinguishes the images; {ADVICE}"
             )
         kept = [row["kept"] for row in window if row.get("kept") is not None]
         if chance <= 0.01 and len(kept) == WINDOW and sum(kept) / WINDOW < CHANCE * chance:
             return (
                 f"{where}: the neighbourhoods seem to be random: over {WINDOW} epochs only {sum(kept) / WINDOW:.2%} of "
-                f"the neighbours of the round before are still neighbours, and chance alone keeps {chance:.2%}; "
+                f"the neighbours of the previous round are still neighbours, and chance alone keeps {chance:.2%}; "
                 f"{ADVICE}"
             )
     return ""

@@ -31,28 +31,28 @@ QUANTILES = {"entropy_05": 0.05, "entropy_25": 0.25, "entropy_50": 0.5, "entropy
 FIGURES = (*QUANTILES, "reciprocal", "kept", "drift", "hubness", "largest_hub", "orphans")
 """Names of the figures of an epoch."""
 READING = {
-    "entropy": "The entropy of a sample's similarities, in nats, from 0 (like itself alone) to ln N (like all alike): "
-    "the quantiles should fall and stay apart, as the samples of lowest entropy become anchors; all near ln N, the "
-    "embeddings have collapsed.",
+    "entropy": "The entropy of a sample's similarities, in nats, from 0 (similar to itself only) to ln N (equally "
+    "similar to all samples): the quantiles should fall and stay apart, as the samples of lowest entropy become "
+    "anchors; if all are near ln N, the embeddings have collapsed.",
     "reciprocal": "The share of samples that are among the K nearest of their own nearest neighbour: it should rise "
-    "from round to round, and a lasting fall means that neighbours can be trusted less.",
-    "kept": "The share of neighbours that are still those of the end of the last round: it is low at first, with one "
-    "neighbour each a tenth or less, and should rise; near 100 %, another round has little to teach.",
-    "drift": "The mean of 1 - cosine between a row of the memory bank and the same row an epoch before: it should fall "
-    "with the learning rate, and where it stays high the embeddings have not settled.",
-    "hubness": "The skewness of how often samples serve as a neighbour, 0 where all serve equally often: about 1 is "
-    "usual, and if it keeps rising a few samples (hubs) draw the others towards themselves.",
-    "orphans": "The share of samples that are a neighbour of no other sample: with one neighbour each a third to two "
-    "fifths is usual, and if it keeps rising training relies on ever fewer images.",
-    "largest_hub": "The share of samples that have the same one sample as a neighbour: times N it is a handful of "
-    "samples as a rule, and at some per cent that sample deserves a look, as it may be blank or damaged.",
+    "from round to round, and a lasting decrease means that the neighbours are less reliable.",
+    "kept": "The share of the neighbours at the end of the last round that are still neighbours: it is low at first "
+    "(with one neighbour for each sample a tenth or less) and should rise; near 100 %, another round changes little.",
+    "drift": "The mean of 1 - cosine between a row of the memory bank and the same row one epoch earlier: it should "
+    "fall with the learning rate, and if it stays high, the embeddings have not converged.",
+    "hubness": "The skewness of how often samples serve as a neighbour, 0 if all serve equally often: about 1 is "
+    "usual, and if it keeps rising, a few samples (hubs) attract the others.",
+    "orphans": "The share of samples that are a neighbour of no other sample: with one neighbour for each sample, a "
+    "third to two fifths is usual, and if it keeps rising, training relies on fewer and fewer images.",
+    "largest_hub": "The share of samples that have the most frequent neighbour among their neighbours: usually it "
+    "corresponds to a few samples, and if it reaches some per cent, look at that image, which may be blank or damaged.",
 }
 """Name of a figure -> how to interpret it, in one sentence; ``entropy`` covers its quantiles."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What the next measurement is compared with.
+    """The state with which the next measurement is compared.
 
     Attributes:
         round: round of this measurement.
@@ -93,7 +93,7 @@ class State:
 def measure(
     memory: torch.Tensor | ShardedRows, previous: State | None, *, round: int, temperature: float, size: int
 ) -> tuple[dict[str, float | None], State]:
-    """Computes the figures of an epoch; ``READING`` tells how to interpret them.
+    """Computes the figures of an epoch; ``READING`` explains them.
 
     - Entropy: quantiles over the measured samples, defined as in discovery.
     - ``reciprocal``: share of samples i that are among the K nearest of their nearest neighbour.

@@ -1,4 +1,4 @@
-"""The entropy of a sample's similarities to all other samples, as a loss: it makes each image choose its neighbours.
+"""The entropy of a sample's similarities to all other samples, as a loss: it makes each image similar to few others.
 
 The unification entropy of Han et al. 2020, "A Comprehensive Approach to Unsupervised Embedding Learning based on AND
 Algorithm" (Super-AND, arXiv:2002.12158).
@@ -19,9 +19,9 @@ from lib.distributed.sharded import ShardedRows
 from lib.method.chunking import block_size
 
 LOWEST = -1e30
-"""The running maximum before the first row. It is finite, so that differences of it are no NaN."""
+"""The running maximum before the first row. It is finite, so that differences are never NaN."""
 NEGLIGIBLE = -100.0
-"""Logits below the maximum by more than this count as this: exp(-100) is 0 beside 1, also in float64."""
+"""Logits are clamped to this below the maximum: exp(-100) is negligible compared with 1, also in float64."""
 
 
 def entropy_loss(
@@ -34,7 +34,7 @@ def entropy_loss(
 
     Args:
         embeddings: (B, D), unit length, the same on every rank.
-        memory: (N, D), a constant.
+        memory: (N, D), treated as a constant.
         own: (B,) sample index of each embedding.
         temperature: tau.
 

@@ -38,7 +38,7 @@ def neighbourhood_loss(
     (docs/method.md, equations 4 and 7).
 
     The gradient by x_i is (sum_j p_ij m_j - sum_{j in N(i)} q_ij m_j) / (tau B), where q_ij is p_ij normalised over
-    N(i). It goes to the embeddings only; the memory is a constant.
+    N(i). It flows to the embeddings only; the memory is treated as a constant.
 
     Each rank reads its own rows. The ranks exchange (B, 2) maxima, (B, 2) sums and the (B, D) gradient, nothing of
     order N.
@@ -46,7 +46,7 @@ def neighbourhood_loss(
     Args:
         embeddings: (B, D) of the whole batch, unit length, the same on every rank.
         memory: (N, D).
-        neighbourhoods: (B, 1 + K) sample indices; -1 marks an empty place.
+        neighbourhoods: (B, 1 + K) sample indices, padded with -1.
         temperature: tau.
 
     Returns:
@@ -139,7 +139,7 @@ def _statistics_over_bank(scaled: torch.Tensor, memory: torch.Tensor, with_rows:
 
 
 def _rows_of_block(batch: int, memory: torch.Tensor) -> int:
-    """R. Compiled code has the loop unrolled: there R is the same for every batch, and the blocks are few."""
+    """R. In compiled code the loop is unrolled, so R is the same for every batch, and there are few blocks."""
     block = block_size(memory.device)
     if torch.compiler.is_compiling():
         return max(block // COMPILED_BATCH, -(-len(memory) // COMPILED_BLOCKS))
@@ -160,9 +160,9 @@ def _statistics_over_neighbourhood(
         bank: (N, D).
         neighbourhoods: (B, 1 + K).
         log_weights: (B, 1 + K), added to the logits; None: all weights are 1.
-        with_rows: as of ``_statistics_over_bank``.
+        with_rows: as in ``_statistics_over_bank``.
     """
-    position, is_local = bank.local_positions(neighbourhoods)  # an empty place (-1) is local to no rank
+    position, is_local = bank.local_positions(neighbourhoods)  # padding (-1) is local to no rank
     if not len(bank.local):
         return scaled.new_full((len(scaled),), -torch.inf), scaled.new_zeros(len(scaled)), torch.zeros_like(scaled)
     members = bank.local[position]  # (B, 1 + K, D)

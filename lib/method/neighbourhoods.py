@@ -114,7 +114,7 @@ def num_anchors(samples: int, select_rate: float, round: int) -> int:
 
 
 def num_neighbours(size: int, first: int | None, round: int, rounds: int) -> int:
-    """Neighbours of an anchor in a round from 1 on: K = ``size``, or growing linearly to it from ``first`` in round 1.
+    """Neighbours of an anchor in a round (from 1): K = ``size``, or growing linearly from ``first`` in round 1 to it.
 
     Args:
         size: in the last round.

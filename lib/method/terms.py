@@ -25,12 +25,12 @@ from lib.method.view_loss import view_loss
 
 @dataclass(frozen=True)
 class EmbeddedBatch:
-    """What the terms are computed from, the same on every rank.
+    """The embedded batch, from which the terms are computed; the same on every rank.
 
     Attributes:
-        views: (B, V, D) embeddings of unit length; the gradient goes to them only.
-        bank: (N, D), as it was before the batch.
-        neighbourhoods: (B, 1 + K) sample indices; -1 marks an empty place.
+        views: (B, V, D) embeddings of unit length; the gradient flows to them only.
+        bank: (N, D), before the update with this batch.
+        neighbourhoods: (B, 1 + K) sample indices, padded with -1.
         temperature: tau.
         round: of the curriculum, from 0.
     """
@@ -85,7 +85,7 @@ PAPER_TERMS: tuple[Term, ...] = (over_bank(neighbourhood_loss),)
 
 
 def build(options: Options) -> tuple[Term, ...]:
-    """The terms that the options ask for.
+    """The terms that the options request.
 
     Raises:
         UsageError: there is no loss of that name.
@@ -99,5 +99,5 @@ def build(options: Options) -> tuple[Term, ...]:
 
 
 def mean_direction(views: torch.Tensor) -> torch.Tensor:
-    """The normalised mean of the views (B, V, D), (B, D): what the rows of the bank move to. A single view stays."""
+    """The normalised mean (B, D) of the views (B, V, D), with which the bank is updated. A single view is unchanged."""
     return views[:, 0] if views.shape[1] == 1 else F.normalize(views.mean(dim=1), dim=1)

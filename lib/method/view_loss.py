@@ -14,7 +14,7 @@ import torch
 
 
 def view_loss(views: torch.Tensor, *, temperature: float) -> torch.Tensor:
-    """Each image is recognised in another view of it, and not in the other images of its own view.
+    """Each image is to be recognised in its other view, and in no other image of the same view.
 
     With two views f and g of each image,
 

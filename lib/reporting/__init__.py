@@ -1,1 +1,1 @@
-"""What people look at and take away."""
+"""Reports, comparisons, queries and exports."""

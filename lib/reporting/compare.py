@@ -1,8 +1,8 @@
 """Compares sessions in a table, a CSV file and a plot.
 
-Runs that differ only in their seed form a group: their options, commit, changes to it, versions of Python and the
-packages, and beginning are equal. A group is summarised by mean and sample standard deviation. If its runs are at
-different epochs, only those that are furthest are used, so that a mean never mixes epochs.
+Runs that differ only in their seed form a group: their options, commit, changes to it, versions of Python and packages,
+and initial checkpoint are equal. A group is summarised by mean and sample standard deviation. If its runs are at
+different epochs, only those with the most epochs are used, so that a mean never mixes epochs.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Group:
     runs: tuple[Run, ...]
 
     def figures(self, round: int | None) -> list[Figures]:
-        """Metrics of a round, or of the whole run (None), of the runs that are furthest in it; empty without such."""
+        """Metrics of a round, or of the whole run (None), of the runs with the most epochs in it; empty without any."""
         found = [f for run in self.runs for f in (run.rounds if round is not None else [run.whole])]
         found = [f for f in found if round in (None, f.round)]
         last = max(((f.round, f.epoch) for f in found), default=None)
@@ -383,7 +383,7 @@ def _is_our_png(content: bytes) -> bool:
 
 def draw(comparison: Comparison) -> bytes:
     """The comparison as PNG: accuracy (or loss, without labels) over the rounds, and the time of each group."""
-    # takes half a second, which only a comparison needs to wait for
+    # takes half a second, which only a comparison needs
     from matplotlib.figure import Figure
 
     groups = comparison.groups
@@ -438,7 +438,7 @@ def _draw_curves(axes: Any, comparison: Comparison) -> list[Any]:
 
 
 def _draw_times(axes: Any, groups: Sequence[Group]) -> None:
-    """Draws a bar for each group: the mean time of its runs that are furthest."""
+    """Draws a bar for each group: the mean time of its runs with the most epochs."""
     seconds = np.array([mean_and_deviation(group.figures(None), "seconds") for group in groups], dtype=float)
     longest = np.nanmax(seconds[:, 0], initial=0)
     unit, name = (3600, "hours") if longest >= 7200 else (60, "minutes") if longest >= 120 else (1, "seconds")

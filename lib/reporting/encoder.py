@@ -1,4 +1,4 @@
-"""A trained network for other programs, which get it from ``hubconf.py``: images in, embeddings out.
+"""A trained network for other programs, used by ``hubconf.py``: maps images to embeddings.
 
 Letters: B batch size, N images, H x W pixels, D embedding size.
 """
@@ -29,7 +29,7 @@ from lib.training import checkpoint, pretrained
 
 Picture = Image.Image | np.ndarray | str | Path
 USE = ("dataset", "network", "low_dim", "head", "embed", "resize", "size", "means", "stds")
-"""The options that an encoder needs; that of the data set if means or stds are not set."""
+"""The options of an encoder. If means or stds are not set, those of ``dataset`` are used."""
 
 
 class Encoder(torch.nn.Module):
@@ -48,7 +48,7 @@ class Encoder(torch.nn.Module):
         self.low_dim = low_dim
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W), as ``transform`` makes them, -> unit-length embeddings (B, D)."""
+        """Images (B, 3, H, W), as returned by ``transform``, -> unit-length embeddings (B, D)."""
         embeddings: torch.Tensor = self.network(images)
         return embeddings
 
@@ -110,7 +110,7 @@ def _picture(number: int, image: Any) -> Image.Image:
 
 
 def test_transform(options: Options) -> transforms.Compose:
-    """The test transform of ``lib/data/augmentation.py`` for one PIL image, made of torchvision's; it can be pickled.
+    """The test transform of ``lib/data/augmentation.py`` for one PIL image, from torchvision's; it can be pickled.
 
     It gives the same numbers as ``Augmentation.crop_on_worker`` and ``augment_on_device``.
     """
@@ -130,9 +130,9 @@ def load(weights: str | Path | None, given: dict[str, Any]) -> Encoder:
     """An encoder in evaluation mode, on the CPU.
 
     Args:
-        weights: a network that was exported to a .safetensors file, with its .yaml beside it; a session folder, or a
+        weights: a network that was exported to a .safetensors file, with its .yaml next to it; a session folder, or a
             checkpoint in one; None: random weights.
-        given: values of the options ``USE``, which override those that belong to the weights.
+        given: values of the options in ``USE``, which override those that belong to the weights.
 
     Raises:
         ValueError: the weights are missing, damaged or not those of the network, or a value is wrong.
@@ -154,7 +154,7 @@ def load(weights: str | Path | None, given: dict[str, Any]) -> Encoder:
 
 @contextmanager
 def _as_value_errors() -> Iterator[None]:
-    """Turns the errors of this program, which other programs do not know, into ValueError."""
+    """Turns the errors of this program into ValueError for other programs."""
     try:
         yield
     except (UsageError, datasets.DataError, models.NetworkError) as error:
@@ -174,7 +174,7 @@ def _options_of(weights: Path | None, given: dict[str, Any]) -> Options:
         place = session / "config.yaml" if session else weights.with_suffix(".yaml")
         if not place.is_file():
             what = "is not a session folder" if session else "is not a network of this program, or its options are lost"
-            raise UsageError(f"{weights}: {what}: there is no {place.name} {'in' if session else 'beside'} it")
+            raise UsageError(f"{weights}: {what}: there is no {place.name} {'in' if session else 'next to'} it")
         values = parser.read_options([], base=place).model_dump(include=set(USE))
     values |= given
     options = parser.validated(values, dict.fromkeys(values, "and_encoder:"))
@@ -183,7 +183,7 @@ def _options_of(weights: Path | None, given: dict[str, Any]) -> Options:
 
 
 def _load_all(network: torch.nn.Module, weights: Path) -> None:
-    """Loads all weights of the network. Raises UsageError where one is missing."""
+    """Loads all weights of the network. Raises UsageError if one is missing."""
     path, loaded = checkpoint.load_resumed(weights)
     if "net" in loaded:
         checkpoint.load_network(network, loaded, path)

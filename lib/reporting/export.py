@@ -58,7 +58,7 @@ def check(options: Options) -> None:
     """Checks the export options before training.
 
     Raises:
-        UsageError: a file name has the wrong ending, a file exists or cannot be written, or packages are missing.
+        UsageError: a file name has the wrong extension, a file exists or cannot be written, or packages are missing.
     """
     if path := options.export_features:
         check_ending("--export-features", path, (".npz",))
@@ -121,11 +121,11 @@ def save_model(path: Path, network: torch.nn.Module, options: Options, *, means:
 
     ``.safetensors``: parameters and buffers by name, with ``network`` and ``low_dim`` as metadata. ``.onnx``:
     ``images`` (B, 3, H, W) -> ``embeddings`` (B, D), or the features of ``--embed``, including the weights, for any B
-    and any H and W that the network accepts: only those of the options where it was built for one size, as vision
-    transformers are.
+    and any H and W that the network accepts: only the size of the options if it was built for one size, like vision
+    transformers.
 
     Args:
-        path: the file; its ending selects the format.
+        path: the file; its extension selects the format.
         network: is not modified.
         options: options that the network was built and trained with.
         means, stds: channel means and standard deviations that its images are normalised with.

@@ -1,4 +1,4 @@
-"""Maps errors to exit statuses and messages.
+"""Exit statuses and messages of errors.
 
 PyTorch is imported only for errors that need it, so that an invalid option is reported without that delay.
 """
@@ -58,7 +58,7 @@ def explain(error: Exception) -> tuple[int, str] | None:
         return 2, f"memory ran out{_on_rank()}; {advice}{gpus.memory_of_others()}"
     if gpus.is_failure(error):
         return UNEXPECTED, (
-            f"the GPU failed{_on_rank()}: {printable(reason(error))}; nvidia-smi and the system's log (dmesg) may tell "
+            f"the GPU failed{_on_rank()}: {printable(reason(error))}; nvidia-smi and the system's log (dmesg) may say "
             "why, and CUDA_LAUNCH_BLOCKING=1 makes the traceback name the operation"
         )
     if isinstance(error, RuntimeError) and launch.is_launched() and is_peer_failure(error):

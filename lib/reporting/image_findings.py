@@ -1,4 +1,4 @@
-"""The top of a report: groups, duplicates, outliers and suspicious labels with their images, and the explorable map.
+"""The top of a report: groups, duplicates, outliers and suspicious labels with their images, and the interactive map.
 
 Letters: N training samples, F of them searched, K neighbours, P points of the map.
 """
@@ -23,20 +23,20 @@ from lib.session import image_grid
 from lib.session.console import plural
 
 GROUPS, TYPICAL, LISTED, MEMBERS = 12, 6, 20, 8
-"""Groups, images of a group, entries of every other list, and images of a set of duplicates, at most."""
+"""Maximum number of groups, images of a group, entries of every other list, and images of a set of duplicates."""
 SIDE, QUALITY = 72, 80
-"""Pixels and JPEG quality of a thumbnail."""
+"""Edge in pixels and JPEG quality of a thumbnail."""
 TILE, NEAR = image_grid.TILE, 8
-"""Pixels of an image of the map, and neighbours that the map shows of it."""
+"""Edge in pixels of an image on the map, and the number of neighbours shown for it."""
 CLEAR = 1.5
-"""Outlier score above which the page counts images."""
+"""Outlier score above which an image is counted as an outlier."""
 STABLE, FAIR = 0.9, 0.7
-"""Adjusted Rand index between seeds from which the page calls the groups stable, and fairly stable."""
+"""Minimum adjusted Rand index between seeds of stable and of fairly stable groups."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """An image on the page: its JPEG in base64, its file or place in the data set, and a note."""
+    """An image on the page: JPEG in base64, file name or index in the data set, and a note."""
 
     picture: str
     name: str
@@ -45,17 +45,17 @@ class Shown:
 
 @dataclass(frozen=True)
 class Row:
-    """Images that belong together, under a title; '' for none."""
+    """A row of images with a title; '' for none."""
 
     title: str
     images: list[Shown]
     left: int = 0
-    """Images that are not shown, where positive."""
+    """Number of images that are not shown."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One of the questions: a title, what was found, how to read it, and the images."""
+    """A section of the findings: title, result, explanation and images."""
 
     title: str
     found: str
@@ -64,7 +64,7 @@ class Answer:
 
 
 def answers(material: ReportData) -> list[Answer]:
-    """Groups, duplicates and outliers, and with labels the suspicious ones; nothing where there are no findings."""
+    """Groups, duplicates, outliers and, with labels, suspicious labels; empty without findings."""
     found = material.findings
     if not isinstance(found, Findings):
         return []
@@ -73,7 +73,7 @@ def answers(material: ReportData) -> list[Answer]:
 
 
 def _shown(material: ReportData, place: int, note: str = "") -> Shown:
-    """A searched image by its place among them."""
+    """A searched image by its index among the searched ones."""
     sample = int(material.searched[place])
     return Shown(_jpeg(image_grid.tile(material.images[sample], SIDE)), material.name_of(sample), note)
 
@@ -89,8 +89,8 @@ def _groups(material: ReportData, found: Findings) -> Answer:
     rows = []
     for group, size in enumerate(sizes[:GROUPS].tolist()):
         (members,) = (found.groups == group).nonzero()
-        _, first = np.unique(found.copies[members], return_index=True)  # each of several copies once
-        similarity = features[members[first]] @ features[members].mean(axis=0)  # the mean over the group
+        _, first = np.unique(found.copies[members], return_index=True)  # one of several copies
+        similarity = features[members[first]] @ features[members].mean(axis=0)  # mean over the group
         typical = members[first][np.argsort(-similarity, kind="stable")[:TYPICAL]]
         title = f"Group {group}: {plural(size, 'image')} ({size / len(features):.0%}){_majority(material, members)}"
         rows.append(Row(title, [_shown(material, place) for place in typical.tolist()]))
@@ -107,7 +107,7 @@ def _groups(material: ReportData, found: Findings) -> Answer:
 
 
 def _sure(found: Findings) -> str:
-    """How sure the number of groups is, in a sentence."""
+    """A sentence on how certain the number of groups is."""
     sure = findings.certainty(found)
     (low, high), (coarse, fine) = sure.seed_range, sure.resolution_range
     agreement, (half, twice) = sure.seed_agreement, RESOLUTION_FACTORS
@@ -128,9 +128,11 @@ def _majority(material: ReportData, members: np.ndarray) -> str:
 
 
 def _duplicates(material: ReportData, found: Findings) -> Answer:
-    copies = np.bincount(found.copies)  # of each image, itself included
+    copies = np.bincount(found.copies)  # copies of each image, including itself
     repeated, sets = int((copies[copies > 1] - 1).sum()), int((copies > 1).sum())
-    same = f"{plural(repeated, 'image')} could go without loss: identical to another one ({plural(sets, 'set')})."
+    same = (
+        f"{plural(repeated, 'image')} could be removed without loss: identical to another one ({plural(sets, 'set')})."
+    )
     rows = []
     for each in findings.nearest_sets(found, LISTED):
         least, greatest = (f"{cosine:.4f}" for cosine in (each.least, each.greatest))
@@ -183,7 +185,9 @@ def _labels(material: ReportData, found: Findings) -> Answer:
     own, size = material.labels[material.searched], found.neighbours.shape[1]
     shown, others = [], np.empty(0, int)
     if size:
-        usual, votes = mode(own[found.neighbours], axis=1)  # (F,) most frequent label of the neighbours, and how often
+        usual, votes = mode(
+            own[found.neighbours], axis=1
+        )  # (F,), the most frequent label of the neighbours and its count
         others = np.flatnonzero(usual != own)
         order = others[np.lexsort((-votes[others], -found.label_disagreement[others]))][:LISTED]
         for place in order.tolist():
@@ -191,7 +195,7 @@ def _labels(material: ReportData, found: Findings) -> Answer:
             shown.append(_shown(material, place, f"labelled {material.class_of(int(own[place]))}; {says}"))
     reading = (
         "Images whose neighbours have other labels, those with the most such neighbours first. "
-        f"{found.label_disagreement.mean():.0%} of all neighbours have another label than their image: the higher this "
+        f"{found.label_disagreement.mean():.0%} of all neighbours have another label than the image: the higher this "
         "share, the more of the images listed here are labelled correctly."
     )
     said = f"{plural(len(others), 'image')} of {len(own):,} with another label than most of the neighbours."
@@ -199,12 +203,12 @@ def _labels(material: ReportData, found: Findings) -> Answer:
 
 
 def explorer(material: ReportData, projected: Projection) -> dict[str, Any]:
-    """What the script of the page needs to draw the map and to show an image with its neighbours.
+    """The data with which the script of the page draws the map and shows an image with its neighbours.
 
     Returns:
-        ``sprite``: all images in one JPEG, base64; ``columns`` and ``side`` of its tiles; and of each point ``x`` and
-        ``y`` from 0 to 1, ``group``, ``label`` (absent without labels), ``name``, ``near`` and ``alike``, the points
-        most similar to it with their cosines; ``classes``.
+        ``sprite``: all images in one JPEG, base64; ``columns`` and ``side`` of its tiles; ``classes``; and for each
+        point ``x`` and ``y`` from 0 to 1, ``group``, ``label`` (absent without labels), ``name``, and ``near`` and
+        ``alike``, the most similar points and their cosines.
     """
     found, points, chosen = material.findings, projected.points, projected.chosen
     assert isinstance(found, Findings)
@@ -213,7 +217,7 @@ def explorer(material: ReportData, projected: Projection) -> dict[str, Any]:
     sprite = Image.new("RGB", (columns * TILE, -(-len(chosen) // columns) * TILE), "white")
     for place, sample in enumerate(chosen.tolist()):
         sprite.paste(image_grid.tile(material.images[sample], TILE), (place % columns * TILE, place // columns * TILE))
-    x, y = np.round((points - points.min(axis=0)) / np.ptp(points, axis=0), 4).T  # fills the square
+    x, y = np.round((points - points.min(axis=0)) / np.ptp(points, axis=0), 4).T  # crops to a square
     labels = None if material.labels is None else material.labels[chosen].tolist()
     return {
         "sprite": _jpeg(sprite),

@@ -74,7 +74,7 @@ def finish(context: RunContext, recorder: Recorder, final: Checkpoint, history: 
     for error in failures if recorder.unsaved else failures[:-1]:  # the last one is raised if the checkpoint was saved
         logger().error("%s", error)
     if recorder.unsaved:
-        print(f"error: {recorder.unsaved}; free disk space, then continue with --resume", file=sys.stderr)
+        print(f"error: {recorder.unsaved}; free disk space, then resume with --resume", file=sys.stderr)
         return False
     if failures:
         raise failures[-1]
@@ -83,7 +83,7 @@ def finish(context: RunContext, recorder: Recorder, final: Checkpoint, history: 
 
 @contextmanager
 def _collect(failures: list[UsageError]) -> Iterator[None]:
-    """Adds a UsageError of the block to ``failures``, so that what comes after is still written."""
+    """Adds a UsageError of the block to ``failures``, so that the following files are still written."""
     try:
         yield
     except UsageError as error:
@@ -197,7 +197,7 @@ def show_similar(context: RunContext) -> None:
 
 
 def export_results(context: RunContext, loaded: Checkpoint, folder: Path | None) -> None:
-    """Writes the exports that the options request. One that fails does not keep the others from being written.
+    """Writes the exports that the options request. If one fails, the others are still written.
 
     Raises:
         UsageError: a file cannot be written, or a checkpoint of the session cannot be read.

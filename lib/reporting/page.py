@@ -1,7 +1,7 @@
-"""What a run came to, as one page: ``report.html`` and its pictures.
+"""The report of a run: one page, ``report.html``, and its figures as files.
 
-The page holds everything it shows and loads nothing. Where a part cannot be made, a sentence says why.
-``lib/reporting/page.html`` holds the words, ``panels`` and ``classified`` make the parts, ``plots`` draws.
+The page contains everything it shows and loads no other file. If a part cannot be made, a sentence gives the reason.
+The text is in ``page.html``; ``image_findings``, ``training_figures`` and ``test_figures`` make the parts.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from lib.session.atomic_files import atomic_write
 
 SECTIONS = ("findings", "training", "discovery", "health", "tests", "setting")
 HEALTH = ("quantiles", *training_figures.HEALTH, "follows")
-"""Parts of the section ``health``."""
+"""Parts of the section on health."""
 TESTS = ("confusion", "voters")
-"""Parts of the section ``tests``."""
+"""Parts of the section on test images."""
 LIMIT = 5_000_000
-"""Bytes that the page stays below."""
+"""Maximum size of the page in bytes."""
 RESOLUTIONS = (150, 110, 80, 55)
-"""Dots per inch of the pictures: the first with which the page stays below its limit."""
+"""Dots per inch of the figures: the first one with which the page stays below ``LIMIT`` is used."""
 SCRIPT = Path(__file__).with_name("map.js")
-"""Makes the map explorable. The page's policy lets the browser run this script, and no other."""
+"""The script of the interactive map. The page's content security policy allows this script only."""
 TEXT = 300
-"""Letters of a name or value on the page at most."""
+"""Maximum number of characters of a name or value on the page."""
 
 
 def write(material: ReportData, folder: Path) -> Path:
-    """Writes ``report.html`` into the session's folder, and the pictures to ``report/`` in it as PNG.
+    """Writes ``report.html`` to the session's folder, and the figures as PNG to its subfolder ``report/``.
 
-    Everything is drawn before anything is written: where drawing fails, the old report stays as it was.
+    Everything is drawn before anything is written: if drawing fails, the old report is unchanged.
 
     Returns:
-        The page. The same material gives the same bytes.
+        The path of the page. The same data give the same bytes.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: a file cannot be written.
     """
     with plots.style():
         judged, projected = test_figures.classify(material), training_figures.project(material)
@@ -76,7 +76,7 @@ def write(material: ReportData, folder: Path) -> Path:
             with atomic_write(place / f"{name}.png") as file:
                 file.write(pictures[name])
         else:
-            (place / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
+            (place / f"{name}.png").unlink(missing_ok=True)  # left by an earlier report
     with atomic_write(path) as file:
         file.write(page)
     return path
@@ -90,7 +90,7 @@ def _page(
     answers: Sequence[Answer],
     explorer: Mapping[str, Any] | None,
 ) -> bytes:
-    """The page, with the pictures in it."""
+    """The page with its figures."""
     script = SCRIPT.read_text(encoding="utf-8")
     parts_of = {"health": HEALTH, "tests": TESTS}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -113,31 +113,31 @@ def _page(
         facts={name: _cut(value) for name, value in material.facts.items()},
         options={name: _cut(value) for name, value in material.options.items()},
     )
-    return text.encode("utf-8", "backslashreplace")  # file names may be any bytes
+    return text.encode("utf-8", "backslashreplace")  # file names can be any bytes
 
 
 def _cut(value: object) -> str:
-    """As text, and not longer than a page can bear."""
+    """A value as text, shortened to ``TEXT`` characters."""
     text = "not set" if value is None else str(value)
     return text if len(text) <= TEXT else f"{text[:TEXT]}…"
 
 
 def _left_out(material: ReportData) -> str:
-    """What cannot be shown for want of labels, in a sentence; '' where nothing is missing."""
+    """A sentence on what is omitted because labels are missing; '' if none are."""
     if material.labels is None and material.protocol:
-        return "Most training images have no labels, so consistency, mistakes and the confusion matrix are left out."
+        return "Most training images have no labels, so consistency, mistakes and the confusion matrix are omitted."
     if material.labels is None:
         return (
             "The training images have no labels, so accuracy, consistency, mistakes and the confusion matrix are left "
             "out."
         )
     if material.tested is None:
-        return "There are no labelled test images, so accuracy and the confusion matrix are left out."
+        return "There are no labelled test images, so accuracy and the confusion matrix are omitted."
     return ""
 
 
 def _summary(material: ReportData) -> dict[str, str]:
-    """The figures at the top, by what they are; what is not known is left out."""
+    """The key figures at the top of the page, by name; unknown ones are omitted."""
     rows = material.metrics
     last = rows[-1] if rows else {}
     seconds = sum((row.get("train_s") or 0) + (row.get("evaluate_s") or 0) for row in rows)
@@ -156,7 +156,7 @@ def _summary(material: ReportData) -> dict[str, str]:
 
 
 def _rounds(material: ReportData) -> list[dict[str, str]]:
-    """The last epoch of each round (of very many rounds some); columns without a figure are left out."""
+    """The last epoch of each round (a selection of many rounds); columns without values are omitted."""
     ends = {row["round"]: row for row in material.metrics}
     every = -(-len(ends) // 50)
     shown = list(ends.values())[:: max(1, every)]

@@ -1,6 +1,6 @@
-"""Pictures of a run, drawn by matplotlib from plain arrays, without pyplot.
+"""Figures of a run, drawn by matplotlib from plain arrays, without pyplot.
 
-Every picture is ``WIDTH`` inches wide, so that its text can be read on a phone. Draw and ``render`` inside ``style()``,
+Every figure is ``WIDTH`` inches wide, so that its text can be read on a phone. Draw and ``render`` inside ``style()``,
 which restores the settings of matplotlib afterwards.
 
 Letters: E epochs, C classes, P points of a map.
@@ -32,18 +32,18 @@ from PIL import Image
 from lib.session.image_grid import EQUAL, OTHER
 
 WIDTH = 5.6
-"""Inches of every picture."""
+"""Width of every figure, in inches."""
 FONT = "DejaVu Sans"
-"""Comes with matplotlib, so that a picture is the same on every machine."""
+"""Included in matplotlib, so that a figure is the same on every machine."""
 BLUE, ORANGE, GREY = "#1f6fb4", "#d9730d", "#8a8f98"
 THUMBNAIL = 128
-"""Pixels of the longer edge to which an image is reduced before it is drawn."""
+"""Maximum length of the longer edge of an image, in pixels; larger ones are reduced before drawing."""
 NAMED = 30
-"""Classes up to which the axes of a confusion matrix name them."""
+"""Maximum number of classes that are named at the axes of a confusion matrix."""
 CELLS = 100
-"""Rows of a confusion matrix at most; where there are more classes, neighbouring ones share a cell."""
+"""Maximum number of rows of a confusion matrix; with more classes, neighbouring ones share a cell."""
 LEGEND = 20
-"""Classes that a legend names at most."""
+"""Maximum number of classes in a legend."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Tile:
 
     Attributes:
         image: uint8 (H, W, 3).
-        name: of its class, '' for none.
-        same: whether it is of the class it should be of, which its frame shows; None: no frame.
+        name: name of its class, '' without one.
+        same: whether it has the expected class, shown by its frame; None: no frame.
     """
 
     image: np.ndarray
@@ -63,23 +63,23 @@ class Tile:
 
 @dataclass(frozen=True)
 class Part:
-    """A picture and how it came about, or no picture and why there is none; with an empty ``how`` it is left out."""
+    """A figure and a sentence about its data, or no figure and the reason; with an empty ``how`` it is omitted."""
 
     figure: Figure | None
     how: str
 
 
 def style() -> AbstractContextManager[None]:
-    """The settings of matplotlib for all pictures, independent of the user's own."""
+    """The matplotlib settings of all figures, independent of the user's."""
     return matplotlib.style.context(
         [
             "default",
             {
                 "font.family": FONT,
                 "font.size": 10,
-                "text.parse_math": False,  # a class may be called $
-                "text.hinting": "none",  # a text is as wide as ``fit`` takes it to be
-                "axes.formatter.limits": (-9, 9),  # the power of ten beside an axis would lie over its numbers
+                "text.parse_math": False,  # a class name may contain $
+                "text.hinting": "none",  # so that ``fit`` computes the exact width of a text
+                "axes.formatter.limits": (-9, 9),  # the power of ten at an axis would overlap its numbers
                 "axes.formatter.useoffset": False,
                 "axes.spines.top": False,
                 "axes.spines.right": False,
@@ -94,19 +94,19 @@ def style() -> AbstractContextManager[None]:
 
 
 def render(figure: Figure, dpi: int) -> bytes:
-    """The picture as PNG, the same bytes for the same picture."""
+    """The figure as PNG; the same figure gives the same bytes."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
     return file.getvalue()
 
 
 def writable(name: str, number: int) -> str:
-    """The name of class ``number``, or 'class 7' where the font lacks a letter of it."""
+    """The name of class ``number``, or 'class 7' if the font has no glyph for one of its characters."""
     return name if name and all(ord(letter) in _letters() for letter in name) else f"class {number}"
 
 
 def all_writable(names: Sequence[str]) -> list[str]:
-    """Each name as ``writable`` has it."""
+    """``writable`` of every name."""
     return [writable(name, number) for number, name in enumerate(names)]
 
 
@@ -116,7 +116,7 @@ def _letters() -> frozenset[int]:
 
 
 def fit(text: str, inches: float, size: float) -> str:
-    """``text`` cut so that at ``size`` points it is at most ``inches`` wide; an ellipsis shows the cut."""
+    """``text`` shortened with an ellipsis to at most ``inches`` at a font size of ``size`` points."""
     font, most = FontProperties(family=FONT, size=size), 120
 
     def fits(candidate: str) -> bool:
@@ -147,7 +147,7 @@ def curves(
     Args:
         series: (E,) by name; a single one has no legend.
         rounds: (E,) of each epoch, ascending.
-        label: of the vertical axis.
+        label: label of the vertical axis.
         percent: the values are shares.
         marks: (E,) by name, drawn as points.
     """
@@ -166,13 +166,13 @@ def curves(
 
 
 def _known(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs, counted from 1, and the values of those that have one."""
+    """Epochs, counted from 1, and values, of the epochs that have a finite value."""
     (at,) = np.isfinite(values).nonzero()
     return at + 1, values[at]
 
 
 def _epochs(axes: Axes, rounds: np.ndarray, label: str) -> None:
-    """The horizontal axis: epochs of all rounds, with a line where a round starts."""
+    """Sets up the horizontal axis: epochs of all rounds, with a line at the start of each round."""
     starts = np.flatnonzero(np.diff(rounds, prepend=rounds[0] - 1))  # (rounds,)
     for start in starts[1:]:
         axes.axvline(start + 0.5, color=GREY, lw=0.8, ls=":")
@@ -187,9 +187,9 @@ def _epochs(axes: Axes, rounds: np.ndarray, label: str) -> None:
 
 
 def quantiles(values: np.ndarray, rounds: np.ndarray, samples: int) -> Figure:
-    """The 5, 25, 50, 75 and 95 % quantiles (E, 5) of the entropy; rows that are not finite are left out.
+    """The 5, 25, 50, 75 and 95 % quantiles (E, 5) of the entropy; rows that are not finite are omitted.
 
-    A dashed line shows the greatest possible entropy, ln N of N ``samples``.
+    A dashed line shows the maximum entropy, ln N of N ``samples``.
     """
     figure = _figure(3.2)
     axes = figure.add_subplot()
@@ -205,7 +205,7 @@ def quantiles(values: np.ndarray, rounds: np.ndarray, samples: int) -> Figure:
 
 
 def consistency(shares: np.ndarray, values: np.ndarray, rounds: Sequence[int]) -> Figure:
-    """Consistency over the selected share of the samples, a point for each round."""
+    """Consistency over the share of samples that are anchors, a point for each round."""
     figure = _figure(3.0)
     axes = figure.add_subplot()
     axes.plot(shares, values, color=BLUE, marker="o")
@@ -225,7 +225,7 @@ def histograms(found: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> Figure:
     """Histogram of the entropy for each round, anchors and others, and the threshold between them.
 
     Args:
-        found: round, entropy (N,) finite, and which samples are anchors (N,).
+        found: for each round its number, the finite entropies (N,), and a mask (N,) of the anchors.
     """
     figure = _figure(0.9 + 1.25 * len(found))
     everything = np.concatenate([entropy for _, entropy, _ in found])
@@ -250,7 +250,7 @@ def histograms(found: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> Figure:
 def follows(pairs: Mapping[str, tuple[np.ndarray, np.ndarray, float]]) -> Figure:
     """The consistency over each health figure: by name its values, the consistency, and the rank correlation.
 
-    The correlation is not shown where it is not finite.
+    The correlation is shown only if it is finite.
     """
     rows = -(-len(pairs) // 2)
     figure = _figure(0.3 + 2.0 * rows)
@@ -267,7 +267,7 @@ def follows(pairs: Mapping[str, tuple[np.ndarray, np.ndarray, float]]) -> Figure
 
 
 def gallery(entries: Sequence[Sequence[Tile]]) -> Figure:
-    """Entries of equally many tiles, read row by row: an anchor, and then its neighbours."""
+    """Entries with the same number of tiles, row by row: an anchor followed by its neighbours."""
     length, gap = len(entries[0]), 0.08
     columns = max(1, 8 // length)
     side = min(0.9, (WIDTH - 0.15 * (columns + 1)) / (columns * length) - gap)
@@ -286,7 +286,7 @@ def gallery(entries: Sequence[Sequence[Tile]]) -> Figure:
 
 
 def _two_lines(name: str, inches: float, size: float) -> list[str]:
-    """The name in at most two lines, broken between words, or within one where the first is too long."""
+    """The name in at most two lines, broken between words, or within the first word if it is too long."""
     if not name or fit(name, inches, size) == name:
         return [name] if name else []
     room = len(fit(name, inches, size)) - 1
@@ -296,11 +296,11 @@ def _two_lines(name: str, inches: float, size: float) -> list[str]:
 
 
 def voters(rows: Sequence[tuple[Sequence[Tile], str, Sequence[tuple[float, bool]]]]) -> Figure:
-    """Test images, each before its nearest training images.
+    """Test images, each followed by its nearest training images.
 
     Args:
-        rows: the tiles, the test image first; a sentence above them; and the votes of the first classes, as their
-            share and whether it is the true class.
+        rows: for each test image its tiles, the test image first; a sentence above them; and the votes of the leading
+            classes: the share, and whether it is the true class.
     """
     side = (WIDTH - 0.55) / max(len(tiles) for tiles, _, _ in rows) - 0.06
     pitch = side + 0.52
@@ -321,7 +321,7 @@ def voters(rows: Sequence[tuple[Sequence[Tile], str, Sequence[tuple[float, bool]
 
 
 def _sheet(height: float) -> tuple[Figure, Axes]:
-    """An empty sheet; its coordinates are inches from the upper left corner."""
+    """An empty figure with coordinates in inches from the upper left corner."""
     figure = Figure(figsize=(WIDTH, height))
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0))
@@ -330,12 +330,12 @@ def _sheet(height: float) -> tuple[Figure, Axes]:
 
 
 def _paste(axes: Axes, tile: Tile, left: float, top: float, side: float) -> None:
-    """An image in a square of the sheet, its proportions kept; frames of mistakes are dashed, not only red."""
+    """Draws an image in a square without changing its proportions. Frames of mistakes are dashed as well as red."""
     picture = Image.fromarray(tile.image)
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     width, height = (side * edge / max(picture.size) for edge in picture.size)
     x, y = left + (side - width) / 2, top + (side - height) / 2
-    small = max(picture.size) <= THUMBNAIL // 2  # its pixels are meant to be seen
+    small = max(picture.size) <= THUMBNAIL // 2  # keeps the pixels of small images visible
     place = (x, x + width, y + height, y)
     axes.imshow(picture, extent=place, aspect="auto", interpolation="nearest" if small else "antialiased")
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
@@ -345,14 +345,14 @@ def _paste(axes: Axes, tile: Tile, left: float, top: float, side: float) -> None
 
 
 def class_colours(classes: int) -> np.ndarray:
-    """(C, 4) a colour for each class: distinct ones up to 20 classes, evenly spaced hues beyond."""
+    """(C, 4), a colour for each class: distinct ones up to 20 classes, evenly spaced hues for more."""
     if classes <= 20:
         return np.asarray(matplotlib.colormaps["tab10" if classes <= 10 else "tab20"](np.arange(classes)))
     return np.asarray(matplotlib.colormaps["hsv"](np.arange(classes) / classes))
 
 
 def embedding_map(points: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> Figure:
-    """Points (P, 2), coloured by their class (P,) of ``names`` (C); the legend names some where there are many."""
+    """Points (P, 2), coloured by their class (P,) of ``names`` (C); the legend names at most ``LEGEND`` classes."""
     figure = _figure(4.4)
     axes = figure.add_subplot()
     axes.set(xticks=[], yticks=[])
@@ -371,7 +371,7 @@ def embedding_map(points: np.ndarray, labels: np.ndarray | None, names: Sequence
 
 
 def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
-    """A confusion matrix (C, C), true classes downwards, as shares of each row."""
+    """A confusion matrix (C, C), true classes in rows, as shares of each row."""
     group = -(-len(counts) // CELLS)
     starts = np.arange(0, len(counts), group)
     cells = np.add.reduceat(np.add.reduceat(counts, starts, axis=0), starts, axis=1)

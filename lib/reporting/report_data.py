@@ -1,4 +1,4 @@
-"""All that the report of a session is made of.
+"""The data of a session's report.
 
 Letters: N training samples, D embedding, M test images, A anchors, K neighbours.
 """
@@ -15,26 +15,26 @@ from lib.evaluation.findings import Findings
 from lib.session.atomic_files import printable
 
 SEED = 0
-"""Of every choice of samples: the same run has the same report."""
+"""Seed of every random subset, so that a run always has the same report."""
 SEARCHED = 100_000
-"""Images among which a report searches groups, duplicates and outliers, at most: the time grows with the square."""
+"""Maximum number of images in the findings of a report: the time grows quadratically."""
 
 
 def drawn(samples: int, most: int) -> np.ndarray:
-    """At most so many samples, drawn at random and sorted; more of them contain those of fewer."""
+    """At most ``most`` samples, drawn at random and sorted; a larger subset contains the smaller ones."""
     return np.sort(np.random.default_rng(SEED).permutation(samples)[:most])
 
 
 @dataclass(frozen=True)
 class Discovered:
-    """What the discovery of a round found.
+    """The result of the discovery of a round.
 
     Attributes:
-        round: at whose start it was.
+        round: its round.
         entropy: (N,) of each sample, in nats.
         anchors: (A,) sample indices in order of ascending entropy.
         neighbours: (A, K) sample indices, most similar first.
-        similarities: (A, K) cosine of each anchor and neighbour, or None where they are not known.
+        similarities: (A, K) cosine of each anchor and neighbour, or None if unknown.
     """
 
     round: int
@@ -46,15 +46,15 @@ class Discovered:
 
 @dataclass(frozen=True)
 class Tested:
-    """Test images, to be classified by their similarity to ``Material.features``.
+    """Test images, to be classified by their similarity to ``ReportData.features``.
 
     Attributes:
         images: M arrays uint8 (H, W, 3).
         labels: (M,) classes.
         features: (M, D) of unit length.
-        protocol: how they are classified, with its constants, and where both sides' features come from.
-        k: voters, cut to N.
-        sigma: width of the votes' weights exp(s / sigma).
+        protocol: the classifier with its constants, and the source of the features.
+        k: number of neighbours that vote, at most N.
+        sigma: temperature of the vote weights exp(s / sigma).
     """
 
     images: Sequence[np.ndarray]
@@ -67,29 +67,29 @@ class Tested:
 
 @dataclass(frozen=True)
 class ReportData:
-    """All that a report is made of.
+    """The data of a report.
 
     Attributes:
-        name: of the session.
+        name: name of the session.
         facts: versions, hardware, commit, seed and the like.
         options: by name.
-        metrics: rows of metrics.jsonl in order, with the figures of ``lib/method/diagnostics.py`` where they are known.
-        protocol: how the accuracies of ``metrics`` came about.
-        published: the published figure and its source, '' where none is named.
+        metrics: rows of metrics.jsonl in order, including the figures of ``lib/method/diagnostics.py`` if recorded.
+        protocol: how the accuracies of ``metrics`` were measured.
+        published: the published result and its source, '' if not given.
         rounds: the discoveries, in order.
-        images: N arrays uint8 (H, W, 3); only those that are shown are read.
+        images: N arrays uint8 (H, W, 3); only the shown ones are read.
         labels: (N,), or None.
         classes: their names.
         features: (N, D) embeddings of the training images, computed with the test transform.
         tested: None without labelled test images.
-        finished: the last epoch of the last round is done.
-        chooser: what chooses the best epoch.
-        findings: what the embeddings of the searched images say of these, or a sentence why that is not known.
-        searched: (F,) sample indices, ascending: the images that the findings are about.
+        finished: whether the last epoch of the last round is complete.
+        chooser: what selects the best epoch.
+        findings: findings in the searched images, or a sentence why there are none.
+        searched: (F,) sample indices, ascending, of the images in the findings.
         blank, noisy: (N,) of bool, images of a single colour and of noise.
-        names: N file names, or None where images have none.
-        indices: (N,) where each image stands in the data set.
-        warning: the first sign that training has collapsed, '' where there is none.
+        names: N file names, or None if the images have none.
+        indices: (N,) index of each image in the data set.
+        warning: the first sign of a collapse of training, '' if there is none.
     """
 
     name: str
@@ -115,16 +115,16 @@ class ReportData:
     warning: str = ""
 
     def name_of(self, sample: int) -> str:
-        """File of a training image, or its place in the data set."""
+        """File name of a training image, or its index in the data set."""
         return printable(self.names[sample]) if self.names else f"image {self.indices[sample]}"
 
     def class_of(self, label: int) -> str:
-        """Name of a class."""
+        """The name of a class."""
         return printable(self.classes[label])
 
     @property
     def when(self) -> str:
-        """The epoch after which network and memory bank are shown."""
+        """The epoch of the network and the memory bank, in words."""
         if not self.metrics:
             return "before the first epoch"
         last = self.metrics[-1]

@@ -1,4 +1,4 @@
-"""The training images that are most similar to any picture, as a table and as a picture.
+"""Finds the training images that are most similar to given images, and shows them in a table and an image grid.
 
 No file is overwritten. Letters: N samples, D embedding, K nearest, Q queries, R rows of a block, H x W pixels.
 """
@@ -22,13 +22,13 @@ from lib.session.atomic_files import new_files, printable
 from lib.session.console import SUMMARY, logger, progress, table
 
 TILE, LINE, LETTERS = 128, 18, 12
-"""Pixels of an image in the picture (smaller ones are magnified), of a line of text, and of the size of its letters."""
+"""Sizes in pixels: a tile (smaller images are magnified), the height of a line of text, and the font."""
 COLUMNS = 10
-"""Found images side by side; further ones are in rows below."""
+"""Number of found images in a row; further ones follow in the rows below."""
 
 
 def _index_of(train: ImageSet, sample: int) -> int:
-    """Where a sample stands in the data set."""
+    """The index of a sample in the data set."""
     return sample if train.taken is None else int(train.taken[sample])
 
 
@@ -45,18 +45,18 @@ def _blocks(rows: int, width: int, device: torch.device, what: str) -> Iterator[
 
 
 def _short(value: float) -> float:
-    """Rounded to the precision of float32, without a sign on zero."""
+    """Rounds to the precision of float32, without negative zeros."""
     return round(value, 6) + 0.0
 
 
 @torch.no_grad()
 def query(embeddings: torch.Tensor, memory: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The training images most similar to each picture.
+    """The training images most similar to each query.
 
     Args:
         embeddings: (Q, D), unit length.
         memory: (N, D), unit length.
-        k: how many, cut to N.
+        k: K, at most N.
 
     Returns:
         Indices and cosine similarities (Q, K) on the CPU, most similar first.
@@ -87,13 +87,13 @@ def _called(sample: int, train: ImageSet) -> str:
 def draw(
     queries: Sequence[tuple[str, np.ndarray]], indices: torch.Tensor, similarities: torch.Tensor, train: ImageSet
 ) -> Image.Image:
-    """A row for each query (name, picture): both, and the K found (Q, K), most similar first, with what is known.
+    """Draws a row for each query (name, image) and its K found images (Q, K), most similar first.
 
-    Under each found image are its similarity, and its class or else its file or index.
+    Below each found image are its similarity, and its class or else its file or index.
     """
     gap, width, height = TILE // 12, TILE + TILE // 12, TILE + 2 * LINE + TILE // 12
     columns = min(COLUMNS, indices.shape[1])
-    depth = LINE + gap + height * -(-indices.shape[1] // COLUMNS)  # of a row
+    depth = LINE + gap + height * -(-indices.shape[1] // COLUMNS)  # height of a row
     picture = Image.new("RGB", (4 * gap + width * (1 + columns), gap + depth * len(queries)), "white")
     pen = ImageDraw.Draw(picture)
 
@@ -114,7 +114,7 @@ def draw(
 
 
 def _font_file() -> Path:
-    """DejaVu Sans, with Latin, Greek and Cyrillic letters and more, which comes with matplotlib."""
+    """DejaVu Sans, which is part of matplotlib and has Latin, Greek, Cyrillic and more letters."""
     import matplotlib  # takes a tenth of a second to import
 
     return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
@@ -140,7 +140,7 @@ def drawable(text: str) -> str:
 
 
 def shorten(text: str, most: float) -> str:
-    """The text with its middle replaced by an ellipsis where it is wider than ``most`` pixels."""
+    """The text; if it is wider than ``most`` pixels, its middle is replaced by an ellipsis."""
 
     def without_middle(kept: int) -> str:
         return f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}"
@@ -154,7 +154,7 @@ def shorten(text: str, most: float) -> str:
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:
-    """Writes a picture of ``draw`` as PNG; UsageError where the file exists or cannot be written."""
+    """Writes an image of ``draw`` as PNG. Raises UsageError if the file exists or cannot be written."""
     with new_files(path) as (file,):
         picture.save(file, format="PNG")
     logger().info("pictures: %s (%d x %d pixels)", path, *picture.size, extra=SUMMARY)

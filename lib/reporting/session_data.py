@@ -1,4 +1,4 @@
-"""Reads what the report of a session shows from its folder.
+"""Reads the data of a report from the folder of a session.
 
 Letters: N training samples, D embedding.
 """
@@ -34,11 +34,11 @@ def collect(
     statistics: np.ndarray,
     tested: Tested | None,
 ) -> ReportData:
-    """All that the report of a session shows, with the network that was loaded.
+    """The data of a session's report, with the loaded network.
 
     Args:
         loaded: its latest checkpoint.
-        protocol: how the accuracies of the training came about.
+        protocol: how the accuracies of the training were measured.
         features: (N, D) embeddings of the training images, computed with the test transform.
         statistics: (N, 2) contrast and smoothness of the training images.
         tested: the test images, or None without labels.
@@ -54,7 +54,9 @@ def collect(
         if len(memory) != len(train):
             raise UsageError(f"{folder}: was trained on {len(memory)} samples, not {len(train)}; choose its data")
     except (KeyError, TypeError):
-        raise UsageError(f"{folder}: its latest checkpoint holds no memory bank; a report needs one") from None
+        raise UsageError(
+            f"{folder}: its latest checkpoint has no memory bank, which a report needs; choose another session"
+        ) from None
     blank, noisy = blank_and_noisy(statistics)
     searched = drawn(len(features), SEARCHED)
     return ReportData(
@@ -92,7 +94,7 @@ def collect(
 
 
 def _findings(features: np.ndarray, labels: np.ndarray | None, options: Options) -> Findings | str:
-    """The findings of the searched images (F, D), or a sentence why there are none."""
+    """The findings of the searched images (F, D), or a sentence with the reason if there are none."""
     try:
         return find(
             features,

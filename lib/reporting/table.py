@@ -31,22 +31,22 @@ from lib.session.atomic_files import check_ending, check_place, csv_text, new_fi
 from lib.session.console import SUMMARY, logger, plural, progress
 
 NEVER = -1
-"""In place of a round: the sample was not an anchor in any. Of a label: it is not known."""
+"""As a round: the sample was never an anchor. As a label: unknown."""
 MAPPED = 5_000
-"""Images that t-SNE places, at most; the others are placed beside the most similar of them."""
+"""Maximum number of images in t-SNE; the others are placed close to the most similar of them."""
 BESIDE = 3
-"""Mapped images at whose mean another image is placed."""
+"""Number of t-SNE images whose mean position is used for another image."""
 ROWS = 1_000
-"""Rows that are written at a time; with thumbnails they are all that is in memory."""
+"""Rows written at a time; only their thumbnails are in memory."""
 SIDE, QUALITY = 128, 85
-"""Pixels of the longer edge of a thumbnail, at most, and JPEG quality of one that had to be reduced."""
+"""Maximum length of the longer edge of a thumbnail, in pixels, and JPEG quality of reduced thumbnails."""
 
 
 @dataclass(frozen=True)
 class Split:
     """A split of the table: ``train``, ``val`` (held out) or ``test``, its n images and their embeddings (n, D).
 
-    ``labels`` (n,) are class indices, ``NEVER`` where they are not known.
+    ``labels`` (n,) are class indices, ``NEVER`` if unknown.
     """
 
     name: str
@@ -59,7 +59,7 @@ def check(options: Options) -> None:
     """Raises UsageError if the table cannot be written; called before anything is loaded or trained."""
     path = options.export_table
     if options.export_thumbnails and (path is None or path.suffix.lower() != ".parquet"):
-        raise UsageError("--export-thumbnails: needs --export-table with a .parquet file, which can hold pictures")
+        raise UsageError("--export-thumbnails: needs --export-table with a .parquet file, which can contain images")
     if path is None:
         return
     check_ending("--export-table", path, (".parquet", ".csv"))
@@ -78,20 +78,22 @@ def became_anchor(discoveries: Iterable[tuple[int, Neighbourhoods]], samples: in
     """The first of the given rounds in which each sample was an anchor.
 
     Args:
-        discoveries: rounds in any order, each with what was found in it.
+        discoveries: (round, neighbourhoods) in any order.
         samples: N.
 
     Returns:
         (N,) rounds; ``NEVER`` for those that were not an anchor in any.
 
     Raises:
-        UsageError: a discovery is of another number of samples.
+        UsageError: a discovery has another number of samples.
     """
     first = np.full(samples, NEVER)
-    for round, found in sorted(discoveries, key=lambda pair: -pair[0]):  # the earlier overwrite the later
+    for round, found in sorted(
+        discoveries, key=lambda pair: -pair[0]
+    ):  # in reverse order: earlier rounds overwrite later ones
         if len(found.position) != samples:
             raise UsageError(
-                f"round {round}: its anchors are of {len(found.position)} samples, not {samples}; choose the data "
+                f"round {round}: its anchors are from {len(found.position)} samples, not {samples}; choose the data "
                 "that the session was trained on"
             )
         first[found.anchors.cpu().numpy()] = round
@@ -99,12 +101,12 @@ def became_anchor(discoveries: Iterable[tuple[int, Neighbourhoods]], samples: in
 
 
 def columns(splits: Sequence[Split], classes: Sequence[str], rounds: np.ndarray, options: Options) -> dict[str, Any]:
-    """The columns but the thumbnails, as docs/evaluation.md describes them; None where a value is not known.
+    """The columns without thumbnails, as described in docs/evaluation.md; None if a value is unknown.
 
     Args:
         splits: the training images first.
         classes: class names.
-        rounds: (N,), as ``became_anchor`` gives them.
+        rounds: (N,), as returned by ``became_anchor``.
         options: temperature, and number of neighbours and resolution of the groups.
 
     Raises:
@@ -130,7 +132,7 @@ def columns(splits: Sequence[Split], classes: Sequence[str], rounds: np.ndarray,
     points = to_map(embeddings)
 
     def of_training(values: np.ndarray, index: np.ndarray | None = None) -> list[Any]:
-        """Values of all rows, from those of the training images, or of some of them."""
+        """Values of all rows from those of the training images, or of a subset of them; None for the others."""
         column: list[Any] = [None] * total
         for row, value in zip(range(samples) if index is None else index, values.tolist(), strict=True):
             column[row] = value
@@ -163,14 +165,14 @@ def _nameless(split: Split) -> list[None]:
 
 
 def _text(name: str | None) -> str | None:
-    """Valid UTF-8: bytes of a file name that are not become ``\\udcff`` and the like."""
+    """Text as valid UTF-8: other bytes of a file name become escapes such as ``\\udcff``."""
     return None if name is None else name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def to_map(embeddings: np.ndarray) -> np.ndarray | None:
-    """Embeddings (M, D) in the plane (M, 2): some by t-SNE, the others at the mean of the most similar of these.
+    """Embeddings (M, D) in the plane (M, 2): a subset by t-SNE, the others at the mean of the most similar of these.
 
-    None if there are fewer than five embeddings, or all are the same.
+    None if there are fewer than five embeddings, or all are equal.
     """
     chosen = drawn(len(embeddings), MAPPED)
     placed = to_plane(embeddings[chosen])
@@ -186,12 +188,12 @@ def to_map(embeddings: np.ndarray) -> np.ndarray | None:
 def save(path: Path, table: dict[str, Any], images: Sequence[Sequence[np.ndarray]] | None) -> None:
     """Writes the columns to a ``.parquet`` or ``.csv`` file.
 
-    CSV has no thumbnails and no embeddings; its lists are JSON, and its text is as ``csv_text`` leaves it.
+    CSV has no thumbnails and no embeddings; its lists are JSON, and text is passed through ``csv_text``.
 
     Args:
         path: the file.
-        table: the columns, as ``columns`` gives them.
-        images: those of each split, for thumbnails; None: no thumbnails.
+        table: the columns, as returned by ``columns``.
+        images: the images of each split, for thumbnails; None: no thumbnails.
 
     Raises:
         UsageError: the file exists or cannot be written.
@@ -216,11 +218,11 @@ def _write_csv(file: BinaryIO, table: dict[str, Any]) -> None:
     writer.writerow(shown)
     for row in zip(*shown.values(), strict=True):
         writer.writerow([_cell(value) for value in row])
-    text.detach()  # flushes, and leaves the file open
+    text.detach()  # flushes without closing the file
 
 
 def _cell(value: Any) -> Any:
-    """A cell of CSV: text without formulas, and numbers with as many digits as float32 has."""
+    """A CSV cell: text without formulas, and numbers with the digits of float32."""
     if isinstance(value, str):
         return csv_text(value)
     return round(value, 6) if isinstance(value, float) else value
@@ -239,7 +241,7 @@ def _write_parquet(file: BinaryIO, table: dict[str, Any], images: Sequence[Seque
     }
     fields = [(name, kinds.get(name, real)) for name in table]
     metadata = None
-    if images is not None:  # as Hugging Face's library stores an Image, so that viewers show it
+    if images is not None:  # the format of Hugging Face's Image, so that viewers show it
         fields.append(("image", pa.struct({"bytes": pa.binary(), "path": text})))
         metadata = {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})}
     schema = pa.schema(fields, metadata)

@@ -1,4 +1,4 @@
-"""The pictures of a report that show what became of the test images.
+"""The figures of a report about the test images.
 
 Letters: N training samples, D embedding, M test images, C classes.
 """
@@ -17,14 +17,14 @@ from lib.reporting.report_data import SEED, ReportData
 from lib.session.console import plural
 
 TESTS, PAIRS = 10_000, 10
-"""Test images that are classified, and confused pairs, at most."""
+"""Maximum number of classified test images, and of listed class pairs."""
 
 
 @dataclass(frozen=True)
 class Classified:
-    """Test images and the share of the votes (M, C) that each class had.
+    """Test images and the share of the votes (M, C) of each class.
 
-    ``chosen`` (M,) are their places in ``ReportData.tested``.
+    ``chosen`` (M,) are their indices in ``ReportData.tested``.
     """
 
     chosen: np.ndarray
@@ -33,18 +33,18 @@ class Classified:
 
     @property
     def predicted(self) -> np.ndarray:
-        """(M,) the class of most votes."""
+        """(M,), the class with the most votes."""
         return np.asarray(self.shares.argmax(axis=1))
 
 
 def classify(material: ReportData) -> Classified | str:
-    """Weighted kNN of the test images, or of some where there are many; or why there is none, '' without labels."""
+    """Weighted kNN of the test images, or of a subset if there are many; or the reason for none, '' without labels."""
     tested = material.tested
     if material.labels is None or tested is None or not len(tested.labels):
         return ""
     chosen = np.sort(np.random.default_rng(SEED).permutation(len(tested.labels))[:TESTS])
     queries = np.require(tested.features[chosen], np.float32, ["C", "W"])
-    bank = np.require(material.features, np.float32, ["C", "W"])  # no copy of what PyTorch can take as it is
+    bank = np.require(material.features, np.float32, ["C", "W"])  # avoids a copy if PyTorch can use the array directly
     if not (np.isfinite(queries).all() and np.isfinite(bank).all()):
         return "Not drawn: some embeddings are not finite numbers."
     arrays = (torch.from_numpy(array) for array in (queries, bank, np.require(material.labels, np.int64, ["C", "W"])))
@@ -53,14 +53,14 @@ def classify(material: ReportData) -> Classified | str:
 
 
 def _counts(material: ReportData, classified: Classified) -> np.ndarray:
-    """(C, C) test images by their true class, downwards, and the predicted one."""
+    """(C, C), number of test images by true class (rows) and predicted class."""
     counts = np.zeros((len(material.classes),) * 2, int)
     np.add.at(counts, (classified.labels, classified.predicted), 1)
     return counts
 
 
 def _basis(material: ReportData, classified: Classified) -> str:
-    """How the predictions came about, and how many are right."""
+    """A sentence about the classifier and its correct predictions."""
     assert material.tested is not None
     right, shown = (classified.predicted == classified.labels).sum(), len(classified.labels)
     all_ = len(material.tested.labels)
@@ -80,7 +80,7 @@ def confusion(material: ReportData, classified: Classified | str) -> Part:
 
 
 def confused(material: ReportData, classified: Classified | str) -> list[tuple[str, str, int, str]]:
-    """True and predicted class, test images, and their share of the true class; the most frequent first."""
+    """Pairs of true and predicted class, with the number of test images and the share; most frequent first."""
     if isinstance(classified, str):
         return []
     counts = _counts(material, classified)
@@ -95,7 +95,7 @@ def confused(material: ReportData, classified: Classified | str) -> list[tuple[s
 
 
 def voters(material: ReportData, classified: Classified | str) -> Part:
-    """Test images and their nearest training images: correct ones at random, and the most confident mistakes."""
+    """Test images and their nearest training images: random correct ones and the most confident mistakes."""
     if isinstance(classified, str):
         return Part(None, classified)
     is_right = classified.predicted == classified.labels

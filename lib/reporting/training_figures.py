@@ -1,6 +1,6 @@
-"""The pictures of a report that show training, discovery, health and embeddings.
+"""The figures of a report about training, discovery, health and embeddings.
 
-Each is a ``Part``; where one cannot be drawn it says why.
+Each is a ``Part``; if it cannot be drawn, it gives the reason.
 
 Letters: N training samples, A anchors, K neighbours, E epochs, P points.
 """
@@ -23,7 +23,7 @@ from lib.reporting.report_data import SEED, Discovered, ReportData, drawn
 from lib.session.console import plural
 
 MAPPED, ROUNDS = 2_000, 6
-"""Points of the map, and rounds with a histogram, at most."""
+"""Maximum number of points on the map, and of rounds with a histogram."""
 QUANTILES = ("entropy_05", "entropy_25", "entropy_50", "entropy_75", "entropy_95")
 """Quantiles of the entropy after an epoch, in nats."""
 HEALTH = {
@@ -34,13 +34,13 @@ HEALTH = {
     "orphans": "orphans",
     "largest_hub": "largest hub",
 }
-"""Health figures of an epoch, one number each, and what a plot calls them."""
+"""Health figures of an epoch with one value each -> label in a plot."""
 SHARES = {"reciprocal", "kept", "orphans", "largest_hub"}
-"""Those that are shares, of the samples or of their neighbours."""
+"""Health figures that are shares of the samples or of their neighbours."""
 
 
 def _column(material: ReportData, name: str) -> np.ndarray:
-    """(E,) of the metrics; NaN where a row has none."""
+    """(E,), a column of the metrics; NaN for missing values."""
     return np.array([np.nan if row.get(name) is None else row[name] for row in material.metrics], float)
 
 
@@ -63,7 +63,7 @@ def _accuracy(material: ReportData, rounds: np.ndarray) -> Part:
     for number in np.unique(rounds[known]):
         epochs = np.flatnonzero((rounds == number) & known)
         by = held_out[epochs] if np.isfinite(held_out[epochs]).any() else top1[epochs]
-        best = epochs[by == np.nanmax(by)][-1]  # of epochs that are equally good the last, as in training
+        best = epochs[by == np.nanmax(by)][-1]  # the last of equally accurate epochs, as in training
         last[epochs[-1]], chosen[best] = top1[epochs[-1]], top1[best]
     series = {"top-1": top1, "top-5": top5, "top-1 of held-out images": held_out}
     series = {name: values for name, values in series.items() if np.isfinite(values).any()}
@@ -98,7 +98,7 @@ def discovery(material: ReportData) -> dict[str, Part]:
 
 
 def _equal(found: Discovered, labels: np.ndarray) -> np.ndarray:
-    """(A, K) whether anchor and neighbour are of one class."""
+    """(A, K), whether anchor and neighbour have the same class."""
     return np.asarray(labels[found.anchors][:, None] == labels[found.neighbours])
 
 
@@ -128,14 +128,14 @@ def _entropy(material: ReportData) -> Part:
 
 
 def _is_anchor(found: Discovered) -> np.ndarray:
-    """(N,) of bool."""
+    """(N,) of bool, the anchors."""
     chosen = np.zeros(len(found.entropy), bool)
     chosen[found.anchors] = True
     return chosen
 
 
 def _galleries(material: ReportData, found: Discovered) -> dict[str, Part]:
-    """The anchors of lowest entropy, some at random, and the worst mistakes."""
+    """The anchors of lowest entropy, random ones, and the worst mistakes."""
     near = found.neighbours[:, :5]  # (A, K)
     count = 4 * max(1, 8 // (1 + near.shape[1]))
     drawn = np.random.default_rng(SEED).permutation(len(near))[:count]
@@ -151,14 +151,14 @@ def _galleries(material: ReportData, found: Discovered) -> dict[str, Part]:
     (wrong,) = (~equal[:, : near.shape[1]]).any(axis=1).nonzero()
     if not len(wrong):
         return parts | {
-            "mistakes": Part(None, f"All neighbours found in round {found.round} are of their anchor's class.")
+            "mistakes": Part(None, f"All neighbours found in round {found.round} have the class of their anchor.")
         }
     order = "lowest entropy"
     if found.similarities is not None:
         alike = np.where(equal, -np.inf, found.similarities)[wrong, : near.shape[1]].max(axis=1)
         wrong, order = wrong[np.argsort(-alike, kind="stable")], "greatest similarity"
     how = (
-        f"{where}; {(~equal).sum()} of {plural(equal.size, 'neighbour')} are of another class than their anchor; shown "
+        f"{where}; {(~equal).sum()} of {plural(equal.size, 'neighbour')} have another class than their anchor; shown "
         f"are those of {order}."
     )
     return parts | {"mistakes": Part(_gallery(material, found, wrong[:count]), how)}
@@ -184,7 +184,7 @@ def _name(material: ReportData, sample: int) -> str:
 
 
 def health(material: ReportData) -> dict[str, Part]:
-    """Figures that need no labels, over the epochs, and against the consistency where that is known."""
+    """Figures that need no labels, over the epochs, and over the consistency if that is known."""
     rounds = _column(material, "round").astype(int)
     values = np.stack([_column(material, name) for name in QUANTILES], axis=1)  # (E, 5)
     values[~np.isfinite(values).all(axis=1)] = np.nan
@@ -203,7 +203,7 @@ def health(material: ReportData) -> dict[str, Part]:
 
 
 def _too_few(values: np.ndarray, form: str) -> Part | None:
-    """A part without a picture where values (E,) make no line: the only one in words, or nothing; else None."""
+    """None if values (E,) can be drawn as a line; otherwise a part with the only value in words, or nothing."""
     known = values[np.isfinite(values)]
     if not len(known):
         return Part(None, "")
@@ -212,7 +212,7 @@ def _too_few(values: np.ndarray, form: str) -> Part | None:
 
 def _follows(material: ReportData, rounds: np.ndarray, columns: Mapping[str, np.ndarray]) -> Part:
     truth, pairs = _column(material, "consistency"), {}
-    first = np.flatnonzero(np.diff(rounds, prepend=-1))  # of each round
+    first = np.flatnonzero(np.diff(rounds, prepend=-1))  # first epoch of each round
     for label, column in columns.items():
         at = first[np.isfinite(column[first]) & np.isfinite(truth[first])]
         if len(at) >= 2:
@@ -224,7 +224,7 @@ def _follows(material: ReportData, rounds: np.ndarray, columns: Mapping[str, np.
 
 
 def _rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Spearman's; NaN below three points, or where one of them is constant."""
+    """Spearman's rank correlation; NaN for fewer than three points or constant values."""
     if len(one) < 3 or np.ptp(one) == 0 or np.ptp(other) == 0:
         return float("nan")
     return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
@@ -237,7 +237,7 @@ class Projection:
     Attributes:
         chosen: (P,) sample indices, ascending.
         points: (P, 2).
-        how: how they came about.
+        how: a sentence about how they were computed.
     """
 
     chosen: np.ndarray
@@ -246,7 +246,7 @@ class Projection:
 
 
 def project(material: ReportData) -> Projection | str:
-    """Some of the embeddings in the plane by t-SNE, or why they are not drawn."""
+    """A subset of the embeddings in the plane by t-SNE, or the reason why there is none."""
     samples = len(material.features)
     chosen = drawn(samples, MAPPED)
     placed = to_plane(material.features[chosen])
@@ -258,17 +258,17 @@ def project(material: ReportData) -> Projection | str:
 
 
 def to_plane(features: np.ndarray) -> tuple[np.ndarray, str] | str:
-    """Embeddings (P, D) in the plane (P, 2) by t-SNE, and its constants; or why there is no such map."""
+    """Embeddings (P, D) in the plane (P, 2) by t-SNE, and its settings; or the reason why there is no map."""
     features = np.asarray(features, np.float64)
     if not np.isfinite(features).all():
         return "some embeddings are not finite numbers"
     if len(features) < 5 or np.ptp(features, axis=0).max() < 1e-6:
-        return "there are fewer than five embeddings, or all are the same"
+        return "there are fewer than five embeddings, or all are equal"
     before = ""
     if features.shape[1] > 50 and len(features) > 50:
         features, before = PCA(50, random_state=SEED).fit_transform(features), ", after PCA to 50 dimensions"
     perplexity = min(30.0, (len(features) - 1) / 3)
-    with threadpool_limits(1):  # sums in one order; and threads that wait for a busy core cost more than they bring
+    with threadpool_limits(1):  # one thread: sums always have the same order, and threads would wait for busy cores
         points = TSNE(perplexity=perplexity, init="pca", random_state=SEED).fit_transform(features)  # (P, 2)
     return points, f"t-SNE (perplexity {perplexity:.3g}, started from PCA, seed {SEED}){before}"
 

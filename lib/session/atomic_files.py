@@ -55,7 +55,7 @@ def _fsync_folder(folder: Path) -> None:
 
 
 def hard_link(path: Path, name: Path) -> None:
-    """Makes ``name`` a hard link to the file, or a copy where the file system has no links; replaces ``name``."""
+    """Makes ``name`` a hard link to the file, or a copy if the file system has no links; replaces ``name``."""
     name.unlink(missing_ok=True)
     try:
         os.link(path, name)
@@ -65,13 +65,13 @@ def hard_link(path: Path, name: Path) -> None:
 
 @contextmanager
 def new_files(*paths: Path) -> Iterator[tuple[BinaryIO, ...]]:
-    """Opens new files for writing; all of them appear when the block ends, or none.
+    """Opens new files for writing; when the block ends, either all of them appear or none.
 
     Raises:
         UsageError: a file exists or cannot be written.
     """
     for path in paths:
-        check_place(path)  # again: hours may have passed since the options were checked
+        check_place(path)  # checked again: hours may have passed since the options were checked
     try:
         with ExitStack() as stack:
             yield tuple(stack.enter_context(atomic_write(path)) for path in paths)
@@ -108,7 +108,7 @@ def check_place(path: Path) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error's message, at most 200 characters; its type where the message is empty."""
+    """The first line of an error's message, at most 200 characters; its type if the message is empty."""
     lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 

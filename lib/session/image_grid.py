@@ -1,4 +1,4 @@
-"""A picture of what a discovery found: anchors beside their neighbours."""
+"""An image grid of the anchors of a discovery and their neighbours."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def draw(
         labels: (N,) or None.
         anchors: (A,) sample indices, at least one.
         neighbours: (A, K) sample indices.
-        rows, columns: entries in the picture at most.
+        rows, columns: maximum number of entries.
     """
     shown = min(neighbours.shape[1], 5)
     columns = max(1, columns // shown)
@@ -63,9 +63,9 @@ def _framed(image: np.ndarray, frame: str) -> Image.Image:
 
 
 def tile(image: np.ndarray, side: int) -> Image.Image:
-    """The image (H, W, 3) of uint8 in a white square of ``side`` pixels, its proportions kept.
+    """The image (H, W, 3) of uint8 in a white square of ``side`` pixels, with its proportions unchanged.
 
-    The pixels of an image of at most half that size stay visible.
+    Images of at most half that size are magnified without smoothing.
     """
     method = Image.Resampling.NEAREST if max(image.shape[:2]) <= side // 2 else Image.Resampling.BICUBIC
     return ImageOps.pad(Image.fromarray(image), (side, side), method, color="white")
@@ -74,10 +74,10 @@ def tile(image: np.ndarray, side: int) -> Image.Image:
 def save_anchors(
     path: Path, images: Sequence[np.ndarray], labels: np.ndarray | None, anchors: torch.Tensor, neighbours: torch.Tensor
 ) -> Image.Image | None:
-    """Writes the picture as PNG and returns it; None and nothing written where there is no anchor or no neighbour.
+    """Writes the image grid as PNG and returns it; without anchors or neighbours, writes nothing and returns None.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     if not neighbours.numel():
         return None
@@ -88,7 +88,7 @@ def save_anchors(
 
 
 def thumbnails(images: Sequence[np.ndarray], index: Sequence[int]) -> np.ndarray:
-    """Chosen images as (n, 3, TILE, TILE) of float32 in [0, 1], with white beside those that are not square."""
+    """Chosen images as (n, 3, TILE, TILE) of float32 in [0, 1], padded with white if they are not square."""
     stacked = np.stack([np.asarray(tile(images[i], TILE)) for i in index])  # (n, TILE, TILE, 3)
     shown: np.ndarray = np.divide(stacked.transpose(0, 3, 1, 2), 255, dtype=np.float32)
     return shown

@@ -337,7 +337,7 @@ def discoveries(folder: Path | None, current: Checkpoint, samples: int) -> list[
                 raise UsageError(
                     f"{where}: has {len(here.position)} samples, not {samples}; choose the data it was trained on"
                 )
-            # until its first step, a round has the neighbourhoods of the previous round
+            # before its first step, a round still has the neighbourhoods of the previous one
             begun = int(content["epoch"]) > 0 or int(content.get("step", 0)) > 0
             if here.num_anchors:
                 found[int(content["round"]) - (not begun)] = here

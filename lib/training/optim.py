@@ -46,7 +46,7 @@ def multistep(rates: dict[int, float]) -> Schedule:
 
 
 def cosine(base_lr: float, epochs: int) -> Schedule:
-    """base_lr (1 + cos(pi epoch / epochs)) / 2: half a cosine over so many epochs, without restarts.
+    """base_lr (1 + cos(pi epoch / epochs)) / 2: half a cosine over ``epochs`` epochs, without restarts.
 
     Loshchilov and Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts", equation 5.
     """

@@ -213,7 +213,7 @@ class Recorder:
         return True
 
     def _keep(self, content: Checkpoint, path: Path) -> None:
-        self._best = None  # not half overwritten if memory runs out
+        self._best = None  # not partly overwritten if memory runs out
         self._host_copy = checkpoint.copy_to_host(content, self._host_copy)
         self._best = path, self._host_copy
 

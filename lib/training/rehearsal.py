@@ -28,8 +28,7 @@ def rehearse(
     precision: torch.dtype | None = None,
     views: int = 1,
 ) -> str:
-    """Runs forward and backward pass of a full batch of black images, and undoes what they change. Call it on every
-    rank.
+    """Runs forward and backward pass of a full batch of black images and restores the state. Call it on every rank.
 
     Args:
         batch_size: B V, of all ranks together.
@@ -50,7 +49,9 @@ def rehearse(
     images = batch_size // views
     if not _fits(step, images):
         fitting = None
-        if device.type == "cuda" and ranks.size == 1:  # elsewhere a smaller batch may be killed and not refused
+        if (
+            device.type == "cuda" and ranks.size == 1
+        ):  # on CPUs the system may kill the process instead of refusing the memory
             fitting = _largest_fitting(step, images // 2)
         advice = (
             f"--batch-size {fitting * views} fits"
@@ -65,7 +66,7 @@ def rehearse(
 
 
 def _largest_fitting(step: Callable[[int], None], images: int) -> int | None:
-    """The first of ``images``, its half, its quarter and so on that fits."""
+    """The largest of ``images``, half of it, a quarter of it and so on that fits; None if none does."""
     while images >= 2:
         torch.cuda.empty_cache()
         if _fits(step, images):
@@ -75,9 +76,9 @@ def _largest_fitting(step: Callable[[int], None], images: int) -> int | None:
 
 
 def _fits(step: Callable[[int], None], images: int) -> bool:
-    """Whether a step on so many images, in all their views, does not run out of memory.
+    """Whether a step with this number of images, in all their views, fits into memory.
 
-    When it returns, the error is gone, and with it the frames of its traceback, which hold the tensors of the step.
+    When it returns, the error and the frames of its traceback, which hold the tensors of the step, are freed.
     """
     try:
         step(images)
@@ -99,7 +100,7 @@ def _step(
     views: int,
 ) -> None:
     network, device = state.network, state.bank.memory.device
-    buffers = [buffer.clone() for buffer in network.buffers()]  # batch normalisation takes note of the images
+    buffers = [buffer.clone() for buffer in network.buffers()]  # the running statistics of batch normalisation change
     was_training = network.training
     images = torch.zeros(views * ranks.local_batch_sizes(count)[ranks.rank], 3, *size, device=device)
     index = torch.arange(count, device=device)
@@ -120,7 +121,7 @@ def _step(
 
 
 def _peak(device: torch.device) -> int | None:
-    """Bytes: of a GPU what PyTorch had allocated, otherwise of this process; None where nothing tells."""
+    """Peak memory in bytes: allocated by PyTorch on a GPU, otherwise of this process; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

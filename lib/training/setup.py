@@ -162,7 +162,7 @@ def prepare(options: Options, ranks: Ranks | None = None) -> RunContext:
     begun = None
     if launch.restarts():
         begun = ranks.broadcast_object(of_job(options.sess_dir, launch.job()))
-        if begun and ranks.broadcast_object(latest(begun).is_file()):  # as seen by rank 0, which reads it
+        if begun and ranks.broadcast_object(latest(begun).is_file()):  # found by rank 0, which reads it
             options = options.model_copy(update={"resume": begun, "restart": False, "session": None})
     source, loaded = checkpoint.load_resumed(options.resume, ranks) if options.resume else (None, {})
     seed = seeding.choose(options.seed, loaded.get("seed"), ranks.broadcast_object(int(time.time())))
@@ -182,7 +182,7 @@ def assemble(
     assert options.seed is not None
     torch.manual_seed(seeding.seed_for(options.seed, Stream.WEIGHTS))  # for the initial weights
     network = build_network(options, load=not source)
-    if "linear" in options.protocol:  # here, and not at the test after days of training
+    if "linear" in options.protocol:  # here, and not in the evaluation after days of training
         linear_probe.check_stages(network, options.linear_layers, height_and_width(options.size))
     splits = load_data(options)
     means_and_stds = options.means or data_source.means, options.stds or data_source.stds

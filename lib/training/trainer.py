@@ -46,14 +46,14 @@ class Trainer:
         state: everything that training changes; a checkpoint holds it.
         loader: the training images.
         learning_rate: epoch of its span (a round, or the run) -> learning rate.
-        recorder: writes what was reached.
+        recorder: writes logs, metrics and checkpoints.
         terms: of the loss, functions of the embedded batch.
-        labels: (N,) on the bank's device, for the consistency alone; None without labels.
+        labels: (N,) on the bank's device, used for the consistency only; None without labels.
         evaluate: accuracy on the test images; None without labels.
-        validate: accuracy on held-out training images, which then choose the best epoch; None: the test images do, as
+        validate: accuracy on held-out training images, which then select the best epoch; None: the test images do, as
             in the reference.
         evaluate_stage: accuracy by the stage of ``--embed``, after the last epoch of a round; None for the embeddings.
-        signals: whether the run was asked to stop.
+        signals: stop requests.
         ranks: the ranks that train together.
     """
 
@@ -77,15 +77,15 @@ class Trainer:
         self.steps_between_requests = GPU_STEPS if on_gpus else 1
 
     def fit(self) -> None:
-        """Trains the rounds that are left.
+        """Trains the remaining rounds.
 
         Raises:
-            Stopped: by a signal; the state between two optimiser steps is saved.
+            Stopped: a signal stopped the run; the state between two optimiser steps is saved.
             NonFiniteLossError: the last checkpoint is from before that step.
         """
         state, options = self.state, self.options
         if state.round == options.max_round - 1 and state.epoch >= options.max_epoch:
-            logger().info("all rounds are done; raise --max-round or --max-epoch to go on")
+            logger().info("all rounds are done; raise --max-round or --max-epoch to continue")
         try:
             while state.round < options.max_round:
                 self.train_round()
@@ -95,7 +95,7 @@ class Trainer:
             raise
 
     def train_round(self) -> None:
-        """Discovery, then the epochs that are left in the round."""
+        """Discovery, then the remaining epochs of the round."""
         state = self.state
         if state.epoch == state.step == 0:
             state.acc = state.best_acc = None
@@ -111,7 +111,7 @@ class Trainer:
             state.round, state.epoch = state.round + 1, 0
 
     def is_discovery_repeated(self) -> bool:
-        """Whether ``--ANs-every`` asks for a discovery before the next step, which is not the first of the round."""
+        """Whether ``--ANs-every`` requests a discovery before the next epoch, which is not the first of the round."""
         state, every = self.state, self.options.ANs_every
         return every > 0 and state.epoch > 0 and state.step == 0 and state.epoch % every == 0
 
@@ -172,7 +172,9 @@ class Trainer:
             "evaluate_s": time.perf_counter() - trained,
         }
         self.signals.raise_if_stopped()
-        with self.signals.defer():  # from here to the checkpoint, since these belong together
+        with (
+            self.signals.defer()
+        ):  # signals are deferred from here to the checkpoint, as record and checkpoint belong together
             state.health = measured
             is_best = self.finish_epoch(accuracy, held_out, record)
             self.recorder.epoch_finished(state.history[-1], accuracy)
@@ -183,7 +185,7 @@ class Trainer:
                 self.recorder.keep_best(state)
 
     def finish_epoch(self, accuracy: Accuracy | None, held_out: Accuracy | None, figures: dict[str, Any]) -> bool:
-        """Adds the record of the epoch to the history and moves on to the next; whether it is the round's best."""
+        """Adds the epoch's record to the history and advances the counters; returns whether it is the round's best."""
         state, chooser = self.state, held_out or accuracy
         state.acc = chooser.top1 if chooser else None
         is_best = state.acc is None or state.best_acc is None or state.acc >= state.best_acc  # as in the reference
@@ -208,7 +210,7 @@ class Trainer:
         return is_best
 
     def train_steps(self) -> None:
-        """The steps that are left in the epoch: each learns from ``iter_size`` batches, the last from what is left."""
+        """The remaining steps of the epoch, with ``iter_size`` batches each; the last may have fewer."""
         state, batches = self.state, len(self.loader)
         if state.step == 0:
             state.total, state.seen, state.skipped = torch.zeros((), device=state.bank.memory.device), 0, 0
@@ -240,12 +242,12 @@ class Trainer:
                 break
 
     def backward(self, batch: Batch, number: int, group: int) -> torch.Tensor:
-        """Adds the gradient of one batch, then updates the memory bank; the loss of the batch.
+        """Adds the gradient of one batch, then updates the memory bank; returns the loss of the batch.
 
         Args:
             batch: images (b V, 3, h, w) of this rank and the sample indices (B,) of the whole batch.
             number: of the batch in the epoch.
-            group: batches in the optimiser step, whose mean loss it descends.
+            group: number of batches in the optimiser step, over whose mean loss it steps.
         """
         state, (images, index) = self.state, batch
         other = [self.ranks.rank] if self.ranks.rank else []
@@ -259,19 +261,21 @@ class Trainer:
             )
             if skips and not loss.isfinite():  # waits for the device
                 state.skipped += 1
-                _restore(state.network.buffers(), buffers)  # batch normalisation has seen the batch already
+                _restore(state.network.buffers(), buffers)  # the running statistics already include the batch
                 return loss.detach()
             state.scaler.scale(loss / group).backward()
-        state.bank.update(embeddings, index)  # after the backward pass, which needs the rows as they were
+        state.bank.update(embeddings, index)  # after the backward pass, which needs the old rows
         state.total += loss.detach() * len(index)
         state.seen += len(index)
         state.passes += len(index) * self.options.views
         return loss.detach()
 
     def optimizer_step(self) -> None:
-        """One step on the gradients gathered by ``backward``, summed over the ranks."""
+        """One optimiser step with the gradients of ``backward``, summed over the ranks."""
         state = self.state
-        if any(parameter.grad is not None for parameter in state.network.parameters()):  # all may be skipped
+        if any(
+            parameter.grad is not None for parameter in state.network.parameters()
+        ):  # all batches may have been skipped
             self.gradients.finish()
             state.scaler.step(state.optimizer)
             state.scaler.update()
@@ -291,7 +295,7 @@ def batch_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of a batch, and the embeddings of its images.
 
-    Each rank embeds its share of the images. From there on all ranks have the whole batch, and the same loss.
+    Each rank embeds its share of the images. The embeddings are then gathered, so all ranks compute the same loss.
 
     Args:
         state: network, memory bank and neighbourhoods.
@@ -300,7 +304,7 @@ def batch_loss(
         images: (b V, 3, h, w) of this rank, the views of an image one after another.
         index: (B,) samples of the whole batch.
         precision: of mixed precision; None: float32.
-        network: wraps the one of ``state``; None: that one itself.
+        network: wrapper of the network of ``state``; None: the network itself.
         views: V.
 
     Returns:
@@ -319,8 +323,8 @@ def batch_loss(
 class NonFiniteCheck:
     """Stops training at the first batch whose loss is NaN or infinite.
 
-    On a GPU reading a loss makes the host wait, so the first such batch is remembered on the device, and read now and
-    then.
+    On a GPU reading a loss makes the host wait, so the number of the first such batch is kept on the device and read
+    only from time to time.
 
     Args:
         trainer: whose state is checked.
@@ -335,7 +339,7 @@ class NonFiniteCheck:
         self.first = torch.full((), -1, device=self.device)  # the first batch of the epoch with such a loss, or -1
 
     def add(self, loss: torch.Tensor, number: int) -> None:
-        """Takes note of the loss of a batch of the epoch; may read, and raise as ``check``."""
+        """Records the loss of a batch of the epoch; sometimes calls ``check``."""
         if self.trainer.options.on_nonfinite == "skip":
             return
         self.first = torch.where((self.first < 0) & ~loss.isfinite(), number, self.first)
@@ -343,7 +347,7 @@ class NonFiniteCheck:
             self.check()
 
     def check(self) -> None:
-        """NonFiniteLossError if any loss of the epoch so far was not finite."""
+        """Raises NonFiniteLossError if any loss of the epoch so far was not finite."""
         first, state = int(self.first), self.trainer.state
         if first < 0:
             return
@@ -351,12 +355,12 @@ class NonFiniteCheck:
         raise NonFiniteLossError(
             f"the loss is not a finite number in round {state.round}, epoch {state.epoch + 1}, step {first + 1}, at a "
             f"learning rate of {state.optimizer.param_groups[0]['lr']:g}, for the training images {samples}; lower "
-            "--base-lr, look at these images, or leave such batches out with --on-nonfinite skip; the last checkpoint "
+            "--base-lr, check these images, or skip such batches with --on-nonfinite skip; the last checkpoint "
             "is from before"
         )
 
     def check_weights(self) -> None:
-        """NonFiniteLossError if a weight is not finite, as a gradient can make it though all losses were finite."""
+        """Raises NonFiniteLossError if a weight is not finite, which is possible although all losses were finite."""
         state = self.trainer.state
         if not torch.stack([parameter.isfinite().all() for parameter in state.network.parameters()]).all():
             raise NonFiniteLossError(

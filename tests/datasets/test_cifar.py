@@ -262,7 +262,7 @@ def test_truncated_archive_is_refused_with_its_name(fetched: tuple[str, Source],
     (tmp_path / archive).write_bytes(content[:-1])
     with pytest.raises(DataError) as refused:
         datasets.load(name, tmp_path, download=True)
-    assert str(refused.value).startswith(f"{tmp_path / archive}: is cut short")
+    assert str(refused.value).startswith(f"{tmp_path / archive}: is incomplete or altered")
     assert (tmp_path / archive).read_bytes() == content[:-1] and {path.name for path in tmp_path.iterdir()} <= {
         archive,
         LOCK,

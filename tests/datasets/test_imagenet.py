@@ -130,7 +130,7 @@ def test_validation_class_without_training_images_is_refused(flat: bool, root: P
         path.unlink()
     (root / "train" / synthetic.WNIDS[1]).rmdir()
     text = refusal(root)
-    assert synthetic.WNIDS[1] in text and "train lacks" in text and synthetic.WNIDS[0] not in text
+    assert synthetic.WNIDS[1] in text and "missing in train" in text and synthetic.WNIDS[0] not in text
 
 
 def test_both_class_folders_and_flat_images_are_refused(root: Path) -> None:

@@ -150,7 +150,7 @@ def test_files_without_a_split_name_are_skipped_with_a_note(tmp_path: Path) -> N
     put(tmp_path / ".cache" / "train.parquet", [5])
     splits = read(tmp_path)
     assert numbers(splits.train) == [0, 1]
-    assert splits.notes == (f"{tmp_path}: words.parquet is left out: its name tells no split",)
+    assert splits.notes == (f"{tmp_path}: words.parquet is ignored: its name contains no split",)
 
 
 def test_validation_serves_as_test_if_test_has_no_labels(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_labels_are_found_by_the_only_class_label(tmp_path: Path) -> None:
         "pug",
     ]
     splits = read(put(tmp_path / "b.parquet", [0, 1], label=[0.5, 1.5], size=[1, 2]))
-    assert splits.train.labels is None and "label holds double, which is no class" in splits.notes[0]
+    assert splits.train.labels is None and "label holds double, which cannot be a class: there" in splits.notes[0]
 
 
 def test_label_column_option_selects_the_column(tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_files_without_images_are_refused(tmp_path: Path) -> None:
     ("name", "words"),
     [
         ("lable", "has no such column; did you mean label?"),
-        ("weight", "holds double there; labels are whole numbers or text"),
+        ("weight", "holds double there; labels are integers or text"),
         ("image", "holds struct<"),
         ("tags", "holds list<"),
     ],

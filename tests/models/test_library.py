@@ -245,4 +245,4 @@ def test_pretrained_weights_are_loaded_by_package_name(
 
     monkeypatch.setattr(api, "load_state_dict_from_url", fails)
     assert main.main(words) == 2
-    assert "cannot be loaded (Name or service not known); where there is no network" in capsys.readouterr().err
+    assert "cannot be loaded (Name or service not known); without internet access" in capsys.readouterr().err

@@ -434,7 +434,7 @@ def test_groups_show_their_most_typical_images() -> None:
 
 def test_duplicates_are_listed_with_the_number_to_remove() -> None:
     shown = answer("Duplicates", with_copies())
-    assert shown.found == "2 images could go without loss: identical to another one (1 set)."
+    assert shown.found == "2 images could be removed without loss: identical to another one (1 set)."
     assert shown.rows[0].title == "3 images, identical" and numbers(shown.rows[0]) == [4, 7, 31]
     given = with_copies()
     similarity = [float(row.title.rpartition(" ")[2]) for row in shown.rows[1:]]
@@ -492,7 +492,7 @@ def test_few_or_identical_images_have_a_report(given: tuple[int, bool], labelled
     assert f"{image_findings.plural(count, 'image')}" in shown.parts["Groups"]
     assert ("Labels" in shown.parts) == labelled and "Map to explore" not in shown.parts
     if alike:
-        assert f"{image_findings.plural(count - 1, 'image')} could go without loss" in shown.parts["Duplicates"]
+        assert f"{image_findings.plural(count - 1, 'image')} could be removed without loss" in shown.parts["Duplicates"]
 
 
 def test_without_file_names_the_index_in_the_data_set_is_shown() -> None:

@@ -337,5 +337,5 @@ def test_round_of_a_sample_is_its_first_as_an_anchor(order: list[int]) -> None:
 
 
 def test_anchors_of_another_data_set_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"^round 2: its anchors are of 5 samples, not 6; choose the data .*$"):
+    with pytest.raises(UsageError, match=r"^round 2: its anchors are from 5 samples, not 6; choose the data .*$"):
         became_anchor([(1, found([1], 6)), (2, found([1], 5))], 6)

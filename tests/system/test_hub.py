@@ -252,7 +252,7 @@ def test_unusable_weights_are_refused_in_one_sentence(trained: Path, tmp_path: P
     (tmp_path / "model.safetensors").write_bytes((trained / "model.safetensors").read_bytes()[:5000])
     assert "is damaged" in refused(tmp_path / "model.safetensors")
     options.unlink()
-    assert "there is no model.yaml beside it" in refused(tmp_path / "model.safetensors")
+    assert "there is no model.yaml next to it" in refused(tmp_path / "model.safetensors")
     assert "set --low-dim to it" in refused(trained / "mine", low_dim=9)
 
 

@@ -1,4 +1,4 @@
-"""Lists the benchmarks, runs those that are named, prints their tables and keeps them where asked."""
+"""Lists the benchmarks, runs the named ones, and prints or saves their tables."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def names() -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 0, or 2 for a name that is none; ``gpu`` has its own options and statuses."""
+    """Exit status 0, or 2 for an unknown name; ``gpu`` has its own options and statuses."""
     if argv[:1] == ["gpu"]:
         return gpu.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)

@@ -15,7 +15,7 @@ PAPER = Augmentation(
 
 
 def run(repeats: int, device: torch.device) -> str:
-    """A table of images/s; on a CPU both ways have one thread, for the plain way uses no more."""
+    """A table of images/s; on a CPU both use one thread, as the plain implementation uses no more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     draw = np.random.default_rng(0)

@@ -4,9 +4,9 @@
 
 Each ``--features NAME FILE ...`` names files of main.py's ``--export-features`` with labels; their training embeddings
 are clustered, file i with seed i, and a single file with seeds 0 to ``--seeds`` - 1. Pixels of the digits come first.
-Spectral clustering and HDBSCAN compare pairs, so beyond ``--most`` samples a random sample of that size is clustered,
-by all methods, and all samples by those that can. k-means and spectral clustering are told the number of classes, the
-others are not. The table is printed as Markdown.
+Spectral clustering and HDBSCAN compare pairs, so with more than ``--most`` samples all methods cluster a random sample
+of that size, and the others also all samples. k-means and spectral clustering receive the number of classes, the
+others do not. The table is printed as Markdown.
 
 Letters: N samples, D embedding size.
 """
@@ -31,14 +31,14 @@ from lib.evaluation import clustering, graph_clustering
 from lib.session import provenance
 
 NOISE = -1
-"""HDBSCAN's cluster of samples that are in none."""
+"""HDBSCAN's label of samples without a cluster."""
 Method = Callable[[np.ndarray, int, int], np.ndarray]
 """Embeddings (N, D), number of classes and seed -> clusters (N,)."""
 
 
 def k_means(rows: np.ndarray, classes: int, seed: int) -> np.ndarray:
     """As ``--protocol cluster``."""
-    unused = np.zeros(len(rows), np.int64)  # without labels it would spend time on the silhouette
+    unused = np.zeros(len(rows), np.int64)  # without labels it would compute the silhouette, which takes time
     return clustering.cluster(rows, unused, clusters=classes, seed=seed).clusters
 
 
@@ -48,7 +48,7 @@ def spectral(rows: np.ndarray, classes: int, seed: int) -> np.ndarray:
 
     method = SpectralClustering(classes, affinity="nearest_neighbors", n_neighbors=15, random_state=seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a graph in several pieces, which k-means of the eigenvectors tells apart
+        warnings.simplefilter("ignore")  # warns of an unconnected graph, which k-means of the eigenvectors separates
         found: np.ndarray = method.fit_predict(rows)
     return found
 
@@ -84,11 +84,12 @@ FEW: Mapping[str, Method] = {
     "HDBSCAN, at least 5": hdbscan(5),
     "HDBSCAN, at least 15": hdbscan(15),
 }
-"""Methods for as many samples as ``--most`` allows."""
+"""Methods for at most ``--most`` samples."""
 
 
 def judge(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
-    """Figures in per cent but ``groups``; what is left out counts as one group more in NMI and ARI, and as wrong."""
+    """Figures in per cent except ``groups``; samples without a cluster count as a further group in NMI and ARI, and as
+    wrong in the accuracy."""
     known = clusters != NOISE
     found = clustering.scores(labels, clusters)
     right = clustering.scores(labels[known], clusters[known])["accuracy"] * known.sum() if known.any() else 0.0

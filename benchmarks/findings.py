@@ -5,8 +5,8 @@
 For each seed it draws 2,000 training images, plants among them ten each of byte-identical, recompressed (JPEG quality
 50) and cropped copies (90 % of each edge, resized back), noise, black and white images, moves 5 % of the photographs
 into the folder of another class, and trains a network on all of them (60 epochs of configs/cifar10-cpu.yaml).
-``--checkpoint`` evaluates a network that was trained elsewhere in place of these. What is in ``WORK`` already is not
-made again. ``--save`` writes benchmarks/results/findings.md.
+``--checkpoint`` also evaluates a network that was trained on other images. Files that exist in ``WORK`` are not made
+again. ``--save`` writes benchmarks/results/findings.md.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from lib.training import setup
 IMAGES, PLANTED, WRONG, K, TOP = 2000, 10, 0.05, 15, 20
 COPIES, OUTLIERS = ("same", "recompressed", "cropped"), ("noise", "black", "white")
 SCHEDULE = ("--max-round", "1", "--max-epoch", "60", "--lr-decay-offset", "24", "--lr-decay-step", "12")
-LEGEND = """n is the number of what was planted: 30 outliers, 100 wrong labels. The last three columns are the place in
-the list where only one image of each kind is among the photographs, the median of five such sets for each seed."""
+LEGEND = """n is the number of planted images: 30 outliers, 100 wrong labels. The last three columns are the place in
+the list if only one image of each kind is planted, the median of five such sets for each seed."""
 RESULT = Path(__file__).parent / "results" / "findings.md"
 
 
 def plant(source: Path, target: Path, seed: int) -> None:
-    """Fills ``target``/train/<class>/ with photographs and what is planted among them; the file names tell which."""
+    """Fills ``target``/train/<class>/ with photographs and planted images, which are marked by their file names."""
     rng = np.random.default_rng(seed)
     files = sorted((source / "train").glob("*/*"))
     chosen = [files[place] for place in rng.permutation(len(files))[:IMAGES]]

@@ -1,8 +1,8 @@
-"""Everything that waits for a GPU, in one command that continues where it was when it is called again.
+"""All measurements that need a GPU, in one command that resumes when it is called again.
 
     python -m benchmarks gpu --minutes 10 --data-root data/cifar10-images -- --amp bf16 --compile
 
-The parts run in this order, each in a process of its own:
+The parts run in this order, each in a separate process:
 
     tests                 the tests that need a GPU (tests/system/test_gpu.py)
     step-MODE             one training step by part; a mode is float32, tf32, bf16 or one of them compiled
@@ -12,10 +12,11 @@ The parts run in this order, each in a process of its own:
     cifar10               the paper's training by configs/base.yaml and configs/cifar10.yaml; words after ``--`` are
                           added to its command line
 
-``OUT/state.json`` has the result of each part that was run. A part that is done is not repeated. One that failed or ran
-out of time is tried again by the next call, after those that were not tried yet. No part is begun that cannot end
-before the deadline; what still runs then is told to stop, and the training on CIFAR-10 saves its state and resumes with
-the next call. ``OUT/NAME.log`` is what a part printed, ``OUT/gpu.md`` and ``OUT/cifar10-gpu.md`` are the tables.
+``OUT/state.json`` has the result of each part that was run. A finished part is not repeated. One that failed or ran
+out of time is tried again by the next call, after those that were not tried yet. A part that cannot end before the
+deadline is not started; a part that still runs then receives a signal, and the training on CIFAR-10 saves its state and
+resumes with the next call. ``OUT/NAME.log`` is the output of a part; ``OUT/gpu.md`` and ``OUT/cifar10-gpu.md`` are the
+tables.
 """
 
 from __future__ import annotations
@@ -65,12 +66,12 @@ MEASURES = {
     "knn": ("Weighted kNN, 10,000 queries, 50,000 rows", 20),
     "memory": ("Memory of the training, and the largest batch", 90),
 }
-"""Part -> its title, and seconds without which it is not begun, on one H100; ``--small`` asks for no more than 20."""
+"""Part -> title and minimum seconds to start it, on one H100; with ``--small`` at most 20."""
 GRACE = 20.0
-"""Seconds before the deadline at which a part is told to stop; ``KILL`` before it, it is killed."""
+"""Seconds before the deadline at which a part is signalled to stop; ``KILL`` seconds before it, it is killed."""
 KILL = 3.0
 MOST = 6
-"""A part is stopped after so many times its least seconds."""
+"""A part is stopped after this multiple of its minimum seconds."""
 EXPECTED = {0: "", 128 + signal.SIGTERM: "stopped at the deadline", 128 + signal.SIGINT: "stopped by Ctrl-C"}
 
 
@@ -79,7 +80,7 @@ class Outcome:
     """How a part ended.
 
     Attributes:
-        status: done, unfinished (it will be continued) or failed.
+        status: done, unfinished (to be resumed) or failed.
         reason: why it is not done.
         result: ``text`` in Markdown, ``machine``, and figures.
     """
@@ -91,17 +92,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Part:
-    """Something to run in a process of its own.
+    """Something to run in a separate process.
 
     Attributes:
         name: in the state file; also of its log.
         title: in the table of results.
         command: returns the words after the Python interpreter.
-        outcome: what exit status and log mean.
-        least: seconds without which it is not begun.
-        most: seconds after which it is stopped; None: the deadline alone.
-        needs: modules without which it is not begun.
-        blocked: why it cannot be begun at all; '' if it can.
+        outcome: interprets exit status and log.
+        least: minimum seconds to start it.
+        most: seconds after which it is stopped; None: only at the deadline.
+        needs: required modules.
+        blocked: why it cannot be started at all; '' if it can.
         stop: the signal that stops it.
     """
 
@@ -117,12 +118,12 @@ class Part:
 
 
 class Runner:
-    """The parts, and how far they have come.
+    """The parts and their progress.
 
     Args:
         out: folder of the state file, logs and tables.
-        parts: in the order in which they run; those tried in vain come after the others, but before the last.
-        setting: what all results in the folder share.
+        parts: in the order in which they run; failed ones come after the others, but before the last.
+        setting: the settings of all results in the folder.
         deadline: of ``time.monotonic``.
         chosen: names of the parts to run; None: all.
 
@@ -160,7 +161,7 @@ class Runner:
         return bool(self.entries.get(part.name, {}).get("status") == "done")
 
     def obstacle(self, part: Part) -> str:
-        """Why a part cannot be begun now; '' if it can."""
+        """Why a part cannot be started now; '' if it can."""
         if part.blocked:
             return part.blocked
         if missing := [name for name in part.needs if not _is_installed(name)]:
@@ -180,11 +181,11 @@ class Runner:
         return None
 
     def stop(self, number: int, frame: object) -> None:
-        """Ends the part that runs, and the session: a handler of signals."""
+        """Signal handler: ends the running part and the session."""
         self.stopped_by = number
 
     def carry_out(self) -> int:
-        """Runs what fits into the time: 0 all parts are done, 1 some are not; 130, 143 stopped by a signal."""
+        """Runs the parts that fit into the time. Returns 0 if all are done, 1 if not; 130, 143 if stopped."""
         while not self.stopped_by and (part := self.next()):
             self.tried.add(part.name)
             if obstacle := self.obstacle(part):
@@ -216,7 +217,7 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # signals reach it through here alone
+                start_new_session=True,  # signals reach it only through this program
             )
         ended_by = ""
         while process.poll() is None:
@@ -230,7 +231,7 @@ class Runner:
             elif ended_by and now >= limit:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):  # signals are handled in between
+            with suppress(subprocess.TimeoutExpired):  # signals are handled between the calls
                 process.wait(timeout=0.2)
         outcome = part.outcome(process.returncode)
         if ended_by and outcome.status == "failed":
@@ -277,7 +278,7 @@ def _is_installed(module: str) -> bool:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something."""
+    """The last non-empty line of a log."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     return next((line[:300] for line in reversed(lines) if line), "it printed nothing")
 
@@ -439,7 +440,7 @@ def _carry_out(given: argparse.Namespace, more: Sequence[str], deadline: float) 
             write_reports(runner, [out, *([RESULTS] if given.save else [])])
             return status
     except filelock.Timeout:
-        raise UsageError(f"{out}: another process measures into this folder; wait for it, or stop it") from None
+        raise UsageError(f"{out}: another process uses this folder; wait for it, or stop it") from None
 
 
 def write_reports(runner: Runner, folders: Sequence[Path]) -> None:

@@ -1,4 +1,4 @@
-"""The measurements of ``python -m benchmarks gpu``, one a process: ``python -m benchmarks.gpu_parts NAME RESULT``."""
+"""The measurements of ``python -m benchmarks gpu``, one per process: ``python -m benchmarks.gpu_parts NAME RESULT``."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ MODES = {
 }
 """Mode -> options of main.py."""
 MODE_GOAL = 0.9
-"""Share of the rate with a constant batch that is to be reached with images."""
+"""Target rate with images, as a share of the rate with a constant batch."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured; ``limit``: the largest batch that is tried."""
+    """Sizes of the measurements; ``limit``: the largest batch that is tried."""
 
     network: str = "resnet18"
     pixels: int = 32
@@ -89,7 +89,7 @@ def trainer_of(sizes: Sizes, device: torch.device, mode: str) -> Iterator[Traine
 def timed(way: Callable[[], object], device: torch.device) -> tuple[float, float]:
     """Seconds that a call takes on the device, between two CUDA events, and seconds until it returns.
 
-    Where the two are equal, the device waited for the host.
+    If the two are equal, the device waited for the host.
     """
     measure.wait(device)
     if device.type != "cuda":
@@ -143,7 +143,7 @@ def step(mode: str, device: torch.device, sizes: Sizes) -> Result:
             "optimiser": trainer.optimizer_step,
         }
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-        for repeat in range(-3, sizes.repeats):  # the first three warm up, and compile
+        for repeat in range(-3, sizes.repeats):  # the first three warm up and compile
             for name, way in ways.items():
                 taken = timed(way, device)
                 if repeat >= 0:
@@ -328,7 +328,7 @@ def tests(device: torch.device, sizes: Sizes) -> Result:
 
 
 def run(name: str, device: torch.device, sizes: Sizes) -> Result:
-    """The result of a part: ``text`` in Markdown, figures, and where it failed a ``reason``."""
+    """The result of a part: ``text`` in Markdown, figures, and ``reason`` if it failed."""
     kind, _, mode = name.partition("-")
     if kind == "step":
         return step(mode, device, sizes)

@@ -1,8 +1,8 @@
 """Operations that one training step would launch on a GPU: ResNet18 at 32x32, batch 128.
 
-At 32 pixels a GPU computes faster than the host can launch kernels, so their number counts. Views are left out. The
-operations are counted on a CPU, so the numbers are the same everywhere. ``--compile`` fuses them: then the loops and
-library calls are counted that PyTorch's compiler plans for a CPU; the loops are left empty.
+At 32 pixels a GPU computes faster than the host can launch kernels, so their number matters. Views are not counted.
+The operations are counted on a CPU, so the numbers are the same everywhere. ``--compile`` fuses them: then the loops
+and library calls are counted that PyTorch's compiler plans for a CPU; the loops are replaced by empty ones.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NO_KERNEL = ("aten.empty", "aten.detach", "aten._unsafe_view", "aten.new_empty",
 
 
 def run(repeats: int, device: torch.device) -> str:
-    """A table of numbers of operations; ``repeats`` is without effect, since they do not vary."""
+    """A table of numbers of operations; ``repeats`` has no effect, since they do not vary."""
     draw = np.random.default_rng(0)
     images = torch.from_numpy(draw.integers(0, 256, (BATCH, 32, 32, 3), dtype=np.uint8))
     network, index = models.build("resnet18", low_dim=LOW_DIM), torch.arange(BATCH)
@@ -78,7 +78,7 @@ def run(repeats: int, device: torch.device) -> str:
 
 
 class _Planned(ExitStack):
-    """Counts what PyTorch's compiler plans, loops and library calls; the loops that it makes do nothing."""
+    """Counts what PyTorch's compiler plans, loops and library calls; its loops are replaced by empty ones."""
 
     def __init__(self) -> None:
         from torch._inductor import config

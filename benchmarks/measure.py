@@ -18,7 +18,7 @@ Way = Callable[[], object]
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all it was given."""
+    """Waits until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -33,7 +33,7 @@ def once(way: Way, device: torch.device) -> float:
 
 
 def interleaved(ways: Mapping[str, Way], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each way, run in turn ``repeats`` times after once for warming up."""
+    """Seconds of each function, run in turn ``repeats`` times after one warm-up."""
     for way in ways.values():
         once(way, device)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -49,18 +49,18 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
 
 
 def spread(values: Sequence[float], form: str = ".3g") -> str:
-    """Median, and the least and the greatest."""
+    """Median, minimum and maximum."""
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """As Markdown."""
+    """A table in Markdown."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)]
     return "\n".join(lines)
 
 
 def against(seconds: Mapping[str, Sequence[float]], product: str, plain: str) -> str:
-    """A table of the seconds of each way, compared with two of them: a bare product, and the plain way."""
+    """A table of the seconds of each implementation, relative to a bare product and to the plain implementation."""
     rows = [
         (name, spread(values), f"{ratio(values, seconds[product]):.2f}", f"{ratio(seconds[plain], values):.2f}")
         for name, values in seconds.items()
@@ -69,28 +69,28 @@ def against(seconds: Mapping[str, Sequence[float]], product: str, plain: str) ->
 
 
 def peak_memory(way: Way, device: torch.device) -> int:
-    """Bytes that a call takes beyond what was taken before, at its peak; on the host this needs Linux."""
+    """Peak of the additional memory of a call, in bytes; on the host this needs Linux."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         way()
         return torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would hide what is taken
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again from what is taken now
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but kept would hide what the call takes
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak to the current memory
     before = status("VmRSS")
     way()
     return status("VmHWM") - before
 
 
 def status(field: str) -> int:
-    """Bytes that Linux tells of this process."""
+    """A memory figure of this process from Linux, in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def machine(device: torch.device, repeats: int) -> str:
-    """What was measured on, and when."""
+    """Hardware, versions and date of a measurement."""
     versions = provenance.versions()
     shown = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "torchvision", "numpy"))
     day = datetime.now(timezone.utc).date().isoformat()
@@ -107,7 +107,7 @@ def gpus(device: torch.device) -> str:
 
 
 def unit_rows(samples: int, low_dim: int, device: torch.device, seed: int = 0) -> torch.Tensor:
-    """Rows (N, D) of unit length in fifty groups, as embeddings have them."""
+    """Rows (N, D) of unit length in fifty clusters, similar to embeddings."""
     draw = torch.Generator().manual_seed(seed)
     centres = torch.randn(50, low_dim, generator=draw)
     rows = centres[torch.randint(50, (samples,), generator=draw)] + torch.randn(samples, low_dim, generator=draw)

@@ -55,7 +55,7 @@ print(json.dumps([first, peak()]))
 
 
 def run(repeats: int, device: torch.device) -> str:
-    """Two tables; each training is a process of its own, once."""
+    """Two tables; each training runs once in a separate process."""
     gpu = -1 if device.type == "cpu" else device.index or 0
     rows = []
     for case in CASES:

@@ -76,8 +76,8 @@ launch.end(0)
 
 
 def run(repeats: int, device: torch.device) -> str:
-    """Tables of memory and seconds. There are as many threads as processes, so seconds of more processes than cores
-    tell nothing of other machines."""
+    """Tables of memory and seconds. There is one thread per process, so the times of more processes than cores do
+    not apply to other machines."""
     memory: list[list[object]] = [[part] for part in PARTS]
     seconds: list[list[object]] = [[part] for part in PARTS]
     for processes in PROCESSES:

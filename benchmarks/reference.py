@@ -1,4 +1,4 @@
-"""The plain ways of doing what this project does fast: what one writes first, and what the reference does.
+"""Plain implementations, for comparison: the obvious ones, and those of the reference.
 
 Letters: B batch, N samples, Q queries, D embedding, K nearest, C classes.
 """
@@ -57,7 +57,7 @@ def loader(images: np.ndarray, size: int, batch: int, workers: int) -> DataLoade
 
 
 def instance_loss(embeddings: torch.Tensor, memory: torch.Tensor, index: torch.Tensor, tau: float) -> torch.Tensor:
-    """By a softmax over the full rows (B, N)."""
+    """The loss by a softmax over the full rows (B, N)."""
     probabilities = (embeddings @ memory.t() / tau).softmax(dim=1)
     return -probabilities.gather(1, index[:, None]).log().mean()
 

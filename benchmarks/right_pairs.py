@@ -2,8 +2,8 @@
 
     python -m benchmarks.right_pairs --cfgs configs/base.yaml configs/cifar10-cpu.yaml
 
-It tests one question of the study: do wrong pairs keep the curriculum from helping? The labels decide which pairs are
-learnt from, so its accuracy is no result of unsupervised learning. The options are those of ``main.py``.
+It tests one question of the study: do wrong pairs keep the curriculum from helping? The labels select the pairs that
+are trained on, so its accuracy is not a result of unsupervised learning. The options are those of ``main.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lib.training.trainer import Trainer
 
 
 def keep_right_pairs(trainer: Trainer) -> None:
-    """Turns the anchors of which a neighbour has another label into instance samples.
+    """Turns anchors that have a neighbour with another label into instance samples.
 
     Raises:
         UsageError: the training images have no labels.

@@ -29,7 +29,7 @@ def run(repeats: int, device: torch.device) -> str:
     """A table of the seconds that saving takes in 30 seconds of training, where every epoch is the best so far."""
     state = _state(device)
     epochs = INTERVAL // EPOCH
-    with tempfile.TemporaryDirectory(dir=ROOT / "sessions") as folder:  # on the disk that sessions are written to
+    with tempfile.TemporaryDirectory(dir=ROOT / "sessions") as folder:  # on the disk of the sessions
         session = Session(Path(folder), log_file=False, log_tfb=False)
         plain, ours = (Recorder(session, Options(network=NETWORK)) for _ in range(2))
 

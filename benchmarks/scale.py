@@ -9,7 +9,7 @@ from lib.method.discovery import entropy_and_topk
 from lib.method.loss import neighbourhood_loss
 
 LOW_DIM, BATCH, NEIGHBOURS, PARAMETERS = 128, 128, 1, 11_230_000
-"""The paper's; parameters of a ResNet18."""
+"""Sizes of the paper, and parameters of a ResNet18."""
 MEASURED = 40_000
 SAMPLES = {"1.28 million": 1_281_167, "100 million": 10**8, "1 billion": 10**9}
 PROCESSES = (8, 64, 256, 1_024)
@@ -52,7 +52,7 @@ def _holds() -> str:
             part = samples / processes * LOW_DIM * 4
             tables = samples * (8 + 8 + 4 + 8 * NEIGHBOURS)
             step = BATCH * LOW_DIM * 4 * 3 + BATCH * 4 * 8 + 2 * PARAMETERS * 4
-            halfway = processes // 2  # steps of the ring, with eight-byte sums and, for each neighbour, two numbers
+            halfway = processes // 2  # steps of the ring, with eight-byte sums and two numbers for each neighbour
             around = samples / processes * (LOW_DIM * 4 * halfway + (16 + 12 * NEIGHBOURS) * (halfway + 1))
             rows.append((name, processes, *(f"{size / 2**30:.3g}" for size in (part, 2 * part, tables, step, around))))
     header = ["N", "G", "bank", "in discovery", "neighbourhoods", "traffic a step", "traffic a discovery"]

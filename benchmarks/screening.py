@@ -2,14 +2,15 @@
 
     python -m benchmarks.screening --data-root data/cifar10-images --sess-dir SCREEN --results RESULTS --jobs 2
 
-Short runs of ``configs/cifar10-cpu.yaml``: 30 image passes over 20,000 of the training images. 5,000 other training
-images judge them by kNN, so that settings are chosen without the test images. Both sets are the same for all runs:
-links to them lie in ``SCREEN/images``. Runs are stopped, resumed and listed as those of ``benchmarks/study.py``.
+Short runs of ``configs/cifar10-cpu.yaml``: 30 image passes over 20,000 of the training images. They are evaluated by
+kNN on 5,000 other training images, so that settings are chosen without the test images. Both sets are the same for all
+runs: links to them are in ``SCREEN/images``. Runs are stopped, resumed and listed like those of
+``benchmarks/study.py``.
 
 ``RESULTS/screening.jsonl`` gets one line for each finished run: kNN of the last epoch against the memory bank
 (``knn_bank``) and by recomputed conv5 features (``knn_conv5``), image passes, images/s, commit and processor. Lines of
-other machines and commits stay. ``--evaluate`` adds the linear probe and the graph clustering of conv5 to the lines of
-finished runs, and a line for each ``SCREEN/simclr-sN``, which one trains with
+other machines and commits are kept. ``--evaluate`` adds the linear probe and the graph clustering of conv5 to the lines of
+finished runs, and a line for each ``SCREEN/simclr-sN``, which is trained by
 
     python -m benchmarks.simclr --data-root SCREEN/images --out SCREEN/simclr-s0 --seed 0 --passes 30
 
@@ -46,7 +47,7 @@ PASSES = 30
 FIRST_EPOCHS, EPOCHS, ROUNDS = 18, 3, 5
 """Epochs of round 0, epochs of each later round, and rounds, of the arms that discover neighbourhoods."""
 TRAIN, HELD_OUT = 20_000, 5_000
-"""Images that are trained on, and training images that judge."""
+"""Number of images to train on, and of training images to evaluate on."""
 COMMON = ("--embed", "conv5", "--keep", "last", "--log-tfb", "false")
 RESULTS = "screening.jsonl"
 FIGURES = {
@@ -64,9 +65,9 @@ class Arm:
     """One setting.
 
     Attributes:
-        flags: what it changes.
+        flags: its options.
         views: image passes of an epoch.
-        rounds: of an arm that starts anew; its epochs are divided among them.
+        rounds: rounds of an arm with a new network, among which its epochs are divided.
         branches: whether it continues ``round0`` with the curriculum.
         has_schedule: whether the flags set the learning rate schedule.
     """
@@ -110,7 +111,7 @@ ARMS: dict[str, Arm] = {
 
 
 def plan(seeds: Sequence[int], arms: Sequence[str]) -> list[Run]:
-    """The runs of these arms, and ``round0`` where one branches from it, seed by seed."""
+    """The runs of these arms, and ``round0`` if one branches from it, seed by seed."""
 
     def run(name: str, seed: int) -> Run:
         arm = ARMS[name]
@@ -134,9 +135,9 @@ def plan(seeds: Sequence[int], arms: Sequence[str]) -> list[Run]:
 
 
 def choose_images(data_root: Path, folder: Path, train: int = TRAIN, held_out: int = HELD_OUT) -> None:
-    """Makes ``folder`` with links to training images: ``train/<class>/`` to train on, ``test/<class>/`` to judge by.
+    """Makes ``folder`` with links to training images: ``train/<class>/`` to train on, ``test/<class>/`` to evaluate on.
 
-    Of each class the same share is drawn, with a fixed seed, from the names in order. A folder that is there stays.
+    The same share of each class is drawn from the sorted names with a fixed seed. An existing folder is kept.
 
     Raises:
         UsageError: there are too few images, or the folder cannot be written.
@@ -165,7 +166,7 @@ def choose_images(data_root: Path, folder: Path, train: int = TRAIN, held_out: i
 
 
 def read_lines(results: Path) -> list[dict[str, Any]]:
-    """The lines of RESULTS/screening.jsonl; none without the file. An incomplete last line is left out."""
+    """The lines of RESULTS/screening.jsonl; none without the file. An incomplete last line is ignored."""
     path = results / RESULTS
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
@@ -175,7 +176,7 @@ class Screening(Study):
     """The runs of the screening; a finished one adds a line to the results.
 
     Args:
-        data_root, sess_dir, runs: as of ``Study``.
+        data_root, sess_dir, runs: as in ``Study``.
         results: folder of ``screening.jsonl``.
     """
 
@@ -184,7 +185,7 @@ class Screening(Study):
         self.results = results
 
     def line_of(self, run: Run) -> dict[str, Any]:
-        """What is kept of a finished run."""
+        """The line of a finished run."""
         rows, starts = epochs_of(self.sess_dir / run.name), metrics.starts(self.sess_dir / run.name)
         last = rows[-1]
         arm, _, seed = run.name.rpartition("-s")
@@ -209,7 +210,7 @@ class Screening(Study):
         self.add(self.line_of(run))
 
     def add(self, line: dict[str, Any]) -> None:
-        """Adds a line to the results, or what it has more to the line of the same run."""
+        """Adds a line to the results, or its new values to the line of the same run."""
         lines, key = read_lines(self.results), ("arm", "seed", "started")
         for old in lines:
             if all(old[name] == line[name] for name in key):
@@ -244,7 +245,7 @@ class Screening(Study):
             self.add({**line, **figures_of([*words, "--embed", "conv5"], folder / "latest.evaluation.json")})
 
     def add_missing(self) -> None:
-        """Adds the lines of runs that were done when an earlier screening was killed."""
+        """Adds the missing lines of finished runs, if an earlier screening was killed."""
         for run in self.runs:
             if self.is_done(run):
                 self.finished(run)
@@ -275,7 +276,7 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status as ``benchmarks.study.carry_out``, and 2 for input that cannot be used."""
+    """Exit status as ``benchmarks.study.carry_out``, and 2 for unusable input."""
     parser = parser_of("benchmarks.screening", __doc__, SEEDS, list(ARMS))
     parser.add_argument("--results", type=Path, required=True, help="folder of screening.jsonl")
     parser.add_argument("--evaluate", action="store_true", help="evaluate the finished runs, and stop")

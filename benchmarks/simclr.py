@@ -5,9 +5,9 @@
 
 An epoch passes two views of each image through the network, so it counts as two of the study's. The settings are
 those of lightly's own benchmark on CIFAR-10: colour jitter of half strength, no blur, SGD with momentum 0.9, learning
-rate 0.06 for a batch of 128, weight decay 5e-4, a cosine schedule over the whole run, temperature 0.5. Neither they nor
-ours were tuned on this network and size. ``OUT/metrics.jsonl`` has a line for each epoch, with kNN against recomputed
-training features (the backbone's, before the projection head, and the head's). After each epoch the state is saved, and
+rate 0.06 for a batch of 128, weight decay 5e-4, a cosine schedule over the whole run, temperature 0.5. Neither these
+nor our settings were tuned on this network and size. ``OUT/metrics.jsonl`` has a line for each epoch, with kNN against
+recomputed training features (the backbone's, before the projection head, and the head's). After each epoch the state is saved, and
 the same command resumes it.
 """
 
@@ -88,7 +88,7 @@ def accuracies(context: setup.RunContext, network: torch.nn.Module, head: torch.
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status: 0 trained, 2 input that cannot be used."""
+    """Exit status: 0 trained, 2 unusable input."""
     try:
         return train(argv)
     except ModuleNotFoundError as error:
@@ -140,7 +140,7 @@ def train(argv: Sequence[str]) -> int:
     head.train()
     while done < steps:
         started, seen, total = time.perf_counter(), 0, 0.0
-        torch.manual_seed(seed_for(given.seed, Stream.AUGMENTATION, 0, epoch))  # of the order and of the transforms
+        torch.manual_seed(seed_for(given.seed, Stream.AUGMENTATION, 0, epoch))  # seeds the order and the transforms
         np.random.seed(seed_for(given.seed, Stream.AUGMENTATION, 0, epoch) % 2**32)
         for first, second in DataLoader(Views(images, transform), BATCH, shuffle=True, drop_last=True):
             if done == steps:

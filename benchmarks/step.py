@@ -20,7 +20,7 @@ from lib.method.memory_bank import MemoryBank
 SAMPLES, BATCH, LOW_DIM, TAU = 50_000, 128, 128, 0.1
 WORKERS = 2
 MULTIPLY_ADDS = 0.555e9
-"""Of ResNet18 at 32x32 for one image, forward; backward takes twice as many."""
+"""Multiply-adds of ResNet18 for one 32x32 image, forward; backward takes twice as many."""
 
 
 def run(repeats: int, device: torch.device) -> str:

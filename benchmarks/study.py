@@ -2,13 +2,13 @@
 
     python -m benchmarks.study --data-root data/cifar10-images --sess-dir STUDY --jobs 2
 
-Each run is a session in ``STUDY``, in a process of its own with one thread. The study can be stopped at any time
-(Ctrl-C, SIGTERM) and started again by the same command: a run that is done is left alone, one that was stopped is
-resumed. Where all processes are killed, an epoch of each is lost. ``nice -n 19`` in front lets other programs go first.
+Each run is a session in ``STUDY``, in a separate process with one thread. The study can be stopped at any time
+(Ctrl-C, SIGTERM) and started again by the same command: finished runs are kept, and stopped runs are resumed. If all
+processes are killed, each loses one epoch. Start it with ``nice -n 19`` to give other programs priority.
 
 ``STUDY/study.jsonl`` has a line for each start and end of a run, with the commit, the processor and the images/s.
-``--list`` shows how far each run is; ``benchmarks/study_results.py`` evaluates the finished runs. ``--seeds 0 --arms
-and`` trains the paper's curriculum alone, in an evening.
+``--list`` shows the progress of each run; ``benchmarks/study_results.py`` evaluates the finished runs. ``--seeds 0
+--arms and`` trains only the paper's curriculum, in an evening.
 
 Arms, each branched from the last checkpoint of its seed's round 0 (instance loss), optimiser and bank included:
 
@@ -17,7 +17,7 @@ Arms, each branched from the last checkpoint of its seed's round 0 (instance los
     all-at-once   select rate 1: every sample is an anchor from round 1 on
     and-k5        the paper's curriculum with five neighbours
     right-pairs   the paper's curriculum, but anchors whose neighbour has another label stay instance samples
-    one-round     instance loss alone, in one round of as many epochs as the others have in all (starts anew)
+    one-round     instance loss only, in one round with as many epochs as the others have in total (new network)
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ ARMS = {
 }
 NAMES = (*ARMS, "one-round")
 PROGRAMS = {"right-pairs": ("-m", "benchmarks.right_pairs")}
-"""Arms that another program than ``main.py`` trains."""
+"""Arms that are not trained by ``main.py``."""
 
 
 def total_epochs() -> int:
@@ -72,8 +72,8 @@ class Run:
 
     Attributes:
         name: of the session.
-        flags: what it has beside the config.
-        branches_from: name of the run whose last checkpoint it starts from; None: it starts anew.
+        flags: its options in addition to the config.
+        branches_from: name of the run from whose last checkpoint it starts; None: a new network.
         last: (round, epoch) of its last line in metrics.jsonl.
         program: what Python runs.
     """
@@ -86,7 +86,7 @@ class Run:
 
 
 def schedule(epochs: int) -> list[str]:
-    """A round of so many epochs, with the learning rate dropped at 60 % and at 80 % of it."""
+    """Options of a round of ``epochs`` epochs, with drops of the learning rate after 60 % and 80 %."""
     first, second = round(0.6 * epochs), round(0.8 * epochs)
     step = max(1, second - first)
     return ["--max-epoch", str(epochs), "--lr-decay-offset", str(first - step), "--lr-decay-step", str(step)]
@@ -117,7 +117,7 @@ def plan(seeds: Sequence[int], arms: Sequence[str] = NAMES) -> list[Run]:
 
 
 def epochs_of(session: Path) -> list[dict[str, Any]]:
-    """The epochs that a session has recorded, of which there may be none yet."""
+    """The epochs that a session has recorded; there may be none yet."""
     try:
         return metrics.read(session)
     except UsageError:
@@ -125,7 +125,7 @@ def epochs_of(session: Path) -> list[dict[str, Any]]:
 
 
 class Study:
-    """The runs of the study, and how far they have come.
+    """The runs of the study and their progress.
 
     Args:
         data_root: folder of the images, ``train/<class>/`` and ``test/<class>/``.
@@ -183,7 +183,7 @@ class Study:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches it through ``stop`` alone
+            start_new_session=True,  # Ctrl-C reaches it only through ``stop``
         )
         output.close()
         self.running[run.name] = process
@@ -216,11 +216,11 @@ class Study:
         print(f"{line['time']} {event} {run.name}{status}", flush=True)
 
     def stop(self, number: int, frame: object) -> None:
-        """Has all runs save and end: a handler of signals."""
+        """Signal handler: makes all runs save and end."""
         self.stopped_by = number
 
     def carry_out(self, jobs: int) -> int:
-        """Runs all that is not done, so many at a time; the exit status."""
+        """Runs everything that is not done, several runs at a time; returns the exit status."""
         with self._changed:
             terminated: set[str] = set()  # once each: a second signal would end a run that is closing its session
             while True:
@@ -232,7 +232,7 @@ class Study:
                     for name in self.running.keys() - terminated:
                         self.running[name].terminate()
                     terminated |= self.running.keys()
-                self._changed.wait(timeout=1)  # signals are handled in between
+                self._changed.wait(timeout=1)  # signals are handled between the calls
         if self.stopped_by:
             return 128 + self.stopped_by
         for name, status in self.failed.items():
@@ -267,13 +267,13 @@ def parser_of(program: str, about: str | None, seeds: Sequence[int], arms: Seque
 
 
 def carry_out(study: Study, jobs: int) -> int:
-    """Carries out a study, unless another process does.
+    """Runs a study, unless another process does.
 
     Returns:
         Exit status: 0 all runs are done; 1 one failed; 130, 143 stopped.
 
     Raises:
-        UsageError: another process carries out a study in its folder.
+        UsageError: another process runs a study in its folder.
     """
     study.sess_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -282,11 +282,11 @@ def carry_out(study: Study, jobs: int) -> int:
                 signal.signal(which, study.stop)
             return study.carry_out(jobs)
     except filelock.Timeout:
-        raise UsageError(f"{study.sess_dir}: another process carries out this study; wait for it, or stop it") from None
+        raise UsageError(f"{study.sess_dir}: another process runs this study; wait for it, or stop it") from None
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status as ``carry_out``, and 2 for input that cannot be used."""
+    """Exit status as ``carry_out``, and 2 for unusable input."""
     given = parser_of("benchmarks.study", __doc__, SEEDS, NAMES).parse_args(argv)
     study = Study(given.data_root, given.sess_dir, plan(given.seeds, given.arms))
     if given.list:

@@ -3,8 +3,8 @@
     python -m benchmarks.study_results --data-root data/cifar10-images --sess-dir STUDY --results RESULTS
 
 ``RESULTS`` gets the metrics of each epoch (NAME.jsonl), the figures of the last checkpoint (NAME.json), ``tables.md``,
-``knn.png`` and ``consistency.png``. A run that has its figures there is not evaluated again, and runs of other machines
-stay, so that results can be collected from several.
+``knn.png`` and ``consistency.png``. Runs with figures there are not evaluated again, and runs of other machines are
+kept, so that results can be collected from several.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from lib.training import setup
 
 PEER = "simclr"
 SHARES = [percent / 100 for percent in range(5, 101, 5)]
-"""Shares of the samples, those of lowest entropy first, for which the consistency is computed."""
+"""Shares of the samples of lowest entropy, for which the consistency is computed."""
 TITLES = {
     "knn_bank": "kNN, bank",
     "nn_bank": "NN, bank",
@@ -59,7 +59,7 @@ Figures = dict[str, Any]
 
 
 def evaluate(context: setup.RunContext, network: torch.nn.Module, bank: torch.Tensor | None) -> Figures:
-    """The figures of a network, and of its memory bank (N, D) where it has one.
+    """The figures of a network and, if it has one, of its memory bank (N, D).
 
     ``knn_conv5`` uses the globally pooled features before the last layer, as is usual for methods with a projection
     head. ``correct`` has a bit for each test image: whether the recomputed kNN classifies it correctly.
@@ -108,7 +108,7 @@ def network_width(network: torch.nn.Module) -> int:
 
 
 def neighbour_figures(bank: torch.Tensor, labels: torch.Tensor, classes: int, temperature: float) -> Figures:
-    """How often the nearest neighbour of a row of the bank has its class, and how entropy tells.
+    """How often the nearest neighbour of a row of the bank has its class, and how the entropy predicts that.
 
     Returns:
         ``consistency_by_quartile`` of the entropy, lowest first; ``consistency_of_share`` of the samples of lowest
@@ -176,7 +176,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Results:
-    """What ``collect`` has gathered.
+    """The results collected by ``collect``.
 
     Attributes:
         epochs: arm -> seed -> rows of metrics.jsonl.
@@ -274,7 +274,7 @@ class Results:
         return f"kNN, recomputed: test images against restarts\n\n{measure.table(header, rows)}" if rows else ""
 
     def _peer(self) -> str:
-        """SimCLR beside the arms, with the images that pass through the network in a second."""
+        """SimCLR and the arms, with the images that pass through the network in a second."""
         rows = []
         for seed, epochs in self.epochs.get(PEER, {}).items():
             judged = [row for row in epochs if "knn_backbone" in row]
@@ -292,7 +292,7 @@ class Results:
         return f"SimCLR\n\n{measure.table(header, rows)}" if rows else ""
 
     def knn_plot(self) -> Figure:
-        """kNN over epochs: a line an arm, the mean of its seeds; a band from the least to the greatest."""
+        """kNN over epochs: a line for the mean of each arm, and a band from minimum to maximum."""
         figure = Figure(figsize=(7, 4.2), layout="constrained")
         axes = figure.subplots()
         start = dict.fromkeys(ARMS, FIRST_EPOCHS)
@@ -341,7 +341,7 @@ def interval(values: Sequence[float]) -> tuple[str, str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status: 0, or 2 for input that cannot be used."""
+    """Exit status: 0, or 2 for unusable input."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.study_results", description=(__doc__ or "").split("\n")[0]
     )

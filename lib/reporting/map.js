@@ -1,5 +1,5 @@
 "use strict";
-// The explorable map. Hover or tap shows an image and its neighbours, a click holds it, and a key of the legend singles
+// The interactive map. Hover or tap shows an image and its neighbours, a click holds it, and a key of the legend singles
 // out a group or class. All names are inserted as text. The data are those of lib/reporting/image_findings.py.
 (() => {
   const element = id => document.getElementById(id);

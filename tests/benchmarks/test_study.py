@@ -132,7 +132,7 @@ def test_failed_run_is_reported_and_the_others_continue(config: Path, photos: Pa
 def test_second_study_in_the_same_folder_is_refused(photos: Path, tmp_path: Path, capsys: Any) -> None:
     read_until(start(str(tmp_path / ".study.lock"), program=("-c", HOLD)), "held")
     assert study.main(["--data-root", str(photos), "--sess-dir", str(tmp_path)]) == 2
-    assert "another process carries out this study" in capsys.readouterr().err
+    assert "another process runs this study" in capsys.readouterr().err
 
 
 def test_folder_without_training_images_is_refused(tmp_path: Path, capsys: Any) -> None:

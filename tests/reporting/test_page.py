@@ -490,7 +490,7 @@ def test_few_or_identical_images_have_a_report(given: tuple[int, bool], labelled
     count, alike = given
     shown = Page(page.write(few(count, alike=alike, labelled=labelled), tmp_path))
     assert f"{image_findings.plural(count, 'image')}" in shown.parts["Groups"]
-    assert ("Labels" in shown.parts) == labelled and "Map to explore" not in shown.parts
+    assert ("Labels" in shown.parts) == labelled and "Interactive map" not in shown.parts
     if alike:
         assert f"{image_findings.plural(count - 1, 'image')} could be removed without loss" in shown.parts["Duplicates"]
 
@@ -594,7 +594,7 @@ def test_report_without_labels_omits_figures_of_labels(tmp_path: Path) -> None:
     assert not missing(given, tmp_path)
     page, source = Page(tmp_path / "report.html"), (tmp_path / "report.html").read_text("utf-8")
     assert list(page.parts) == [
-        *("Findings", "Groups", "Duplicates", "Outliers", "Map to explore", "Map"),
+        *("Findings", "Groups", "Duplicates", "Outliers", "Interactive map", "Map"),
         *("Training", "Loss", "Discovery", "Entropy and anchor selection", "Most certain anchors", "Random anchors"),
         *("Health", "Entropy over the epochs", "Reciprocal neighbours", "Drift of the memory bank", "Hubness"),
         *("Orphans", "Largest hub", "Setting", "Run", "Options"),

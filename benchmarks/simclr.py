@@ -7,8 +7,8 @@ An epoch passes two views of each image through the network, so it counts as two
 those of lightly's own benchmark on CIFAR-10: colour jitter of half strength, no blur, SGD with momentum 0.9, learning
 rate 0.06 for a batch of 128, weight decay 5e-4, a cosine schedule over the whole run, temperature 0.5. Neither these
 nor our settings were tuned on this network and size. ``OUT/metrics.jsonl`` has a line for each epoch, with kNN against
-recomputed training features (the backbone's, before the projection head, and the head's). After each epoch the state is saved, and
-the same command resumes it.
+recomputed training features (the backbone's, before the projection head, and the head's). After each epoch the state is
+saved, and the same command resumes it.
 """
 
 from __future__ import annotations

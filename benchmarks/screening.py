@@ -9,8 +9,8 @@ runs: links to them are in ``SCREEN/images``. Runs are stopped, resumed and list
 
 ``RESULTS/screening.jsonl`` gets one line for each finished run: kNN of the last epoch against the memory bank
 (``knn_bank``) and by recomputed conv5 features (``knn_conv5``), image passes, images/s, commit and processor. Lines of
-other machines and commits are kept. ``--evaluate`` adds the linear probe and the graph clustering of conv5 to the lines of
-finished runs, and a line for each ``SCREEN/simclr-sN``, which is trained by
+other machines and commits are kept. ``--evaluate`` adds the linear probe and the graph clustering of conv5 to the lines
+of finished runs, and a line for each ``SCREEN/simclr-sN``, which is trained by
 
     python -m benchmarks.simclr --data-root SCREEN/images --out SCREEN/simclr-s0 --seed 0 --passes 30
 

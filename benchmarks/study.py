@@ -18,6 +18,7 @@ Arms, each branched from the last checkpoint of its seed's round 0 (instance los
     and-k5        the paper's curriculum with five neighbours
     right-pairs   the paper's curriculum, but anchors whose neighbour has another label stay instance samples
     one-round     instance loss only, in one round with as many epochs as the others have in total (new network)
+    view-loss     the same with two views of each image and the loss between them, in half as many epochs
 """
 
 from __future__ import annotations
@@ -56,7 +57,12 @@ ARMS = {
     "and-k5": ["--ANs-select-rate", "0.25", "--ANs-size", "5"],
     "right-pairs": ["--ANs-select-rate", "0.25"],
 }
-NAMES = (*ARMS, "one-round")
+NEW_NETWORK: dict[str, list[str]] = {
+    "one-round": [],
+    "view-loss": ["--views", "2", "--view-loss", "1", "--embed", "conv5"],
+}
+"""Arms of one round that start with a new network, with as many image passes as the others have in total."""
+NAMES = (*ARMS, *NEW_NETWORK)
 PROGRAMS = {"right-pairs": ("-m", "benchmarks.right_pairs")}
 """Arms that are not trained by ``main.py``."""
 
@@ -64,6 +70,11 @@ PROGRAMS = {"right-pairs": ("-m", "benchmarks.right_pairs")}
 def total_epochs() -> int:
     """Epochs of an arm, its round 0 included: its image passes."""
     return FIRST_EPOCHS + (ROUNDS - 1) * EPOCHS
+
+
+def views_of(arm: str) -> int:
+    """Views of each image, which are image passes of an epoch."""
+    return 2 if "--views" in NEW_NETWORK.get(arm, []) else 1
 
 
 @dataclass(frozen=True)
@@ -104,15 +115,15 @@ def plan(seeds: Sequence[int], arms: Sequence[str] = NAMES) -> list[Run]:
         last, program = (ROUNDS - 1, EPOCHS - 1), PROGRAMS.get(name, ("main.py",))
         return Run(f"{name}-s{seed}", flags, f"round0-s{seed}", last, program)
 
-    def one_round(seed: int) -> Run:
-        epochs = total_epochs()
-        return Run(
-            f"one-round-s{seed}", ("--seed", str(seed), "--max-round", "1", *schedule(epochs)), None, (0, epochs - 1)
-        )
+    def new_network(name: str, seed: int) -> Run:
+        epochs = total_epochs() // views_of(name)
+        flags = ("--seed", str(seed), "--max-round", "1", *schedule(epochs), *NEW_NETWORK[name])
+        return Run(f"{name}-s{seed}", flags, None, (0, epochs - 1))
 
     runs = [run for seed in seeds for run in (round_0(seed), arm("restarts", seed), arm("and", seed))]
     for seed in seeds:
-        runs += [one_round(seed), arm("all-at-once", seed), arm("and-k5", seed), arm("right-pairs", seed)]
+        runs += [new_network(name, seed) for name in NEW_NETWORK]
+        runs += [arm(name, seed) for name in ("all-at-once", "and-k5", "right-pairs")]
     return [run for run in runs if run.name.rpartition("-s")[0] in ("round0", *arms)]
 
 

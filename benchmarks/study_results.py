@@ -28,7 +28,19 @@ from scipy import stats
 import datasets
 import models
 from benchmarks import measure
-from benchmarks.study import ARMS, CFGS, FIRST_EPOCHS, ROUNDS, SEEDS, Run, epochs_of, plan, total_epochs
+from benchmarks.study import (
+    ARMS,
+    CFGS,
+    FIRST_EPOCHS,
+    NAMES,
+    ROUNDS,
+    SEEDS,
+    Run,
+    epochs_of,
+    plan,
+    total_epochs,
+    views_of,
+)
 from lib.config.options import height_and_width
 from lib.config.parser import read_options
 from lib.config.resolve import resolve
@@ -186,7 +198,7 @@ class Results:
     def __init__(self, folder: Path) -> None:
         self.epochs: dict[str, dict[str, list[dict[str, Any]]]] = {}
         self.figures: dict[str, dict[str, Figures]] = {}
-        for arm in ("round0", *ARMS, "one-round", PEER):
+        for arm in ("round0", *NAMES, PEER):
             for path in sorted(folder.glob(f"{arm}-s*.json*")):
                 seed = path.stem.rpartition("-s")[2]
                 if path.suffix == ".jsonl":
@@ -225,7 +237,7 @@ class Results:
     def _differences(self, figure: str) -> str:
         base = self._values(figure, "restarts")
         rows = []
-        for arm in (*ARMS, "one-round"):
+        for arm in NAMES:
             own = self._values(figure, arm)
             both = sorted(own.keys() & base.keys())
             if arm != "restarts" and both:
@@ -292,7 +304,7 @@ class Results:
         return f"SimCLR\n\n{measure.table(header, rows)}" if rows else ""
 
     def knn_plot(self) -> Figure:
-        """kNN over epochs: a line for the mean of each arm, and a band from minimum to maximum."""
+        """kNN over image passes: a line for the mean of each arm, and a band from minimum to maximum."""
         figure = Figure(figsize=(7, 4.2), layout="constrained")
         axes = figure.subplots()
         start = dict.fromkeys(ARMS, FIRST_EPOCHS)
@@ -300,10 +312,10 @@ class Results:
             if arm == PEER:
                 continue
             values = 100 * np.array([[row["top1"] for row in rows] for rows in seeds.values()])
-            epochs = start.get(arm, 0) + 1 + np.arange(values.shape[1])
-            (line,) = axes.plot(epochs, values.mean(axis=0), label=f"{arm} ({len(values)})", linewidth=1.3)
-            axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15)
-        axes.set(xlabel="epoch", ylabel="weighted kNN, %", title="Test accuracy against the memory bank (seeds)")
+            passes = start.get(arm, 0) + views_of(arm) * (1 + np.arange(values.shape[1]))
+            (line,) = axes.plot(passes, values.mean(axis=0), label=f"{arm} ({len(values)})", linewidth=1.3)
+            axes.fill_between(passes, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15)
+        axes.set(xlabel="image passes", ylabel="weighted kNN, %", title="Test accuracy against the memory bank (seeds)")
         axes.grid(alpha=0.3)
         axes.legend()
         return figure

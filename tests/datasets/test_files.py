@@ -131,7 +131,7 @@ def test_missing_listed_files_are_counted(root: Path) -> None:
     assert "0.png" not in text and str(root) in text
 
 
-def test_a_list_without_names_is_refused(root: Path) -> None:
+def test_list_without_names_is_refused(root: Path) -> None:
     assert "list.txt names no image" in refusal(listed, root, [], "list.txt", "mend it")
 
 

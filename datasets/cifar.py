@@ -22,14 +22,14 @@ def _load(source: type[published.CIFAR10], request: Request) -> Splits:
     archive = Archive(source.url, f"md5:{source.tgz_md5}", unpacks_to=source.base_folder)
     if request.download:
         provide(request, [archive])
-    mend = f"use --download to fetch it, or unpack {archive.name} ({PAGE}) there"
-    root = open_root(request, f"{source.base_folder}/", mend)
+    remedy = f"use --download to fetch it, or unpack {archive.name} ({PAGE}) there"
+    root = open_root(request, f"{source.base_folder}/", remedy)
     try:
         parts = [source(str(root), train=train) for train in (True, False)]
     except RuntimeError:
         there = root / source.base_folder
         state = "is incomplete; move it away, and" if there.exists() else "does not exist;"
-        raise DataError(f"{there}: {state} {mend}, or choose another --data-root") from None
+        raise DataError(f"{there}: {state} {remedy}, or choose another --data-root") from None
     train, test = (ImageSet(p.data, np.asarray(p.targets, dtype=np.int64), tuple(p.classes)) for p in parts)
     return Splits(train, test)
 

@@ -26,7 +26,7 @@ ARCHIVE = Archive(  # checksum as TensorFlow Datasets 4.9.10 records them
 )
 EXPECTED = f"{FOLDER}/ with images.txt and images/"
 GET = f"pass --download to fetch it, or unpack {ARCHIVE.name} ({PAGE}) there"
-MEND = f"unpack {ARCHIVE.name} ({PAGE}) again"
+REMEDY = f"unpack {ARCHIVE.name} ({PAGE}) again"
 
 
 def load(request: Request) -> Splits:
@@ -45,17 +45,17 @@ def load(request: Request) -> Splits:
     labels, training = _lines(home, "image_class_labels.txt", files), _lines(home, "train_test_split.txt", files)
     boxes = _lines(home, "bounding_boxes.txt", files) if request.boxes else None
     if unclear := [image for image in files if training[image] not in ("0", "1")]:
-        raise DataError(f"{home / 'train_test_split.txt'}: has neither 0 nor 1 for image {unclear[0]}; {MEND}")
+        raise DataError(f"{home / 'train_test_split.txt'}: has neither 0 nor 1 for image {unclear[0]}; {REMEDY}")
     numbers = {number: i for i, number in enumerate(names)}
     if unknown := sorted(set(labels.values()) - set(numbers)):
         raise DataError(
-            f"{home}: image_class_labels.txt has class {unknown[0]}, which is missing in classes.txt; {MEND}"
+            f"{home}: image_class_labels.txt has class {unknown[0]}, which is missing in classes.txt; {REMEDY}"
         )
     reader = Reader(home, request)
 
     def read(part: str, flag: str) -> ImageSet:
         chosen = [image for image in files if training[image] == flag]
-        inventory = listed(home, joined("images", [files[image] for image in chosen]), "images.txt", MEND)
+        inventory = listed(home, joined("images", [files[image] for image in chosen]), "images.txt", REMEDY)
         classes = Classes(tuple(names.values()), np.array([numbers[labels[image]] for image in chosen], np.int64))
         cuts = None if boxes is None else np.array([_corners(boxes[image], home) for image in chosen])
         return reader.read(part, inventory, classes=classes, boxes=cuts)
@@ -70,9 +70,9 @@ def _lines(home: Path, name: str, images: dict[str, str] | None = None) -> dict[
         found = dict(line.split(maxsplit=1) for line in lines if line)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not a list of lines 'number value'"
-        raise DataError(f"{home / name}: cannot be read: {reason}; {MEND}") from None
+        raise DataError(f"{home / name}: cannot be read: {reason}; {REMEDY}") from None
     if missing := [image for image in images or {} if image not in found]:
-        raise DataError(f"{home / name}: has no line for image {missing[0]}, which images.txt lists; {MEND}")
+        raise DataError(f"{home / name}: has no line for image {missing[0]}, which images.txt lists; {REMEDY}")
     return found
 
 
@@ -84,5 +84,5 @@ def _corners(line: str, home: Path) -> np.ndarray:
         return np.array(corners, np.int64)
     except (ValueError, OverflowError):
         raise DataError(
-            f"{home / 'bounding_boxes.txt'}: {line!r} is not a box 'left top width height'; {MEND}"
+            f"{home / 'bounding_boxes.txt'}: {line!r} is not a box 'left top width height'; {REMEDY}"
         ) from None

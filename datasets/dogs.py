@@ -41,7 +41,7 @@ ARCHIVES = [  # checksums as TensorFlow Datasets 4.9.10 records them
 ]
 EXPECTED = "Images/<breed>/*.jpg and lists/train_list.mat"
 GET = f"pass --download to fetch them, or unpack images.tar, annotation.tar and, into lists/, lists.tar ({PAGE}) there"
-MEND = f"unpack lists.tar, images.tar and, for boxes, annotation.tar ({PAGE}) again"
+REMEDY = f"unpack lists.tar, images.tar and, for boxes, annotation.tar ({PAGE}) again"
 
 
 def load(request: Request) -> Splits:
@@ -62,13 +62,13 @@ def load(request: Request) -> Splits:
         for name, label in zip(names, labels, strict=True):
             breed = name.split("/")[0].split("-", 1)[-1]  # n02085620-Chihuahua
             if breeds.setdefault(label, breed) != breed:
-                raise DataError(f"{lists}: class {label} is {breeds[label]} and {breed}; {MEND}")
+                raise DataError(f"{lists}: class {label} is {breeds[label]} and {breed}; {REMEDY}")
     order = {label: i for i, label in enumerate(sorted(breeds))}
     reader = Reader(root, request)
 
     def read(part: str, table: str) -> ImageSet:
         names, labels = tables[table]
-        inventory = listed(root, joined("Images", names), table, MEND)
+        inventory = listed(root, joined("Images", names), table, REMEDY)
         classes = Classes(tuple(breeds[label] for label in order), np.array([order[n] for n in labels], np.int64))
         boxes = np.array([_box(root, name) for name in names]) if request.boxes else None
         return reader.read(part, inventory, classes=classes, boxes=boxes)
@@ -85,7 +85,7 @@ def _table(path: Path) -> tuple[list[str], list[int]]:
         if len(names) != len(labels):
             raise ValueError(f"{len(names)} files and {len(labels)} labels")
     except Exception as error:  # damaged files can cause any error
-        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())}; {MEND}") from None
+        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())}; {REMEDY}") from None
     return names, labels
 
 
@@ -98,5 +98,5 @@ def _box(root: Path, name: str) -> np.ndarray:
         left, top, right, bottom = np.array(corners, np.int64).T
     except (OSError, ElementTree.ParseError, ValueError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or "it holds no box of whole numbers"
-        raise DataError(f"{path}: cannot be read: {reason}; {MEND}, or drop --bounding-boxes") from None
+        raise DataError(f"{path}: cannot be read: {reason}; {REMEDY}, or drop --bounding-boxes") from None
     return np.array([left.min() - 1, top.min() - 1, right.max(), bottom.max()])

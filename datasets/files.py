@@ -170,21 +170,21 @@ class Reader:
             return list(self.request.progress(results, what, len(names), "file"))
 
 
-def open_root(request: Request, expected: str, mend: str) -> Path:
+def open_root(request: Request, expected: str, remedy: str) -> Path:
     """The data root.
 
     Args:
         request: contains the root.
         expected: the expected content, for messages.
-        mend: how to get it, for messages.
+        remedy: how to get it, for messages.
 
     Raises:
         DataError: the root is not set, or is not a folder.
     """
     if request.root is None:
-        raise DataError(f"data_root is not set: pass --data-root with a folder that holds {expected}; {mend}")
+        raise DataError(f"data_root is not set: pass --data-root with a folder that holds {expected}; {remedy}")
     if not request.root.is_dir():
-        raise DataError(f"{request.root}: no such folder; --data-root should name one that holds {expected}; {mend}")
+        raise DataError(f"{request.root}: no such folder; --data-root should name one that holds {expected}; {remedy}")
     return request.root
 
 
@@ -201,20 +201,20 @@ def below(root: Path, folder: str) -> Inventory:
     return inventory.take(root, key, partial(_walk, root, folder))
 
 
-def listed(root: Path, names: Sequence[str], source: str, mend: str) -> Inventory:
+def listed(root: Path, names: Sequence[str], source: str, remedy: str) -> Inventory:
     """The files of a list, all of which must exist.
 
     Args:
         root: the data root.
         names: relative to the root.
         source: name of the list, for messages.
-        mend: what to do if files are missing, for messages.
+        remedy: what to do if files are missing, for messages.
 
     Raises:
         DataError: files are missing, or the list is empty.
     """
     key = f"{source} {hashlib.sha256(Names(names).packed.tobytes()).hexdigest()}"
-    return inventory.take(root, key, partial(_check_list, root, names, source, mend))
+    return inventory.take(root, key, partial(_check_list, root, names, source, remedy))
 
 
 def class_folders(root: Path, split: str, files: Inventory) -> Classes | None:
@@ -281,13 +281,13 @@ def _walk(root: Path, folder: str) -> Listing:
     return Listing(names, looked_into, reasons)
 
 
-def _check_list(root: Path, names: Sequence[str], source: str, mend: str) -> Listing:
+def _check_list(root: Path, names: Sequence[str], source: str, remedy: str) -> Listing:
     if not names:
-        raise DataError(f"{root}: {source} names no image; {mend}")
+        raise DataError(f"{root}: {source} names no image; {remedy}")
     folders = sorted({os.path.dirname(name) for name in names})  # noqa: PTH120  # strings, a million of them
     there = {f"{folder}{os.sep}{entry}" for folder in folders for entry in _entries(root / folder)}
     if missing := [name for name in names if name not in there]:
-        raise DataError(f"{root}: {source} names {len(missing)} files that are missing, first {missing[0]}; {mend}")
+        raise DataError(f"{root}: {source} names {len(missing)} files that are missing, first {missing[0]}; {remedy}")
     return Listing(names, folders)
 
 

@@ -29,7 +29,7 @@ EXPECTED = "train/<wnid>/*.JPEG and val/ (ILSVRC2012)"
 PAGE = "https://image-net.org/download-images.php"
 DEVKIT = "ILSVRC2012_devkit_t12"
 META, TRUTH = f"{DEVKIT}/data/meta.mat", f"{DEVKIT}/data/ILSVRC2012_validation_ground_truth.txt"
-MEND = (
+REMEDY = (
     f"get ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and {DEVKIT}.tar.gz from {PAGE} and unpack them as "
     "configs/imagenet-resnet18.yaml says"
 )
@@ -45,12 +45,13 @@ def load(request: Request) -> Splits:
     """
     if request.download:
         raise DataError(
-            f"--download: ImageNet's images are available to registered users only; {MEND}, and run without --download"
+            "--download: ImageNet's images are available to registered users only; "
+            f"{REMEDY}, and run without --download"
         )
-    root = open_root(request, EXPECTED, MEND)
+    root = open_root(request, EXPECTED, REMEDY)
     reader = Reader(root, request)
     if not (root / "train").is_dir():
-        raise DataError(f"{root}: has no train folder; it should hold {EXPECTED}; {MEND}")
+        raise DataError(f"{root}: has no train folder; it should hold {EXPECTED}; {REMEDY}")
     found = below(root, "train")
     classes = class_folders(root, "train", found)
     if classes is None or not found.names:

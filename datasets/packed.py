@@ -21,7 +21,7 @@ import numpy as np
 
 from datasets.images import DataError
 
-MEND = "set XDG_CACHE_HOME to a folder on another disk"
+REMEDY = "set XDG_CACHE_HOME to a folder on another disk"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def pack(images: Iterable[bytes], count: int, size: int, place: Path, fingerprin
             return recall(place, count, fingerprint) or _write(images, size, place, fingerprint)
     except OSError as error:
         raise DataError(
-            f"{place.parent}: the images cannot be stored there: {error.strerror or error}; {MEND}"
+            f"{place.parent}: the images cannot be stored there: {error.strerror or error}; {REMEDY}"
         ) from None
 
 
@@ -105,7 +105,7 @@ def _write(images: Iterable[bytes], size: int, place: Path, fingerprint: bytes) 
     if size > free:
         raise DataError(
             f"{place.parent}: {size / 1e9:.1f} GB of images must be stored there, and {free / 1e9:.1f} GB are free; "
-            f"free some space, or {MEND}"
+            f"free some space, or {REMEDY}"
         )
     temporary = place.with_suffix(".part")  # one process at a time: the caller holds the lock
     lengths = []

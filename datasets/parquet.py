@@ -316,7 +316,7 @@ def _read(reader: Reader, shards: list[Shard], split: str, image: str, classes: 
     try:
         place = inventory.cache_path(reader.root, f"parquet {names}", ".images")
     except RuntimeError as error:
-        raise DataError(f"~/.cache: the images cannot be kept there: {error}; {packed.MEND}") from None
+        raise DataError(f"~/.cache: the images cannot be kept there: {error}; {packed.REMEDY}") from None
     count, size = (sum(getattr(shard, what) for shard in shards) for what in ("rows", "size"))
     content = packed.recall(place, count, fingerprint)
     if content is None:

@@ -56,14 +56,14 @@ def load(request: Request) -> Splits:
     archive = Archive(STL10.url, f"md5:{STL10.tgz_md5}", unpacks_to=STL10.base_folder)
     if request.download:
         provide(request, [archive])
-    mend = f"use --download to fetch it, or unpack {archive.name} ({PAGE}) there"
-    root = open_root(request, f"{STL10.base_folder}/", mend)
+    remedy = f"use --download to fetch it, or unpack {archive.name} ({PAGE}) there"
+    root = open_root(request, f"{STL10.base_folder}/", remedy)
     folder = root / STL10.base_folder
     published = [*STL10.train_list, *STL10.test_list]
     shown: Any = request.progress(published, "verifying STL-10", len(published), "file")
     if not all(check_integrity(folder / name, md5) for name, md5 in shown):
         state = "is incomplete; move it away, and" if folder.exists() else "does not exist;"
-        raise DataError(f"{folder}: {state} {mend}, or choose another --data-root")
+        raise DataError(f"{folder}: {state} {remedy}, or choose another --data-root")
     (train, train_y, unlabelled), (test, test_y) = (
         [folder / name for name, _ in part] for part in (STL10.train_list, STL10.test_list)
     )

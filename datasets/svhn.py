@@ -25,13 +25,13 @@ def load(request: Request) -> Splits:
     expected = " and ".join(file.name for file in files)
     if request.download:
         provide(request, files)
-    mend = f"use --download to fetch missing files, or put them there ({PAGE})"
-    root = open_root(request, expected, mend)
+    remedy = f"use --download to fetch missing files, or put them there ({PAGE})"
+    root = open_root(request, expected, remedy)
     try:
         train, test = (_split(SVHN(str(root), split=part)) for part in PARTS)
     except RuntimeError:
         raise DataError(
-            f"{root}: should contain {expected}, but one is missing, incomplete or altered; {mend}"
+            f"{root}: should contain {expected}, but one is missing, incomplete or altered; {remedy}"
         ) from None
     return Splits(train, test)
 

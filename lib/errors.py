@@ -5,7 +5,7 @@ class UsageError(Exception):
     """Input that cannot be used. The message is one sentence for the user: what is wrong, where, and how to fix it."""
 
 
-class ToldElsewhereError(UsageError):
+class ReportedElsewhereError(UsageError):
     """A ``UsageError`` whose message rank 0 prints for all ranks."""
 
 

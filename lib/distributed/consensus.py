@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from lib.distributed.processes import Ranks
-from lib.errors import ToldElsewhereError, UsageError
+from lib.errors import ReportedElsewhereError, UsageError
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ def run_on_all_ranks(ranks: Ranks, work: Callable[[], T], usage_errors: tuple[ty
 
     Raises:
         UsageError: with the message of the lowest failed rank, on rank 0.
-        ToldElsewhereError: on the other ranks.
+        ReportedElsewhereError: on the other ranks.
     """
     if ranks.size == 1:
         return work()
@@ -41,7 +41,7 @@ def run_on_all_ranks(ranks: Ranks, work: Callable[[], T], usage_errors: tuple[ty
     if not failed:
         return result
     if not ranks.is_rank0:
-        raise ToldElsewhereError("rank 0 reports the error")
+        raise ReportedElsewhereError("rank 0 reports the error")
     raise UsageError(messages[0] or f"rank {failed[0]}: {messages[failed[0]]}")
 
 
@@ -52,7 +52,7 @@ def assert_equal_across_ranks(ranks: Ranks, facts: Mapping[str, str]) -> None:
 
     Raises:
         UsageError: names the value and the rank that differs from rank 0; on rank 0.
-        ToldElsewhereError: on the other ranks.
+        ReportedElsewhereError: on the other ranks.
     """
     all_facts = ranks.all_gather_object(dict(facts))
 

@@ -14,7 +14,7 @@ import datasets
 import models
 from lib.distributed import launch
 from lib.distributed.launch import UNEXPECTED
-from lib.errors import ToldElsewhereError, UsageError, is_out_of_memory
+from lib.errors import ReportedElsewhereError, UsageError, is_out_of_memory
 from lib.session.atomic_files import printable, reason
 from lib.session.console import IS_RANK0
 from lib.session.locate import latest
@@ -33,7 +33,7 @@ class UnexpectedError(Exception):
 
 def explain(error: Exception) -> tuple[int, str] | None:
     """Exit status and message of an error, or None if it is unknown. The message is '' if another rank prints it."""
-    if isinstance(error, ToldElsewhereError):
+    if isinstance(error, ReportedElsewhereError):
         return 2, ""
     if isinstance(error, UnexpectedError):
         return error.status, str(error)

@@ -41,7 +41,7 @@ def put(root: Path, count: int = 4, size: tuple[int, int] | None = None) -> Inve
     names = joined("images", [f"{number}.png" for number in range(count)])
     for number, name in enumerate(names):
         synthetic.save(root / name, number, size)
-    return listed(root, names, "list.txt", "mend it")
+    return listed(root, names, "list.txt", "restore it")
 
 
 def refusal(work: Any, *arguments: Any, **named: Any) -> str:
@@ -105,7 +105,7 @@ def test_box_refers_to_stored_pixels_of_rotated_photograph(
     (root / "images").mkdir(parents=True)
     stored = synthetic.picture(3, (60, 20))
     Image.fromarray(stored).save(root / "images" / "turned.png", exif=exif)
-    found = listed(root, joined("images", ["turned.png"]), "list.txt", "mend it")
+    found = listed(root, joined("images", ["turned.png"]), "list.txt", "restore it")
     assert reader(root).read("training", found).images[0].shape == (60, 20, 3)
     cut = reader(root).read("training", found, boxes=np.array([[30, 5, 55, 15]])).images[0]
     assert np.array_equal(cut, stored[5:15, 30:55])
@@ -119,7 +119,7 @@ def test_box_outside_its_image_is_refused(root: Path) -> None:
 
 def test_list_may_name_a_file_twice_and_in_any_order(root: Path) -> None:
     put(root)
-    found = listed(root, joined("images", ["2.png", "0.png", "2.png"]), "list.txt", "mend it")
+    found = listed(root, joined("images", ["2.png", "0.png", "2.png"]), "list.txt", "restore it")
     assert [synthetic.number_of(image) for image in reader(root).read("training", found).images] == [2, 0, 2]
 
 
@@ -132,7 +132,7 @@ def test_missing_listed_files_are_counted(root: Path) -> None:
 
 
 def test_list_without_names_is_refused(root: Path) -> None:
-    assert "list.txt names no image" in refusal(listed, root, [], "list.txt", "mend it")
+    assert "list.txt names no image" in refusal(listed, root, [], "list.txt", "restore it")
 
 
 def test_listed_folders_and_broken_links_are_skipped(root: Path) -> None:
@@ -142,7 +142,7 @@ def test_listed_folders_and_broken_links_are_skipped(root: Path) -> None:
     (root / found.names[0]).mkdir()
     (root / found.names[1]).symlink_to(root / "nowhere")
     work = reader(root)
-    again = listed(root, list(found.names), "list.txt", "mend it")
+    again = listed(root, list(found.names), "list.txt", "restore it")
     assert len(work.read("training", again)) == 2
     assert [name for name, _ in work.skipped] == list(found.names[:2]) and all(reason for _, reason in work.skipped)
 
@@ -228,7 +228,7 @@ def test_truncated_files_are_found_even_if_not_loaded(root: Path, monkeypatch: p
         whole = (root / names[i]).read_bytes()
         (root / names[i]).write_bytes(whole[: len(whole) * 3 // 4])
     work = reader(root)
-    images = work.read("training", listed(root, names, "list.txt", "mend it"))
+    images = work.read("training", listed(root, names, "list.txt", "restore it"))
     assert [synthetic.number_of(image) for image in images.images] == [1, 2, 3, 4, 6, 7]
     assert [name for name, _ in work.skipped] == [names[i] for i in (0, 5, 8)]
     assert all("truncated" in reason for _, reason in work.skipped)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lib.distributed.consensus import assert_equal_across_ranks, run_on_all_ranks
 from lib.distributed.processes import Ranks
-from lib.errors import ToldElsewhereError, UsageError
+from lib.errors import ReportedElsewhereError, UsageError
 from team import Team
 
 
@@ -16,7 +16,7 @@ def refusing(ranks: Ranks, which: list[int], text: str) -> str:
 
     try:
         return run_on_all_ranks(ranks, work)
-    except ToldElsewhereError:
+    except ReportedElsewhereError:
         return "elsewhere"
     except UsageError as error:
         return str(error)
@@ -34,7 +34,7 @@ def agreeing(ranks: Ranks, odd: int) -> str:
     try:
         assert_equal_across_ranks(ranks, {"--low-dim": "64", "training images": "9" if ranks.rank != odd else "8"})
         return "agreed"
-    except ToldElsewhereError:
+    except ReportedElsewhereError:
         return "elsewhere"
     except UsageError as error:
         return str(error)

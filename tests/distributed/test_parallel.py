@@ -19,7 +19,7 @@ from lib.distributed import device
 from lib.distributed.processes import Ranks
 from lib.distributed.sharded import ShardedRows
 from lib.distributed.sync_batchnorm import convert
-from lib.errors import ToldElsewhereError, UsageError
+from lib.errors import ReportedElsewhereError, UsageError
 from lib.evaluation import linear_probe
 from lib.evaluation.classifier import Evaluator
 from lib.evaluation.features import extract
@@ -403,7 +403,7 @@ def test_rank_0_reads_the_checkpoint_and_scatters_the_rows(samples: int, team: T
 def damaged(ranks: Ranks, there: Path) -> str:
     try:
         checkpoint.load_resumed(there, ranks)
-    except ToldElsewhereError:
+    except ReportedElsewhereError:
         return "elsewhere"
     except UsageError as error:
         return str(error)

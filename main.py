@@ -56,7 +56,7 @@ def run(words: Sequence[str]) -> int:
         return 0
 
     from lib.distributed import device
-    from lib.reporting import compare, outputs
+    from lib.reporting import compare, export, outputs
     from lib.training import setup
 
     start_logging(options.brief)
@@ -67,7 +67,7 @@ def run(words: Sequence[str]) -> int:
     if len(options.gpus) > 1 and not launch.is_launched() and not options.is_for_one:
         device.select(options.gpus)  # an invalid GPU is refused here, once
         return launch.run(Path(__file__), words, len(options.gpus))
-    outputs.check(options)
+    export.check(options)
     context = setup.prepare(options, ranks)
     if not (options.test_only or options.is_for_one):
         return train(context)

@@ -28,6 +28,7 @@ import datasets
 from benchmarks import measure
 from lib.errors import UsageError
 from lib.evaluation import clustering, graph_clustering
+from lib.evaluation.nearest_neighbours import neighbours_of_arrays
 from lib.session import provenance
 
 NOISE = -1
@@ -69,7 +70,7 @@ def leiden(neighbours: int, resolution: float) -> Method:
     """As ``--protocol graph``."""
 
     def of(rows: np.ndarray, classes: int, seed: int) -> np.ndarray:
-        nearest = graph_clustering.nearest_neighbours(torch.from_numpy(rows), neighbours).numpy()
+        nearest, _ = neighbours_of_arrays(rows, neighbours)
         return graph_clustering.communities(nearest, resolution=resolution, seed=seed)[0]
 
     return of

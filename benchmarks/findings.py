@@ -30,6 +30,7 @@ from benchmarks.study import CFGS, ROOT
 from lib.config.resolve import resolve
 from lib.evaluation import findings
 from lib.evaluation.findings import Findings
+from lib.evaluation.nearest_neighbours import neighbours_of_arrays
 from lib.method.discovery import entropy_and_topk
 from lib.training import setup
 
@@ -109,7 +110,7 @@ def run(arguments: Sequence[str]) -> None:
 def scores(embeddings: np.ndarray) -> dict[str, np.ndarray]:
     """Candidates for the outlier score (N,) by name; higher: belongs less."""
     entropy, _ = entropy_and_topk(torch.from_numpy(embeddings), temperature=0.1, size=K)
-    near = findings.nearest_neighbours(embeddings, K)
+    near = neighbours_of_arrays(embeddings, K)
     copies = findings.identical_images(embeddings, *near)
     distinct, place = np.unique(copies, return_inverse=True)
     candidates = {"lowest entropy (tau = 0.1)": -entropy.numpy()}
@@ -118,7 +119,7 @@ def scores(embeddings: np.ndarray) -> dict[str, np.ndarray]:
         ("distinct images", distinct, place),
     ):
         some = embeddings[chosen]
-        nearest, cosines = findings.nearest_neighbours(some, K)
+        nearest, cosines = neighbours_of_arrays(some, K)
         in_degree = np.bincount(nearest.ravel(), minlength=len(some)) + 1e-3 * cosines.mean(axis=1)  # no ties
         factor = -LocalOutlierFactor(n_neighbors=K).fit(some).negative_outlier_factor_
         for name, values in {

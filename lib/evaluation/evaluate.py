@@ -21,6 +21,7 @@ from lib.distributed.sharded import ShardedRows
 from lib.errors import UsageError
 from lib.evaluation import clustering, features, graph_clustering, linear_probe
 from lib.evaluation.classifier import Accuracy, Evaluator
+from lib.evaluation.nearest_neighbours import nearest_neighbours
 from lib.method import diagnostics
 from lib.session.atomic_files import atomic_write
 from lib.session.console import logger, table
@@ -150,8 +151,8 @@ def _label_free_rows(
         rows.append(Row(f"neighbourhoods (k={size}, tau={temperature:g})", where, shown))
     nearest = None
     if "graph" in options.protocol or needing:
-        found = graph_clustering.nearest_neighbours(embeddings, options.graph_neighbours)
-        nearest = ShardedRows(found, embeddings.samples, inputs.ranks).gather_to_rank0().cpu().numpy()
+        found = nearest_neighbours(embeddings, options.graph_neighbours)
+        nearest = ShardedRows(found.samples, embeddings.samples, inputs.ranks).gather_to_rank0().cpu().numpy()
     if nearest is None and "cluster" not in options.protocol:
         return rows
     gathered = embeddings.gather_to_rank0().cpu().numpy()
@@ -163,9 +164,7 @@ def _label_free_rows(
     if nearest is not None:
         resolution = options.graph_resolution
         clusterings.append(
-            graph_clustering.cluster_graph(
-                gathered, nearest, inputs.train_labels, resolution=resolution, seed=inputs.seed
-            )
+            graph_clustering.cluster(gathered, nearest, inputs.train_labels, resolution=resolution, seed=inputs.seed)
         )
     return rows + [Row(found.name, where, found.figures) for found in clusterings]
 
@@ -189,10 +188,7 @@ def _knn_rows(inputs: EvaluationInputs, evaluator: Evaluator, train: torch.Tenso
     sources = {RECOMPUTED: ShardedRows(train, inputs.train.samples, inputs.ranks)}
     if inputs.memory is not None and inputs.memory.shape == sources[RECOMPUTED].shape:
         sources[BANK] = ShardedRows.scatter(inputs.memory, inputs.ranks, inputs.device)
-    rows = []
-    for source, train_features in sources.items():
-        rows.append(Row(evaluator.name, source, _figures(evaluator.classify(test, train_features))))
-    return rows
+    return [Row(evaluator.name, source, _figures(evaluator.classify(test, rows))) for source, rows in sources.items()]
 
 
 def _figures(accuracy: Accuracy) -> dict[str, float]:

@@ -14,8 +14,8 @@ import torch
 
 from lib.errors import UsageError
 from lib.evaluation.graph_clustering import communities
+from lib.evaluation.nearest_neighbours import neighbours_of_arrays
 from lib.method.chunking import similarities
-from lib.method.topk import TopK
 
 IDENTICAL = 1 - 1e-5
 """Cosine from which two images count as the same image. Sums of float32 in another order differ by about 1e-6."""
@@ -100,7 +100,7 @@ def find(
     """
     if not np.isfinite(embeddings).all():
         raise UsageError("some embeddings are NaN or infinite, so they have no neighbours; choose another checkpoint")
-    nearest, cosines = nearest_neighbours(embeddings, neighbours)
+    nearest, cosines = neighbours_of_arrays(embeddings, neighbours)
     copies = identical_images(embeddings, nearest, cosines)
     groups, modularity = communities(nearest, resolution=resolution, seed=seed)
     return Findings(
@@ -114,26 +114,6 @@ def find(
         outlier_scores=outlier_scores(embeddings, copies, nearest, cosines),
         label_disagreement=None if labels is None else label_disagreement(nearest, labels),
     )
-
-
-@torch.no_grad()
-def nearest_neighbours(embeddings: np.ndarray, neighbours: int) -> tuple[np.ndarray, np.ndarray]:
-    """The K most similar other samples of each, by exact search in blocks.
-
-    Args:
-        embeddings: (N, D), unit length.
-        neighbours: K, reduced to N - 1 if it is larger.
-
-    Returns:
-        (N, K) int64 indices, most similar first, and (N, K) float32 cosines, at most 1.
-    """
-    rows = torch.from_numpy(np.require(embeddings, np.float32, ["C", "W"]))
-    best = TopK.empty(len(rows), min(neighbours, len(rows) - 1), rows)
-    samples = torch.arange(len(rows))
-    for block, similarity in similarities(rows, rows, "neighbours"):
-        similarity.scatter_(1, samples[block, None], -torch.inf)
-        best.update(similarity, block.start, 0)
-    return best.samples.numpy(), best.similarities.clamp(-1, 1).numpy()
 
 
 def identical_images(embeddings: np.ndarray, nearest: np.ndarray, cosines: np.ndarray) -> np.ndarray:
@@ -188,14 +168,14 @@ def outlier_scores(embeddings: np.ndarray, copies: np.ndarray, nearest: np.ndarr
     Args:
         embeddings: (N, D), unit length.
         copies: (N,), as ``identical_images`` gives them.
-        nearest, cosines: (N, K), as ``nearest_neighbours`` gives them. K is reduced to U - 1 if it is larger.
+        nearest, cosines: (N, K), as ``neighbours_of_arrays`` gives them. K is reduced to U - 1 if it is larger.
 
     Returns:
         (N,) float32, above 0, the same for all copies; zeros with a single distinct image.
     """
     distinct, place = np.unique(copies, return_inverse=True)  # (U,), (N,)
     if len(distinct) < len(copies):
-        nearest, cosines = nearest_neighbours(embeddings[distinct], nearest.shape[1])
+        nearest, cosines = neighbours_of_arrays(embeddings[distinct], nearest.shape[1])
     if not nearest.size:
         return np.zeros(len(copies), np.float32)
     reach = np.maximum(1 - cosines[:, -1], 1 - IDENTICAL)  # (U,); rounding may make it 0

@@ -4,7 +4,7 @@ Two samples are joined if either is among the K nearest of the other. Communitie
 edges inside than a random graph of the same degrees would have; the Leiden algorithm looks for the partition of largest
 modularity (Traag et al. 2019, "From Louvain to Leiden", arXiv:1810.08473). The number of groups is found, not given.
 
-Letters: N samples, n samples of this rank, D embedding size, K neighbours.
+Letters: N samples, D embedding size, K neighbours.
 """
 
 from __future__ import annotations
@@ -13,12 +13,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from lib.distributed.sharded import ShardedRows
 from lib.errors import UsageError
 from lib.evaluation.clustering import Clustering, scores, silhouette
-from lib.method.discovery import entropy_and_topk
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -31,14 +28,14 @@ SWEEPS = 100
 
 
 def cluster(
-    embeddings: np.ndarray, labels: np.ndarray | None, *, neighbours: int, resolution: float, seed: int
+    embeddings: np.ndarray, nearest: np.ndarray, labels: np.ndarray | None, *, resolution: float, seed: int
 ) -> Clustering:
     """Finds the communities of the nearest-neighbour graph, and scores them.
 
     Args:
         embeddings: (N, D), float32, unit length.
+        nearest: (N, K), their neighbours.
         labels: (N,) class indices, or None.
-        neighbours: K, reduced to N - 1 if it is larger.
         resolution: gamma of ``communities``.
         seed: seed of Leiden.
 
@@ -49,16 +46,10 @@ def cluster(
     Raises:
         UsageError: an embedding is NaN or infinite, or graspologic-native is missing.
     """
-    _check_finite(embeddings)
-    nearest = nearest_neighbours(torch.from_numpy(embeddings), neighbours).numpy()
-    return cluster_graph(embeddings, nearest, labels, resolution=resolution, seed=seed)
-
-
-def cluster_graph(
-    embeddings: np.ndarray, nearest: np.ndarray, labels: np.ndarray | None, *, resolution: float, seed: int
-) -> Clustering:
-    """As ``cluster``, from known neighbours (N, K)."""
-    _check_finite(embeddings)
+    if not np.isfinite(embeddings).all():
+        raise UsageError(
+            "--protocol graph: some embeddings are NaN or infinite; choose another checkpoint or leave the protocol out"
+        )
     groups, modularity = communities(nearest, resolution=resolution, seed=seed)
     found = {"groups": float(groups.max() + 1), "modularity": modularity}
     judged = silhouette(embeddings, groups, seed) if labels is None else scores(labels, groups)
@@ -66,25 +57,7 @@ def cluster_graph(
     return Clustering(name, groups, {**found, **judged})
 
 
-def nearest_neighbours(embeddings: torch.Tensor | ShardedRows, size: int) -> torch.Tensor:
-    """Exact nearest neighbours by cosine similarity, block by block: O(N^2 D) time, O(N (D + K)) memory.
-
-    A collective: call it on every rank.
-
-    Args:
-        embeddings: (N, D), unit length.
-        size: K, reduced to N - 1 if it is larger.
-
-    Returns:
-        (n, K) indices of the most similar other samples, most similar first.
-    """
-    rows = ShardedRows.of(embeddings)
-    return entropy_and_topk(rows, temperature=1.0, size=min(size, rows.samples - 1))[1]
-
-
-def communities(
-    neighbours: np.ndarray, similarities: np.ndarray | None = None, *, resolution: float, seed: int
-) -> tuple[np.ndarray, float]:
+def communities(neighbours: np.ndarray, *, resolution: float, seed: int) -> tuple[np.ndarray, float]:
     """Finds the communities of a graph given by neighbours: the partition of largest modularity by Leiden.
 
     The modularity is Q = sum_g (w_g / 2m - gamma (d_g / 2m)^2), where 2m is the sum of all degrees, d_g the sum of
@@ -94,8 +67,6 @@ def communities(
 
     Args:
         neighbours: (N, K) indices, K >= 0. A sample that is its own neighbour is ignored there.
-        similarities: (N, K), weights of the edges; where two samples name each other, the larger one counts, and
-            edges of weight 0 or less are left out. None: all edges have weight 1.
         resolution: gamma, above 0.
         seed: at least 0.
 
@@ -106,7 +77,7 @@ def communities(
     Raises:
         UsageError: graspologic-native is missing.
     """
-    graph = _graph(neighbours, similarities)
+    graph = _graph(neighbours)
     samples = graph.shape[0]
     if not graph.nnz:
         return np.arange(samples), 0.0
@@ -137,22 +108,14 @@ def leiden() -> Callable[..., tuple[float, dict[int, int]]]:
     return leiden_csr  # type: ignore[no-any-return]
 
 
-def _check_finite(embeddings: np.ndarray) -> None:
-    if not np.isfinite(embeddings).all():
-        raise UsageError(
-            "--protocol graph: some embeddings are NaN or infinite; choose another checkpoint or leave the protocol out"
-        )
-
-
-def _graph(neighbours: np.ndarray, similarities: np.ndarray | None) -> sparse.csr_array:
+def _graph(neighbours: np.ndarray) -> sparse.csr_array:
     """The symmetric adjacency matrix (N, N), float64, without a diagonal."""
     from scipy import sparse
 
     samples, size = neighbours.shape
     rows, columns = np.repeat(np.arange(samples), size), neighbours.ravel()
-    weights = np.ones(len(rows)) if similarities is None else similarities.ravel().astype(np.float64)
-    kept = (rows != columns) & (weights > 0)
-    directed = sparse.csr_array((weights[kept], (rows[kept], columns[kept])), shape=(samples, samples))
+    kept = rows != columns
+    directed = sparse.csr_array((np.ones(kept.sum()), (rows[kept], columns[kept])), shape=(samples, samples))
     graph = directed.maximum(directed.T).tocsr()
     graph.sort_indices()
     return graph

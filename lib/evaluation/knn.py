@@ -9,8 +9,7 @@ import torch
 
 from lib.distributed.processes import Ranks
 from lib.distributed.sharded import ShardedRows
-from lib.method.chunking import similarities
-from lib.method.topk import TopK
+from lib.evaluation.nearest_neighbours import nearest_neighbours
 
 
 @torch.no_grad()
@@ -33,11 +32,7 @@ def weighted_knn(
     Returns:
         (Q, C) scores; the class of the largest score is the prediction.
     """
-    rows = ShardedRows.of(bank)
-    best = TopK.empty(len(queries), min(k, rows.samples), queries)
-    for first, shard in rows.ring():
-        for block, similarity in similarities(queries, shard, "kNN"):
-            best.update(similarity, block.start, first)
+    best = nearest_neighbours(bank, k, queries, "kNN")
     weights = ((best.similarities - best.similarities[:, :1]) / sigma).exp()  # (Q, K)
     scores = queries.new_zeros(len(queries) * classes)  # flat: scatter_add_ is deterministic on GPUs in one dimension
     position = torch.arange(len(queries), device=queries.device)[:, None] * classes + labels[best.samples]

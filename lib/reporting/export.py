@@ -1,4 +1,4 @@
-"""Exports the embeddings of a data set, and the network. Existing files are never overwritten.
+"""Exports of embeddings and the network; ``table`` has the third export. Existing files are never overwritten.
 
 Notation: B batch size, H x W pixels, N samples, D embedding size.
 """
@@ -22,9 +22,10 @@ import safetensors.torch
 import torch
 import yaml
 
+from datasets import ImageSet
 from lib.config.options import Options, height_and_width
 from lib.errors import UsageError
-from lib.evaluation.features import Batches, embedder, extract
+from lib.evaluation.features import embedder
 from lib.session.atomic_files import check_ending, check_place, new_files, reason
 from lib.session.console import SUMMARY, logger
 
@@ -36,30 +37,23 @@ USE = ("network", "low_dim", "head", "embed", "resize", "size", "means", "stds",
 
 
 @dataclass(frozen=True)
-class Part:
-    """A split to export.
-
-    Attributes:
-        name: ``train``, ``val`` (held out) or ``test``; prefix of the names of its arrays.
-        batches: the N samples, with the test transform.
-        labels: (N,), or None without labels.
-        names: N file names relative to the data root, or None if the images have none.
-        indices: (N,) index of each image in the data set's split; None: 0 to N - 1.
-    """
+class Split:
+    """A split to export: ``train``, ``val`` (held out) or ``test``, its N images, and their embeddings (N, D)."""
 
     name: str
-    batches: Batches
-    labels: np.ndarray | None
-    names: Sequence[str] | None
-    indices: np.ndarray | None = None
+    images: ImageSet
+    embeddings: np.ndarray
 
 
 def check(options: Options) -> None:
-    """Checks the export options before training.
+    """Checks the export options before anything is loaded or trained.
 
     Raises:
         UsageError: a file name has the wrong extension, a file exists or cannot be written, or packages are missing.
     """
+    table = options.export_table
+    if options.export_thumbnails and (table is None or table.suffix.lower() != ".parquet"):
+        raise UsageError("--export-thumbnails: needs --export-table with a .parquet file, which can contain images")
     if path := options.export_features:
         check_ending("--export-features", path, (".npz",))
         check_place(path)
@@ -68,52 +62,50 @@ def check(options: Options) -> None:
         for place in (path, _configuration(path)):
             check_place(place)
         if path.suffix.lower() == ".onnx":
-            _check_packages(path)
+            for package in ("onnx", "onnxscript"):
+                _check_package(f"--export-model {path}", package, "pip install -r requirements-onnx.txt")
+    if table:
+        check_ending("--export-table", table, (".parquet", ".csv"))
+        check_place(table)
+        if table.suffix.lower() == ".parquet":
+            advice = "pip install -r requirements-parquet.txt, or name a .csv file"
+            _check_package(f"--export-table {table}", "pyarrow", advice)
 
 
-def _check_packages(path: Path) -> None:
-    for name in ("onnx", "onnxscript"):
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # incompatible versions can raise any error
-            raise UsageError(
-                f"--export-model {path}: needs the package {name}, which cannot be imported ({reason(error)}); run "
-                "pip install -r requirements-onnx.txt"
-            ) from None
+def _check_package(option: str, package: str, advice: str) -> None:
+    try:
+        importlib.import_module("pyarrow.parquet" if package == "pyarrow" else package)
+    except Exception as error:  # incompatible versions and broken installations can raise any error
+        raise UsageError(
+            f"{option}: needs the package {package}, which cannot be imported ({reason(error)}); run {advice}"
+        ) from None
 
 
-def save_features(path: Path, network: torch.nn.Module, parts: Sequence[Part], *, classes: Sequence[str]) -> None:
+def save_features(path: Path, splits: Sequence[Split]) -> None:
     """Writes the embeddings of splits to an ``.npz`` file for ``np.load(path, allow_pickle=False)``.
 
     Arrays of each split: ``<name>_embeddings`` float32 (N, D); ``<name>_indices`` int64 (N,), the index of each image
     in the data set; if available, ``<name>_labels`` int64 (N,) and ``<name>_names`` (N,). ``classes`` contains the
-    class names, if there are any.
-
-    Args:
-        path: the file.
-        network: images to embeddings; its training mode is preserved.
-        parts: the splits.
-        classes: class names; may be empty.
+    class names of the first split, if there are any.
 
     Raises:
         UsageError: the file exists or cannot be written.
     """
     arrays: dict[str, Any] = {}
-    for part in parts:
-        embeddings = extract(network, part.batches, f"{part.name} embeddings").float().cpu().numpy()
-        arrays[f"{part.name}_embeddings"] = embeddings
-        indices = np.arange(len(embeddings)) if part.indices is None else part.indices
-        arrays[f"{part.name}_indices"] = indices.astype(np.int64)
-        if part.labels is not None:
-            arrays[f"{part.name}_labels"] = np.asarray(part.labels, np.int64)
-        if part.names is not None:
-            arrays[f"{part.name}_names"] = np.array(list(part.names), np.str_)
-    if classes:
+    for split in splits:
+        images = split.images
+        arrays[f"{split.name}_embeddings"] = split.embeddings
+        arrays[f"{split.name}_indices"] = images.indices.astype(np.int64)
+        if images.labels is not None:
+            arrays[f"{split.name}_labels"] = np.asarray(images.labels, np.int64)
+        if images.names is not None:
+            arrays[f"{split.name}_names"] = np.array(list(images.names), np.str_)
+    if classes := splits[0].images.classes:
         arrays["classes"] = np.array(list(classes), np.str_)
     with new_files(path) as (file,):
         np.savez(file, **arrays)
-    counts = ", ".join(f"{len(arrays[f'{part.name}_indices'])} {part.name}" for part in parts)
-    _report("embeddings", path, f"{counts}, embedding size {embeddings.shape[1]}")
+    counts = ", ".join(f"{len(split.images)} {split.name}" for split in splits)
+    report_file("embeddings", path, f"{counts}, embedding size {splits[0].embeddings.shape[1]}")
 
 
 def save_model(path: Path, network: torch.nn.Module, options: Options, *, means: Colour, stds: Colour) -> None:
@@ -142,8 +134,8 @@ def save_model(path: Path, network: torch.nn.Module, options: Options, *, means:
         configuration.write(text.encode("utf-8"))
         model.write(content)
     stage = "" if options.embed == "fc" else f", for --embed {options.embed}"
-    _report("model", path, f"{options.network}, embedding size {options.low_dim}{stage}")
-    _report("options of the model", _configuration(path), "for --cfgs")
+    report_file("model", path, f"{options.network}, embedding size {options.low_dim}{stage}")
+    report_file("options of the model", _configuration(path), "for --cfgs")
 
 
 def _safetensors(network: torch.nn.Module, options: Options) -> bytes:
@@ -260,5 +252,6 @@ def _one_line(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def _report(what: str, path: Path, content: str) -> None:
+def report_file(what: str, path: Path, content: str) -> None:
+    """Logs a written file, with its size."""
     logger().info("%s: %s (%s; %s bytes)", what, path, content, f"{path.stat().st_size:,}", extra=SUMMARY)

@@ -17,6 +17,7 @@ from scipy.stats import mode
 
 from lib.evaluation import findings
 from lib.evaluation.findings import RESOLUTION_FACTORS, SEEDS, Findings
+from lib.evaluation.nearest_neighbours import neighbours_of_arrays
 from lib.reporting.report_data import ReportData
 from lib.reporting.training_figures import Projection
 from lib.session import image_grid
@@ -63,19 +64,19 @@ class Answer:
     rows: list[Row]
 
 
-def answers(material: ReportData) -> list[Answer]:
+def answers(report: ReportData) -> list[Answer]:
     """Groups, duplicates, outliers and, with labels, suspicious labels; empty without findings."""
-    found = material.findings
+    found = report.findings
     if not isinstance(found, Findings):
         return []
-    parts = [_groups(material, found), _duplicates(material, found), _outliers(material, found)]
-    return parts if found.label_disagreement is None else [*parts, _labels(material, found)]
+    parts = [_groups(report, found), _duplicates(report, found), _outliers(report, found)]
+    return parts if found.label_disagreement is None else [*parts, _labels(report, found)]
 
 
-def _shown(material: ReportData, place: int, note: str = "") -> Shown:
+def _shown(report: ReportData, place: int, note: str = "") -> Shown:
     """A searched image by its index among the searched ones."""
-    sample = int(material.searched[place])
-    return Shown(_jpeg(image_grid.tile(material.images[sample], SIDE)), material.name_of(sample), note)
+    sample = int(report.searched[place])
+    return Shown(_jpeg(image_grid.tile(report.images[sample], SIDE)), report.name_of(sample), note)
 
 
 def _jpeg(picture: Image.Image) -> str:
@@ -84,16 +85,16 @@ def _jpeg(picture: Image.Image) -> str:
     return base64.b64encode(data.getvalue()).decode("ascii")
 
 
-def _groups(material: ReportData, found: Findings) -> Answer:
-    sizes, features = np.bincount(found.groups), material.features[material.searched]
+def _groups(report: ReportData, found: Findings) -> Answer:
+    sizes, features = np.bincount(found.groups), report.features[report.searched]
     rows = []
     for group, size in enumerate(sizes[:GROUPS].tolist()):
         (members,) = (found.groups == group).nonzero()
         _, first = np.unique(found.copies[members], return_index=True)  # one of several copies
         similarity = features[members[first]] @ features[members].mean(axis=0)  # mean over the group
         typical = members[first][np.argsort(-similarity, kind="stable")[:TYPICAL]]
-        title = f"Group {group}: {plural(size, 'image')} ({size / len(features):.0%}){_majority(material, members)}"
-        rows.append(Row(title, [_shown(material, place) for place in typical.tolist()]))
+        title = f"Group {group}: {plural(size, 'image')} ({size / len(features):.0%}){_majority(report, members)}"
+        rows.append(Row(title, [_shown(report, place) for place in typical.tolist()]))
     left = len(sizes) - GROUPS
     rest = f" Not shown: {plural(left, 'group')} of {plural(int(sizes[GROUPS:].sum()), 'image')}." if left > 0 else ""
     reading = (
@@ -119,15 +120,15 @@ def _sure(found: Findings) -> str:
     )
 
 
-def _majority(material: ReportData, members: np.ndarray) -> str:
+def _majority(report: ReportData, members: np.ndarray) -> str:
     """The most frequent class of some searched images, with its share; '' without labels."""
-    if material.labels is None:
+    if report.labels is None:
         return ""
-    counts = np.bincount(material.labels[material.searched[members]])
-    return f"; {counts.max() / len(members):.0%} are {material.class_of(int(counts.argmax()))}"
+    counts = np.bincount(report.labels[report.searched[members]])
+    return f"; {counts.max() / len(members):.0%} are {report.class_of(int(counts.argmax()))}"
 
 
-def _duplicates(material: ReportData, found: Findings) -> Answer:
+def _duplicates(report: ReportData, found: Findings) -> Answer:
     copies = np.bincount(found.copies)  # copies of each image, including itself
     repeated, sets = int((copies[copies > 1] - 1).sum()), int((copies > 1).sum())
     same = (
@@ -138,7 +139,7 @@ def _duplicates(material: ReportData, found: Findings) -> Answer:
         least, greatest = (f"{cosine:.4f}" for cosine in (each.least, each.greatest))
         alike = f"similarity {least if least == greatest else f'{least} to {greatest}'}"
         title = f"{plural(len(each.members), 'image')}, {'identical' if each.least == 1 else alike}"
-        shown = [_shown(material, place) for place in each.members[:MEMBERS]]
+        shown = [_shown(report, place) for place in each.members[:MEMBERS]]
         rows.append(Row(title, shown, len(each.members) - MEMBERS))
     reading = (
         "The most similar images, identical ones first. Identical means that the network sees no difference: the files "
@@ -148,15 +149,15 @@ def _duplicates(material: ReportData, found: Findings) -> Answer:
     return Answer("Duplicates", same if repeated else "No two images are identical to the network.", reading, rows)
 
 
-def _outliers(material: ReportData, found: Findings) -> Answer:
+def _outliers(report: ReportData, found: Findings) -> Answer:
     rows, counts = [], []
-    flagged = {"of a single colour": material.blank[material.searched], "of noise": material.noisy[material.searched]}
+    flagged = {"of a single colour": report.blank[report.searched], "of noise": report.noisy[report.searched]}
     for kind, is_kind in flagged.items():
         (places,) = is_kind.nonzero()
         title = f"{plural(len(places), 'image')} {kind}"
         counts.append(title)
         if len(places):
-            shown = [_shown(material, place) for place in places[:LISTED].tolist()]
+            shown = [_shown(report, place) for place in places[:LISTED].tolist()]
             rows.append(Row(title, shown, len(places) - LISTED))
     distinct, copies = np.unique(found.copies, return_counts=True)
     kept = ~np.any([is_kind[distinct] for is_kind in flagged.values()], axis=0)
@@ -165,7 +166,7 @@ def _outliers(material: ReportData, found: Findings) -> Answer:
     shown = []
     for place, count in zip(distinct[order].tolist(), copies[order].tolist(), strict=True):
         same = f", {count:,} copies" if count > 1 else ""
-        shown.append(_shown(material, place, f"{found.outlier_scores[place]:.2f}{same}"))
+        shown.append(_shown(report, place, f"{found.outlier_scores[place]:.2f}{same}"))
     if shown:
         rows.append(Row("Others, by their embeddings" if rows else "", shown))
     above = int((found.outlier_scores[distinct] > CLEAR).sum())
@@ -180,9 +181,9 @@ def _outliers(material: ReportData, found: Findings) -> Answer:
     )
 
 
-def _labels(material: ReportData, found: Findings) -> Answer:
-    assert material.labels is not None and found.label_disagreement is not None
-    own, size = material.labels[material.searched], found.neighbours.shape[1]
+def _labels(report: ReportData, found: Findings) -> Answer:
+    assert report.labels is not None and found.label_disagreement is not None
+    own, size = report.labels[report.searched], found.neighbours.shape[1]
     shown, others = [], np.empty(0, int)
     if size:
         usual, votes = mode(
@@ -191,8 +192,8 @@ def _labels(material: ReportData, found: Findings) -> Answer:
         others = np.flatnonzero(usual != own)
         order = others[np.lexsort((-votes[others], -found.label_disagreement[others]))][:LISTED]
         for place in order.tolist():
-            says = f"{votes[place]} of {size} neighbours: {material.class_of(int(usual[place]))}"
-            shown.append(_shown(material, place, f"labelled {material.class_of(int(own[place]))}; {says}"))
+            says = f"{votes[place]} of {size} neighbours: {report.class_of(int(usual[place]))}"
+            shown.append(_shown(report, place, f"labelled {report.class_of(int(own[place]))}; {says}"))
     reading = (
         "Images whose neighbours have other labels, those with the most such neighbours first. "
         f"{found.label_disagreement.mean():.0%} of all neighbours have another label than the image: the higher this "
@@ -202,7 +203,7 @@ def _labels(material: ReportData, found: Findings) -> Answer:
     return Answer("Labels", said, reading, [Row("", shown)] if shown else [])
 
 
-def explorer(material: ReportData, projected: Projection) -> dict[str, Any]:
+def explorer(report: ReportData, projected: Projection) -> dict[str, Any]:
     """The data with which the script of the page draws the map and shows an image with its neighbours.
 
     Returns:
@@ -210,25 +211,23 @@ def explorer(material: ReportData, projected: Projection) -> dict[str, Any]:
         point ``x`` and ``y`` from 0 to 1, ``group``, ``label`` (absent without labels), ``name``, and ``near`` and
         ``alike``, the most similar points and their cosines.
     """
-    found, points, chosen = material.findings, projected.points, projected.chosen
+    found, points, chosen = report.findings, projected.points, projected.chosen
     assert isinstance(found, Findings)
-    near, alike = findings.nearest_neighbours(material.features[chosen], NEAR)
+    near, alike = neighbours_of_arrays(report.features[chosen], NEAR)
     columns = math.isqrt(len(chosen) - 1) + 1
-    sprite = Image.new("RGB", (columns * TILE, -(-len(chosen) // columns) * TILE), "white")
-    for place, sample in enumerate(chosen.tolist()):
-        sprite.paste(image_grid.tile(material.images[sample], TILE), (place % columns * TILE, place // columns * TILE))
+    tiles = [image_grid.tile(report.images[sample], TILE) for sample in chosen.tolist()]
     x, y = np.round((points - points.min(axis=0)) / np.ptp(points, axis=0), 4).T  # crops to a square
-    labels = None if material.labels is None else material.labels[chosen].tolist()
+    labels = None if report.labels is None else report.labels[chosen].tolist()
     return {
-        "sprite": _jpeg(sprite),
+        "sprite": _jpeg(image_grid.grid(tiles, columns)),
         "columns": columns,
         "side": TILE,
         "x": x.tolist(),
         "y": y.tolist(),
-        "group": found.groups[np.searchsorted(material.searched, chosen)].tolist(),
+        "group": found.groups[np.searchsorted(report.searched, chosen)].tolist(),
         "label": labels,
-        "classes": [material.class_of(number) for number in range(len(material.classes))],
-        "name": [material.name_of(sample) for sample in chosen.tolist()],
+        "classes": [report.class_of(number) for number in range(len(report.classes))],
+        "name": [report.name_of(sample) for sample in chosen.tolist()],
         "near": near.tolist(),
         "alike": np.round(alike, 3).astype(float).tolist(),
     }

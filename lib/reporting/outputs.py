@@ -12,12 +12,11 @@ import numpy as np
 import torch
 
 import datasets
-from lib.config.options import Options
 from lib.errors import UsageError
 from lib.evaluation import evaluate, features
 from lib.evaluation.evaluate import EvaluationInputs
-from lib.reporting import export, retrieval, session_data
-from lib.reporting.report_data import Tested
+from lib.evaluation.nearest_neighbours import nearest_neighbours
+from lib.reporting import export
 from lib.session import image_grid
 from lib.session.atomic_files import reason
 from lib.session.console import SUMMARY, logger
@@ -32,15 +31,6 @@ SIMILAR = 10
 """Number of training images that a query shows."""
 PROJECTED = 1000
 """Maximum number of samples in TensorBoard's projector."""
-
-
-def check(options: Options) -> None:
-    """Raises UsageError if an export cannot be written; called before anything is loaded or trained."""
-    export.check(options)
-    if options.export_table or options.export_thumbnails:
-        from lib.reporting import table  # imports scikit-learn, which takes seconds
-
-        table.check(options)
 
 
 def show(context: RunContext) -> None:
@@ -71,13 +61,12 @@ def finish(context: RunContext, recorder: Recorder, final: Checkpoint, history: 
     with _collect(failures):
         if context.options.report and session.folder:
             write_report(context, session.folder, final)
-    for error in failures if recorder.unsaved else failures[:-1]:  # the last one is raised if the checkpoint was saved
-        logger().error("%s", error)
     if recorder.unsaved:
+        for error in failures:
+            logger().error("%s", error)
         print(f"error: {recorder.unsaved}; free disk space, then resume with --resume", file=sys.stderr)
         return False
-    if failures:
-        raise failures[-1]
+    _raise_last(failures)
     return True
 
 
@@ -104,7 +93,8 @@ def run_evaluation(context: RunContext) -> None:
     options, source = context.options, context.source
     inputs = _evaluation_inputs(context)
     unlabelled = inputs.train_labels is None or inputs.test_labels is None
-    if unlabelled and not {"cluster", "graph"} & set(options.protocol) and _exports(options):
+    exports = options.export_features or options.export_model or options.export_table
+    if exports and unlabelled and not {"cluster", "graph"} & set(options.protocol):
         return
     rows = evaluate.evaluate(inputs, options)
     logger().info("%s", evaluate.text(rows), extra=SUMMARY)
@@ -136,58 +126,34 @@ def _evaluation_inputs(context: RunContext) -> EvaluationInputs:
     )
 
 
-def _exports(options: Options) -> bool:
-    return bool(options.export_features or options.export_model or options.export_table)
-
-
 def write_report(context: RunContext, folder: Path, loaded: Checkpoint) -> None:
     """Writes the report of a session with the network of the context.
 
     Raises:
         UsageError: the report cannot be written.
     """
-    from lib.reporting import page  # imports matplotlib and scikit-learn, which takes seconds
+    from lib.reporting import page, report_data  # page imports matplotlib and scikit-learn, which takes seconds
 
-    options, train, test = context.options, context.splits.train, context.splits.test
-    evaluator = context.evaluator(test)
-    compared = f"{evaluator.name} against training features, both computed with the test transform" if evaluator else ""
-    tested = None
-    if evaluator and test and test.labels is not None and train.labels is not None:
-        embeddings = features.extract(context.embedder, context.loader(test, train=False), "test features")
-        tested = Tested(
-            images=test.images,
-            labels=test.labels,
-            features=embeddings.cpu().numpy(),
-            protocol=compared,
-            k=options.knn_k,
-            sigma=options.knn_sigma or options.npc_temperature,
-        )
-    report_data = session_data.collect(
-        folder,
-        options,
-        loaded,
-        train=train,
-        protocol=f"{evaluator.name} against {evaluator.against}" if evaluator else "",
-        features=context.train_embeddings().cpu().numpy(),
-        statistics=context.train_statistics().cpu().numpy(),
-        tested=tested,
-    )
     try:
-        logger().info("report: %s", page.write(report_data, folder), extra=SUMMARY)
+        path = page.write(report_data.collect(context, folder, loaded), folder)
     except OSError as error:
         raise UsageError(
             f"{folder}: the report cannot be written: {reason(error)}; check free space and permissions"
         ) from None
+    logger().info("report: %s", path, extra=SUMMARY)
 
 
 def show_similar(context: RunContext) -> None:
     """Prints and draws the training images that are most similar to each image of ``--query``."""
+    from lib.reporting import retrieval  # imports matplotlib, which takes half a second
+
     options = context.options
     queries = [(str(path), datasets.read_picture(path)) for path in options.query]
     pictures = context.loader(datasets.ImageSet([picture for _, picture in queries]), train=False)
     embeddings = features.extract(context.embedder, pictures, "pictures")
     logger().info("similarity: cosine of the embeddings, computed with the test transform")
-    indices, similarities = retrieval.query(embeddings, context.train_embeddings(), SIMILAR)
+    found = nearest_neighbours(context.train_embeddings(), SIMILAR, embeddings, "looking up")
+    indices, similarities = found.samples.cpu(), found.similarities.cpu()
     train = context.splits.train
     for row, (name, _) in enumerate(queries):
         logger().info("%s\n", retrieval.describe(name, indices[row], similarities[row], train), extra=SUMMARY)
@@ -202,44 +168,41 @@ def export_results(context: RunContext, loaded: Checkpoint, folder: Path | None)
     Raises:
         UsageError: a file cannot be written, or a checkpoint of the session cannot be read.
     """
-    options, splits = context.options, context.splits
+    options = context.options
     failures: list[UsageError] = []
+    splits = _splits(context) if options.export_features or options.export_table else []
     with _collect(failures):
         if options.export_features:
-            parts = [
-                export.Part(name, context.loader(split, train=False), split.labels, split.names, split.indices)
-                for name, split in (("train", splits.train), ("val", splits.val), ("test", splits.test))
-                if split
-            ]
-            export.save_features(options.export_features, context.embedder, parts, classes=splits.train.classes)
+            export.save_features(options.export_features, splits)
     with _collect(failures):
         if options.export_model:
             means, stds = context.means_and_stds
             export.save_model(options.export_model, context.network, options, means=means, stds=stds)
     with _collect(failures):
         if options.export_table:
-            _export_table(context, loaded, folder, options.export_table)
+            from lib.reporting import table  # imports scikit-learn, which takes seconds
+
+            samples = len(context.splits.train)
+            rounds = table.became_anchor(checkpoint.discoveries(folder, loaded, samples), samples)
+            columns = table.columns(splits, context.splits.labelled, rounds, options)
+            images = [split.images.images for split in splits] if options.export_thumbnails else None
+            table.save(options.export_table, columns, images)
+    _raise_last(failures)
+
+
+def _splits(context: RunContext) -> list[export.Split]:
+    """The splits with their embeddings."""
+    found = [export.Split("train", context.splits.train, context.train_embeddings().float().cpu().numpy())]
+    for name, images in (("val", context.splits.val), ("test", context.splits.test)):
+        if images:
+            rows = features.extract(context.embedder, context.loader(images, train=False), f"{name} embeddings")
+            found.append(export.Split(name, images, rows.float().cpu().numpy()))
+    return found
+
+
+def _raise_last(failures: list[UsageError]) -> None:
+    """Raises the last of the errors, if there are any, and logs the others."""
     for error in failures[:-1]:
         logger().error("%s", error)
     if failures:
         raise failures[-1]
-
-
-def _export_table(context: RunContext, loaded: Checkpoint, folder: Path | None, path: Path) -> None:
-    from lib.reporting import table  # imports scikit-learn, which takes seconds
-
-    splits, parts = context.splits, []
-    for name, split in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
-        if split:
-            labels = np.full(len(split), table.NEVER) if split.labels is None else split.labels
-            if split is splits.train:
-                found = context.train_embeddings()
-            else:
-                found = features.extract(context.embedder, context.loader(split, train=False), f"{name} embeddings")
-            parts.append(table.Split(name, split, found.float().cpu().numpy(), labels))
-    classes = next((s.classes for s in (splits.train, splits.labelled, splits.test) if s and s.classes), ())
-    if splits.labelled is not None:
-        parts[0].labels[splits.labelled.indices] = splits.labelled.labels
-    rounds = table.became_anchor(checkpoint.discoveries(folder, loaded, len(splits.train)), len(splits.train))
-    images = [part.images.images for part in parts] if context.options.export_thumbnails else None
-    table.save(path, table.columns(parts, classes, rounds, context.options), images)

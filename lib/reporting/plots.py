@@ -102,7 +102,7 @@ def render(figure: Figure, dpi: int) -> bytes:
 
 def writable(name: str, number: int) -> str:
     """The name of class ``number``, or 'class 7' if the font has no glyph for one of its characters."""
-    return name if name and all(ord(letter) in _letters() for letter in name) else f"class {number}"
+    return name if name and all(ord(letter) in letters() for letter in name) else f"class {number}"
 
 
 def all_writable(names: Sequence[str]) -> list[str]:
@@ -111,7 +111,8 @@ def all_writable(names: Sequence[str]) -> list[str]:
 
 
 @cache
-def _letters() -> frozenset[int]:
+def letters() -> frozenset[int]:
+    """Code points that the font has."""
     return frozenset(get_font(findfont(FONT)).get_charmap())
 
 

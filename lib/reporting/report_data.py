@@ -1,4 +1,4 @@
-"""The data of a session's report.
+"""The data of a session's report, and how they are collected.
 
 Letters: N training samples, D embedding, M test images, A anchors, K neighbours.
 """
@@ -7,12 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lib.evaluation.findings import Findings
+from lib.config.options import Options
+from lib.config.parser import extra
+from lib.errors import UsageError
+from lib.evaluation.classifier import Evaluator
+from lib.evaluation.features import extract
+from lib.evaluation.findings import Findings, blank_and_noisy, find
+from lib.method.collapse import find_collapse
+from lib.session import metrics
 from lib.session.atomic_files import printable
+from lib.training import checkpoint
+from lib.training.checkpoint import Checkpoint
+from lib.training.setup import RunContext
 
 SEED = 0
 """Seed of every random subset, so that a run always has the same report."""
@@ -129,3 +140,89 @@ class ReportData:
             return "before the first epoch"
         last = self.metrics[-1]
         return f"after epoch {last['epoch'] + 1} of round {last['round']}"
+
+
+def collect(context: RunContext, folder: Path, loaded: Checkpoint) -> ReportData:
+    """The data of a session's report, with the network of the context and the session's latest checkpoint.
+
+    Raises:
+        UsageError: the session has no metrics, or a checkpoint cannot be used.
+    """
+    options, train = context.options, context.splits.train
+    evaluator = context.evaluator(context.splits.test)
+    tested = _tested(context, evaluator)
+    features, statistics = context.train_embeddings().cpu().numpy(), context.train_statistics().cpu().numpy()
+    rows, starts = metrics.read(folder), metrics.starts(folder)
+    last = rows[-1]
+    try:
+        samples = len(loaded["npc"]["memory"])
+    except (KeyError, TypeError):
+        raise UsageError(
+            f"{folder}: its latest checkpoint has no memory bank, which a report needs; choose another session"
+        ) from None
+    if samples != len(train):
+        raise UsageError(f"{folder}: was trained on {samples} samples, not {len(train)}; choose its data")
+    blank, noisy = blank_and_noisy(statistics)
+    searched = drawn(len(features), SEARCHED)
+    return ReportData(
+        name=folder.resolve().name,
+        facts={str(name): str(value) for name, value in (starts[-1] if starts else {}).items()},
+        options={name: value for name, value in options.model_dump(mode="json").items() if not extra(name)["this_run"]},
+        metrics=rows,
+        warning=find_collapse(
+            rows,
+            samples=len(train),
+            size=options.ANs_size,
+            low_dim=options.low_dim,
+            temperature=options.npc_temperature,
+        ),
+        protocol=f"{evaluator.name} against {evaluator.against}" if evaluator else "",
+        published=options.published or "",
+        rounds=[
+            Discovered(round, *(part.cpu().numpy() for part in (found.entropy, found.anchors, found.neighbours)))
+            for round, found in checkpoint.discoveries(folder, loaded, len(train))
+        ],
+        images=train.images,
+        labels=train.labels,
+        classes=train.classes,
+        names=train.names,
+        indices=train.indices,
+        features=features,
+        findings=_findings(features[searched], None if train.labels is None else train.labels[searched], options),
+        searched=searched,
+        blank=blank,
+        noisy=noisy,
+        tested=tested,
+        chooser="held-out training images" if options.val_fraction else "the test labels",
+        finished=(last["round"], last["epoch"]) >= (options.max_round - 1, options.max_epoch - 1),
+    )
+
+
+def _tested(context: RunContext, evaluator: Evaluator | None) -> Tested | None:
+    """The labelled test images with their embeddings; None if they or the training images have no labels."""
+    options, test = context.options, context.splits.test
+    if not evaluator or test is None or test.labels is None or context.splits.train.labels is None:
+        return None
+    embeddings = extract(context.embedder, context.loader(test, train=False), "test features")
+    return Tested(
+        images=test.images,
+        labels=test.labels,
+        features=embeddings.cpu().numpy(),
+        protocol=f"{evaluator.name} against training features, both computed with the test transform",
+        k=options.knn_k,
+        sigma=options.knn_sigma or options.npc_temperature,
+    )
+
+
+def _findings(features: np.ndarray, labels: np.ndarray | None, options: Options) -> Findings | str:
+    """The findings of the searched images (F, D), or a sentence with the reason if there are none."""
+    try:
+        return find(
+            features,
+            labels,
+            neighbours=options.graph_neighbours,
+            resolution=options.graph_resolution,
+            seed=SEED,
+        )
+    except UsageError as error:
+        return f"Not known: {error}."

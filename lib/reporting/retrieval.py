@@ -1,25 +1,26 @@
 """Finds the training images that are most similar to given images, and shows them in a table and an image grid.
 
-No file is overwritten. Letters: N samples, D embedding, K nearest, Q queries, R rows of a block, H x W pixels.
+No file is overwritten. Letters: K nearest, Q queries.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 from datasets import ImageSet
-from lib.method.chunking import block_rows
+from lib.reporting import plots
 from lib.session import image_grid
 from lib.session.atomic_files import new_files, printable
-from lib.session.console import SUMMARY, logger, progress, table
+from lib.session.console import SUMMARY, logger, table
 
 TILE, LINE, LETTERS = 128, 18, 12
 """Sizes in pixels: a tile (smaller images are magnified), the height of a line of text, and the font."""
@@ -27,46 +28,14 @@ COLUMNS = 10
 """Number of found images in a row; further ones follow in the rows below."""
 
 
-def _index_of(train: ImageSet, sample: int) -> int:
-    """The index of a sample in the data set."""
-    return sample if train.taken is None else int(train.taken[sample])
-
-
 def _class_of(train: ImageSet, sample: int) -> str:
     """The name of a sample's class; '' without labels."""
     return "" if train.labels is None else train.classes[int(train.labels[sample])]
 
 
-def _blocks(rows: int, width: int, device: torch.device, what: str) -> Iterator[slice]:
-    """Slices of ``rows`` rows of ``width`` numbers to process at a time; ``what`` labels the progress bar."""
-    step = block_rows(width, device)
-    for start in progress(range(0, rows, step), what, "block"):
-        yield slice(start, min(start + step, rows))
-
-
 def _short(value: float) -> float:
     """Rounds to the precision of float32, without negative zeros."""
     return round(value, 6) + 0.0
-
-
-@torch.no_grad()
-def query(embeddings: torch.Tensor, memory: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The training images most similar to each query.
-
-    Args:
-        embeddings: (Q, D), unit length.
-        memory: (N, D), unit length.
-        k: K, at most N.
-
-    Returns:
-        Indices and cosine similarities (Q, K) on the CPU, most similar first.
-    """
-    indices, similarities = [], []
-    for block in _blocks(len(embeddings), len(memory), memory.device, "looking up"):
-        values, samples = (embeddings[block] @ memory.t()).topk(min(k, len(memory)), dim=1)  # (R, K)
-        indices.append(samples.cpu())
-        similarities.append(values.cpu())
-    return torch.cat(indices), torch.cat(similarities)
 
 
 def describe(name: str, indices: torch.Tensor, similarities: torch.Tensor, train: ImageSet) -> str:
@@ -81,7 +50,7 @@ def describe(name: str, indices: torch.Tensor, similarities: torch.Tensor, train
 
 
 def _called(sample: int, train: ImageSet) -> str:
-    return printable(train.names[sample]) if train.names else str(_index_of(train, sample))
+    return printable(train.names[sample]) if train.names else str(train.indices[sample])
 
 
 def draw(
@@ -113,30 +82,15 @@ def draw(
     return picture
 
 
-def _font_file() -> Path:
-    """DejaVu Sans, which is part of matplotlib and has Latin, Greek, Cyrillic and more letters."""
-    import matplotlib  # takes a tenth of a second to import
-
-    return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-
-
 @cache
 def _font() -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(_font_file(), LETTERS)
-
-
-@cache
-def _characters() -> frozenset[int]:
-    """Code points that the font has."""
-    from matplotlib.ft2font import FT2Font
-
-    return frozenset(FT2Font(str(_font_file())).get_charmap())
+    return ImageFont.truetype(findfont(plots.FONT), LETTERS)
 
 
 def drawable(text: str) -> str:
     """The text on one line with its accents composed, and question marks for characters that the font lacks."""
     text = unicodedata.normalize("NFC", printable(text))
-    return "".join(character if ord(character) in _characters() else "?" for character in text)
+    return "".join(character if ord(character) in plots.letters() else "?" for character in text)
 
 
 def shorten(text: str, most: float) -> str:

@@ -10,7 +10,6 @@ import importlib
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,13 +21,14 @@ import datasets
 from lib.config.options import Options
 from lib.errors import UsageError
 from lib.evaluation import findings
+from lib.evaluation.nearest_neighbours import neighbours_of_arrays
 from lib.method.discovery import discover
 from lib.method.neighbourhoods import Neighbourhoods
-from lib.reporting import retrieval
+from lib.reporting.export import Split, report_file
 from lib.reporting.report_data import SEARCHED, SEED, drawn
 from lib.reporting.training_figures import to_plane
-from lib.session.atomic_files import check_ending, check_place, csv_text, new_files, reason
-from lib.session.console import SUMMARY, logger, plural, progress
+from lib.session.atomic_files import csv_text, new_files
+from lib.session.console import plural, progress
 
 NEVER = -1
 """As a round: the sample was never an anchor. As a label: unknown."""
@@ -40,38 +40,6 @@ ROWS = 1_000
 """Rows written at a time; only their thumbnails are in memory."""
 SIDE, QUALITY = 128, 85
 """Maximum length of the longer edge of a thumbnail, in pixels, and JPEG quality of reduced thumbnails."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """A split of the table: ``train``, ``val`` (held out) or ``test``, its n images and their embeddings (n, D).
-
-    ``labels`` (n,) are class indices, ``NEVER`` if unknown.
-    """
-
-    name: str
-    images: datasets.ImageSet
-    embeddings: np.ndarray
-    labels: np.ndarray
-
-
-def check(options: Options) -> None:
-    """Raises UsageError if the table cannot be written; called before anything is loaded or trained."""
-    path = options.export_table
-    if options.export_thumbnails and (path is None or path.suffix.lower() != ".parquet"):
-        raise UsageError("--export-thumbnails: needs --export-table with a .parquet file, which can contain images")
-    if path is None:
-        return
-    check_ending("--export-table", path, (".parquet", ".csv"))
-    check_place(path)
-    if path.suffix.lower() == ".parquet":
-        try:
-            importlib.import_module("pyarrow.parquet")
-        except Exception as error:  # broken installations can raise any error
-            raise UsageError(
-                f"--export-table {path}: needs the package pyarrow, which cannot be imported ({reason(error)}); run "
-                "pip install -r requirements-parquet.txt, or name a .csv file"
-            ) from None
 
 
 def became_anchor(discoveries: Iterable[tuple[int, Neighbourhoods]], samples: int) -> np.ndarray:
@@ -100,12 +68,14 @@ def became_anchor(discoveries: Iterable[tuple[int, Neighbourhoods]], samples: in
     return first
 
 
-def columns(splits: Sequence[Split], classes: Sequence[str], rounds: np.ndarray, options: Options) -> dict[str, Any]:
+def columns(
+    splits: Sequence[Split], labelled: datasets.ImageSet | None, rounds: np.ndarray, options: Options
+) -> dict[str, Any]:
     """The columns without thumbnails, as described in docs/evaluation.md; None if a value is unknown.
 
     Args:
         splits: the training images first.
-        classes: class names.
+        labelled: the training images that have labels, if only some have.
         rounds: (N,), as returned by ``became_anchor``.
         options: temperature, and number of neighbours and resolution of the groups.
 
@@ -113,21 +83,25 @@ def columns(splits: Sequence[Split], classes: Sequence[str], rounds: np.ndarray,
         UsageError: an embedding is NaN or infinite.
     """
     train, *others = splits
-    samples, total = len(train.images), sum(len(split.images) for split in splits)
+    samples, sets = len(train.images), [split.images for split in splits]
     embeddings = np.concatenate([split.embeddings for split in splits])  # (M, D)
-    labels = np.concatenate([split.labels for split in splits])  # (M,)
-    known = train.labels if (train.labels != NEVER).all() and samples else None
+    total = len(embeddings)
+    labels = np.concatenate([np.full(len(s), NEVER) if s.labels is None else s.labels for s in sets])  # (M,)
+    if labelled:
+        labels[labelled.indices] = labelled.labels
+    classes = next((each.classes for each in (*sets, labelled) if each and each.classes), ())
+    known = labels[:samples] if (labels[:samples] != NEVER).all() and samples else None
     searched = drawn(samples, SEARCHED)
     constants = {"neighbours": options.graph_neighbours, "resolution": options.graph_resolution, "seed": SEED}
     found = findings.find(train.embeddings[searched], None if known is None else known[searched], **constants)  # type: ignore[arg-type]
     nearest, cosines = found.neighbours, found.similarities  # (N, K)
     if len(searched) < samples:
-        nearest, cosines = findings.nearest_neighbours(train.embeddings, options.graph_neighbours)
-    rows = torch.from_numpy(train.embeddings)
+        nearest, cosines = neighbours_of_arrays(train.embeddings, options.graph_neighbours)
     for split in others:  # their neighbours are training images, too
-        near = retrieval.query(torch.from_numpy(split.embeddings), rows, nearest.shape[1])
-        nearest, cosines = (np.concatenate([a, b.numpy()]) for a, b in zip((nearest, cosines), near, strict=True))
-    distances = 1 - cosines.clip(-1, 1)  # (M, K)
+        near = neighbours_of_arrays(train.embeddings, nearest.shape[1], split.embeddings)
+        nearest, cosines = (np.concatenate(pair) for pair in zip((nearest, cosines), near, strict=True))
+    distances = 1 - cosines  # (M, K)
+    rows = torch.from_numpy(train.embeddings)
     entropy = discover(rows, temperature=options.npc_temperature, anchors=0, size=1).entropy.numpy()
     points = to_map(embeddings)
 
@@ -142,9 +116,9 @@ def columns(splits: Sequence[Split], classes: Sequence[str], rounds: np.ndarray,
     disagreement = findings.label_disagreement(nearest, labels).tolist() if known is not None else [None] * total
     return {
         "id": list(range(total)),
-        "file": [_text(name) for split in splits for name in split.images.names or _nameless(split)],
+        "file": [_text(each.names[n]) if each.names else None for each in sets for n in range(len(each))],
         "split": [split.name for split in splits for _ in range(len(split.images))],
-        "index": [index for split in splits for index in split.images.indices.tolist()],
+        "index": [index for each in sets for index in each.indices.tolist()],
         "class": [None if label == NEVER else _text(classes[label]) for label in labels.tolist()],
         "entropy": of_training(entropy),
         "round": [None if round == NEVER else round for round in of_training(rounds)],
@@ -160,13 +134,9 @@ def columns(splits: Sequence[Split], classes: Sequence[str], rounds: np.ndarray,
     }
 
 
-def _nameless(split: Split) -> list[None]:
-    return [None] * len(split.images)
-
-
-def _text(name: str | None) -> str | None:
+def _text(name: str) -> str:
     """Text as valid UTF-8: other bytes of a file name become escapes such as ``\\udcff``."""
-    return None if name is None else name.encode("utf-8", "backslashreplace").decode("utf-8")
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def to_map(embeddings: np.ndarray) -> np.ndarray | None:
@@ -178,9 +148,8 @@ def to_map(embeddings: np.ndarray) -> np.ndarray | None:
     placed = to_plane(embeddings[chosen])
     if isinstance(placed, str) or len(chosen) == len(embeddings):
         return None if isinstance(placed, str) else placed[0]
-    rows = torch.from_numpy(embeddings)
-    nearest, _ = retrieval.query(rows, rows[torch.from_numpy(chosen)], BESIDE)  # (M, BESIDE)
-    points: np.ndarray = placed[0][nearest.numpy()].mean(axis=1)
+    nearest, _ = neighbours_of_arrays(embeddings[chosen], BESIDE, embeddings)  # (M, BESIDE)
+    points: np.ndarray = placed[0][nearest].mean(axis=1)
     points[chosen] = placed[0]
     return points
 
@@ -203,8 +172,7 @@ def save(path: Path, table: dict[str, Any], images: Sequence[Sequence[np.ndarray
             _write_csv(file, table)
         else:
             _write_parquet(file, table, images)
-    rows = plural(len(table["id"]), "image")
-    logger().info("table: %s (%s; %s bytes)", path, rows, f"{path.stat().st_size:,}", extra=SUMMARY)
+    report_file("table", path, plural(len(table["id"]), "image"))
 
 
 def _write_csv(file: BinaryIO, table: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 from lib.evaluation import knn
 from lib.reporting import plots
 from lib.reporting.plots import Part, Tile
-from lib.reporting.report_data import SEED, ReportData
+from lib.reporting.report_data import SEED, ReportData, drawn
 from lib.session.console import plural
 
 TESTS, PAIRS = 10_000, 10
@@ -37,64 +37,63 @@ class Classified:
         return np.asarray(self.shares.argmax(axis=1))
 
 
-def classify(material: ReportData) -> Classified | str:
+def classify(report: ReportData) -> Classified | str:
     """Weighted kNN of the test images, or of a subset if there are many; or the reason for none, '' without labels."""
-    tested = material.tested
-    if material.labels is None or tested is None or not len(tested.labels):
+    tested = report.tested
+    if report.labels is None or tested is None or not len(tested.labels):
         return ""
-    chosen = np.sort(np.random.default_rng(SEED).permutation(len(tested.labels))[:TESTS])
+    chosen = drawn(len(tested.labels), TESTS)
     queries = np.require(tested.features[chosen], np.float32, ["C", "W"])
-    bank = np.require(material.features, np.float32, ["C", "W"])  # avoids a copy if PyTorch can use the array directly
+    bank = np.require(report.features, np.float32, ["C", "W"])  # avoids a copy if PyTorch can use the array directly
     if not (np.isfinite(queries).all() and np.isfinite(bank).all()):
         return "Not drawn: some embeddings are not finite numbers."
-    arrays = (torch.from_numpy(array) for array in (queries, bank, np.require(material.labels, np.int64, ["C", "W"])))
-    scores = knn.weighted_knn(*arrays, classes=len(material.classes), k=tested.k, sigma=tested.sigma).numpy()
+    arrays = (torch.from_numpy(array) for array in (queries, bank, np.require(report.labels, np.int64, ["C", "W"])))
+    scores = knn.weighted_knn(*arrays, classes=len(report.classes), k=tested.k, sigma=tested.sigma).numpy()
     return Classified(chosen, tested.labels[chosen], scores / scores.sum(axis=1, keepdims=True))
 
 
-def _counts(material: ReportData, classified: Classified) -> np.ndarray:
+def _counts(report: ReportData, classified: Classified) -> np.ndarray:
     """(C, C), number of test images by true class (rows) and predicted class."""
-    counts = np.zeros((len(material.classes),) * 2, int)
+    counts = np.zeros((len(report.classes),) * 2, int)
     np.add.at(counts, (classified.labels, classified.predicted), 1)
     return counts
 
 
-def _basis(material: ReportData, classified: Classified) -> str:
+def _basis(report: ReportData, classified: Classified) -> str:
     """A sentence about the classifier and its correct predictions."""
-    assert material.tested is not None
+    assert report.tested is not None
     right, shown = (classified.predicted == classified.labels).sum(), len(classified.labels)
-    all_ = len(material.tested.labels)
+    all_ = len(report.tested.labels)
     some = "" if shown == all_ else f", drawn at random from {all_},"
     judged = f"{right} of {plural(shown, 'test image')}{some} are classified correctly ({right / shown:.2%})"
-    return f"{material.tested.protocol}; {judged}; {material.when}."
+    return f"{report.tested.protocol}; {judged}; {report.when}."
 
 
-def confusion(material: ReportData, classified: Classified | str) -> Part:
+def confusion(report: ReportData, classified: Classified | str) -> Part:
     """The confusion matrix."""
     if isinstance(classified, str):
         return Part(None, classified)
     return Part(
-        plots.confusion(_counts(material, classified), plots.all_writable(material.classes)),
-        _basis(material, classified),
+        plots.confusion(_counts(report, classified), plots.all_writable(report.classes)),
+        _basis(report, classified),
     )
 
 
-def confused(material: ReportData, classified: Classified | str) -> list[tuple[str, str, int, str]]:
+def confused(report: ReportData, classified: Classified | str) -> list[tuple[str, str, int, str]]:
     """Pairs of true and predicted class, with the number of test images and the share; most frequent first."""
     if isinstance(classified, str):
         return []
-    counts = _counts(material, classified)
+    counts = _counts(report, classified)
     wrong = counts - np.diag(counts.diagonal())
     order = np.argsort(-wrong, axis=None, kind="stable")[:PAIRS]
-    pairs = [(row, column) for row, column in zip(*np.unravel_index(order, wrong.shape), strict=True)]
     return [
-        (material.classes[a], material.classes[b], int(wrong[a, b]), f"{wrong[a, b] / counts[a].sum():.1%}")
-        for a, b in pairs
+        (report.classes[a], report.classes[b], int(wrong[a, b]), f"{wrong[a, b] / counts[a].sum():.1%}")
+        for a, b in zip(*np.unravel_index(order, wrong.shape), strict=True)
         if wrong[a, b]
     ]
 
 
-def voters(material: ReportData, classified: Classified | str) -> Part:
+def voters(report: ReportData, classified: Classified | str) -> Part:
     """Test images and their nearest training images: random correct ones and the most confident mistakes."""
     if isinstance(classified, str):
         return Part(None, classified)
@@ -102,20 +101,20 @@ def voters(material: ReportData, classified: Classified | str) -> Part:
     (right,), (wrong,) = is_right.nonzero(), (~is_right).nonzero()
     right = np.random.default_rng(SEED).permutation(right)[:4]
     wrong = wrong[np.argsort(-classified.shares[wrong].max(axis=1), kind="stable")][:4]
-    rows = [_row(material, classified, int(place)) for place in (*right, *wrong)]
+    rows = [_row(report, classified, int(place)) for place in (*right, *wrong)]
     kinds = [f"{len(right)} correct ones drawn at random"] if len(right) else []
     kinds += [f"the {plural(len(wrong), 'mistake')} with the largest share of the votes"] if len(wrong) else []
-    return Part(plots.voters(rows), f"{_basis(material, classified)} Shown: {', then '.join(kinds)}.")
+    return Part(plots.voters(rows), f"{_basis(report, classified)} Shown: {', then '.join(kinds)}.")
 
 
-def _row(material: ReportData, classified: Classified, place: int) -> tuple[list[Tile], str, list[tuple[float, bool]]]:
-    tested, labels, names = material.tested, material.labels, plots.all_writable(material.classes)
+def _row(report: ReportData, classified: Classified, place: int) -> tuple[list[Tile], str, list[tuple[float, bool]]]:
+    tested, labels, names = report.tested, report.labels, plots.all_writable(report.classes)
     assert tested is not None and labels is not None
     number, truth, shares = int(classified.chosen[place]), int(classified.labels[place]), classified.shares[place]
-    similarity = np.asarray(material.features, np.float32) @ np.asarray(tested.features[number], np.float32)  # (N,)
+    similarity = np.asarray(report.features, np.float32) @ np.asarray(tested.features[number], np.float32)  # (N,)
     nearest = np.argsort(-similarity, kind="stable")[: min(8, tested.k)]
     tiles = [Tile(tested.images[number], "")]
-    tiles += [Tile(material.images[near], "", bool(labels[near] == truth)) for near in nearest.tolist()]
+    tiles += [Tile(report.images[near], "", bool(labels[near] == truth)) for near in nearest.tolist()]
     first = [c for c in np.argsort(-shares, kind="stable")[:3].tolist() if shares[c] >= 0.005]
     said = ", ".join(f"{plots.fit(names[c], 1.2, 9)} ({shares[c]:.0%})" for c in first)
     verdict = "correct" if first[0] == truth else "wrong"

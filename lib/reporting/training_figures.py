@@ -39,26 +39,26 @@ SHARES = {"reciprocal", "kept", "orphans", "largest_hub"}
 """Health figures that are shares of the samples or of their neighbours."""
 
 
-def _column(material: ReportData, name: str) -> np.ndarray:
+def _column(report: ReportData, name: str) -> np.ndarray:
     """(E,), a column of the metrics; NaN for missing values."""
-    return np.array([np.nan if row.get(name) is None else row[name] for row in material.metrics], float)
+    return np.array([np.nan if row.get(name) is None else row[name] for row in report.metrics], float)
 
 
-def training(material: ReportData) -> dict[str, Part]:
+def training(report: ReportData) -> dict[str, Part]:
     """Accuracy and loss over the epochs."""
-    if not material.metrics:
+    if not report.metrics:
         return {"accuracy": Part(None, ""), "loss": Part(None, "No epoch is done yet.")}
-    rounds = _column(material, "round").astype(int)
-    return {"accuracy": _accuracy(material, rounds), "loss": _loss(_column(material, "loss"), rounds)}
+    rounds = _column(report, "round").astype(int)
+    return {"accuracy": _accuracy(report, rounds), "loss": _loss(_column(report, "loss"), rounds)}
 
 
-def _accuracy(material: ReportData, rounds: np.ndarray) -> Part:
-    top1, top5, held_out = (_column(material, name) for name in ("top1", "top5", "val_top1"))
+def _accuracy(report: ReportData, rounds: np.ndarray) -> Part:
+    top1, top5, held_out = (_column(report, name) for name in ("top1", "top5", "val_top1"))
     known = np.isfinite(top1)
     if not known.any():
         return Part(None, "")
     if known.sum() == 1:
-        return Part(None, f"Measured after one epoch only: top-1 {top1[known][0]:.2%}, {material.protocol}.")
+        return Part(None, f"Measured after one epoch only: top-1 {top1[known][0]:.2%}, {report.protocol}.")
     last, chosen = np.full(len(rounds), np.nan), np.full(len(rounds), np.nan)
     for number in np.unique(rounds[known]):
         epochs = np.flatnonzero((rounds == number) & known)
@@ -69,7 +69,7 @@ def _accuracy(material: ReportData, rounds: np.ndarray) -> Part:
     series = {name: values for name, values in series.items() if np.isfinite(values).any()}
     marks = {"last epoch of a round": last, "best epoch of a round": chosen}
     figure = plots.curves(series, rounds, "accuracy", percent=True, marks=marks)
-    return Part(figure, f"{material.protocol}, after each epoch. The best epoch is chosen by {material.chooser}.")
+    return Part(figure, f"{report.protocol}, after each epoch. The best epoch is chosen by {report.chooser}.")
 
 
 def _loss(loss: np.ndarray, rounds: np.ndarray) -> Part:
@@ -83,18 +83,18 @@ def _loss(loss: np.ndarray, rounds: np.ndarray) -> Part:
     return Part(plots.curves({"loss": loss}, rounds, "loss"), f"Mean over the training images of each epoch.{left}")
 
 
-def discovery(material: ReportData) -> dict[str, Part]:
+def discovery(report: ReportData) -> dict[str, Part]:
     """Consistency, entropies and galleries."""
     parts = dict.fromkeys(("consistency", "entropy", "surest", "random", "mistakes"), Part(None, ""))
-    if not material.rounds:
-        last = "this run ended" if material.finished else "this run has not reached round 1 yet"
+    if not report.rounds:
+        last = "this run ended" if report.finished else "this run has not reached round 1 yet"
         text = f"Anchors are discovered at the start of round 1 and of each later round; {last}"
-        return parts | {"entropy": Part(None, f"{text}{' before' if material.finished else ''}.")}
-    parts |= {"consistency": _consistency(material), "entropy": _entropy(material)}
-    found = material.rounds[-1]
+        return parts | {"entropy": Part(None, f"{text}{' before' if report.finished else ''}.")}
+    parts |= {"consistency": _consistency(report), "entropy": _entropy(report)}
+    found = report.rounds[-1]
     if not found.neighbours.size:
         return parts | {"surest": Part(None, f"Round {found.round} found no anchor with a neighbour.")}
-    return parts | _galleries(material, found)
+    return parts | _galleries(report, found)
 
 
 def _equal(found: Discovered, labels: np.ndarray) -> np.ndarray:
@@ -102,13 +102,13 @@ def _equal(found: Discovered, labels: np.ndarray) -> np.ndarray:
     return np.asarray(labels[found.anchors][:, None] == labels[found.neighbours])
 
 
-def _consistency(material: ReportData) -> Part:
-    if material.labels is None:
+def _consistency(report: ReportData) -> Part:
+    if report.labels is None:
         return Part(None, "")
-    rounds = [found for found in material.rounds if found.neighbours.size]
+    rounds = [found for found in report.rounds if found.neighbours.size]
     if not rounds:
         return Part(None, "No round found an anchor with a neighbour.")
-    values = np.array([_equal(found, material.labels).mean() for found in rounds])
+    values = np.array([_equal(found, report.labels).mean() for found in rounds])
     shares = np.array([len(found.anchors) / len(found.entropy) for found in rounds])
     figure = plots.consistency(shares, values, [found.round for found in rounds])
     return Part(
@@ -116,13 +116,13 @@ def _consistency(material: ReportData) -> Part:
     )
 
 
-def _entropy(material: ReportData) -> Part:
-    whole = [found for found in material.rounds if np.isfinite(found.entropy).all()]
+def _entropy(report: ReportData) -> Part:
+    whole = [found for found in report.rounds if np.isfinite(found.entropy).all()]
     if not whole:
         return Part(None, "Not drawn: the entropies are not finite numbers.")
     picks = np.unique(np.linspace(0, len(whole) - 1, min(ROUNDS, len(whole))).round().astype(int))
     rounds = [(whole[pick].round, whole[pick].entropy, _is_anchor(whole[pick])) for pick in picks]
-    left = len(material.rounds) - len(rounds)
+    left = len(report.rounds) - len(rounds)
     how = "Of the memory bank at the start of each round." + (f" Not shown: {plural(left, 'round')}." if left else "")
     return Part(plots.histograms(rounds), how)
 
@@ -134,20 +134,20 @@ def _is_anchor(found: Discovered) -> np.ndarray:
     return chosen
 
 
-def _galleries(material: ReportData, found: Discovered) -> dict[str, Part]:
+def _galleries(report: ReportData, found: Discovered) -> dict[str, Part]:
     """The anchors of lowest entropy, random ones, and the worst mistakes."""
     near = found.neighbours[:, :5]  # (A, K)
     count = 4 * max(1, 8 // (1 + near.shape[1]))
     drawn = np.random.default_rng(SEED).permutation(len(near))[:count]
     where = f"Neighbours in the memory bank at the start of round {found.round}"
     parts = {
-        "surest": Part(_gallery(material, found, range(min(count, len(near)))), f"{where}; anchors of lowest entropy."),
-        "random": Part(_gallery(material, found, drawn), f"{where}; anchors drawn at random."),
+        "surest": Part(_gallery(report, found, range(min(count, len(near)))), f"{where}; anchors of lowest entropy."),
+        "random": Part(_gallery(report, found, drawn), f"{where}; anchors drawn at random."),
         "mistakes": Part(None, ""),
     }
-    if material.labels is None:
+    if report.labels is None:
         return parts
-    equal = _equal(found, material.labels)
+    equal = _equal(found, report.labels)
     (wrong,) = (~equal[:, : near.shape[1]]).any(axis=1).nonzero()
     if not len(wrong):
         return parts | {
@@ -161,45 +161,45 @@ def _galleries(material: ReportData, found: Discovered) -> dict[str, Part]:
         f"{where}; {(~equal).sum()} of {plural(equal.size, 'neighbour')} have another class than their anchor; shown "
         f"are those of {order}."
     )
-    return parts | {"mistakes": Part(_gallery(material, found, wrong[:count]), how)}
+    return parts | {"mistakes": Part(_gallery(report, found, wrong[:count]), how)}
 
 
-def _gallery(material: ReportData, found: Discovered, picks: Sequence[int] | np.ndarray) -> Figure:
+def _gallery(report: ReportData, found: Discovered, picks: Sequence[int] | np.ndarray) -> Figure:
     entries = []
     for pick in picks:
-        anchor, labels = int(found.anchors[pick]), material.labels
-        entry = [Tile(material.images[anchor], _name(material, anchor))]
+        anchor, labels = int(found.anchors[pick]), report.labels
+        entry = [Tile(report.images[anchor], _name(report, anchor))]
         for near in found.neighbours[pick, :5].tolist():
             same = None if labels is None else bool(labels[anchor] == labels[near])
-            entry.append(Tile(material.images[near], _name(material, near), same))
+            entry.append(Tile(report.images[near], _name(report, near), same))
         entries.append(entry)
     return plots.gallery(entries)
 
 
-def _name(material: ReportData, sample: int) -> str:
-    if material.labels is None:
+def _name(report: ReportData, sample: int) -> str:
+    if report.labels is None:
         return ""
-    number = int(material.labels[sample])
-    return plots.writable(material.classes[number], number)
+    number = int(report.labels[sample])
+    return plots.writable(report.classes[number], number)
 
 
-def health(material: ReportData) -> dict[str, Part]:
+def health(report: ReportData) -> dict[str, Part]:
     """Figures that need no labels, over the epochs, and over the consistency if that is known."""
-    rounds = _column(material, "round").astype(int)
-    values = np.stack([_column(material, name) for name in QUANTILES], axis=1)  # (E, 5)
+    rounds = _column(report, "round").astype(int)
+    values = np.stack([_column(report, name) for name in QUANTILES], axis=1)  # (E, 5)
     values[~np.isfinite(values).all(axis=1)] = np.nan
     how = "Measured on the memory bank after each epoch, without labels."
     columns = {"median entropy, nats": values[:, 2]}
     parts = {
         "quantiles": _too_few(values[:, 2], "{:.3g} nats (median)")
-        or Part(plots.quantiles(values, rounds, len(material.features)), how)
+        or Part(plots.quantiles(values, rounds, len(report.features)), how)
     }
     for name, label in HEALTH.items():
-        columns[label] = column = _column(material, name)
+        columns[label] = column = _column(report, name)
         parts[name] = _too_few(column, "{:.2%}" if name in SHARES else "{:.3g}") or Part(
             plots.curves({label: column}, rounds, label, percent=name in SHARES), how
         )
-    return parts | {"follows": _follows(material, rounds, columns)}
+    return parts | {"follows": _follows(report, rounds, columns)}
 
 
 def _too_few(values: np.ndarray, form: str) -> Part | None:
@@ -210,8 +210,8 @@ def _too_few(values: np.ndarray, form: str) -> Part | None:
     return Part(None, f"Measured after one epoch only: {form.format(known[0])}.") if len(known) == 1 else None
 
 
-def _follows(material: ReportData, rounds: np.ndarray, columns: Mapping[str, np.ndarray]) -> Part:
-    truth, pairs = _column(material, "consistency"), {}
+def _follows(report: ReportData, rounds: np.ndarray, columns: Mapping[str, np.ndarray]) -> Part:
+    truth, pairs = _column(report, "consistency"), {}
     first = np.flatnonzero(np.diff(rounds, prepend=-1))  # first epoch of each round
     for label, column in columns.items():
         at = first[np.isfinite(column[first]) & np.isfinite(truth[first])]
@@ -245,16 +245,16 @@ class Projection:
     how: str
 
 
-def project(material: ReportData) -> Projection | str:
+def project(report: ReportData) -> Projection | str:
     """A subset of the embeddings in the plane by t-SNE, or the reason why there is none."""
-    samples = len(material.features)
+    samples = len(report.features)
     chosen = drawn(samples, MAPPED)
-    placed = to_plane(material.features[chosen])
+    placed = to_plane(report.features[chosen])
     if isinstance(placed, str):
         return f"Not drawn: {placed}."
     points, method = placed
     how = f"{len(points):,} of {plural(samples, 'embedding')} of the training images (test transform), by {method}; "
-    return Projection(chosen, points, f"{how}{material.when}.")
+    return Projection(chosen, points, f"{how}{report.when}.")
 
 
 def to_plane(features: np.ndarray) -> tuple[np.ndarray, str] | str:
@@ -273,12 +273,12 @@ def to_plane(features: np.ndarray) -> tuple[np.ndarray, str] | str:
     return points, f"t-SNE (perplexity {perplexity:.3g}, started from PCA, seed {SEED}){before}"
 
 
-def embedding_map(material: ReportData, projected: Projection | str) -> Part:
+def embedding_map(report: ReportData, projected: Projection | str) -> Part:
     """The embeddings in the plane, coloured by their classes."""
     if isinstance(projected, str):
         return Part(None, projected)
-    labels = None if material.labels is None else material.labels[projected.chosen]
-    classes = len(material.classes)
+    labels = None if report.labels is None else report.labels[projected.chosen]
+    classes = len(report.classes)
     left = f" The legend names {plots.LEGEND} of {classes} classes." if classes > plots.LEGEND else ""
-    figure = plots.embedding_map(projected.points, labels, plots.all_writable(material.classes))
+    figure = plots.embedding_map(projected.points, labels, plots.all_writable(report.classes))
     return Part(figure, f"{projected.how}{left}")

@@ -1,4 +1,4 @@
-"""An image grid of the anchors of a discovery and their neighbours."""
+"""Thumbnails, grids of them, and the image grid of the anchors of a discovery and their neighbours."""
 
 from __future__ import annotations
 
@@ -40,22 +40,35 @@ def draw(
     """
     shown = min(neighbours.shape[1], 5)
     columns = max(1, columns // shown)
-    count = min(rows * columns, len(anchors))
-    picks = np.linspace(0, len(anchors) - 1, count).round().astype(int)
-    columns = min(columns, count)
-    gap, cell = 12, TILE + 6
-    width = columns * (cell * (1 + shown) + gap) + gap
-    height = -(-count // columns) * (cell + gap // 2) + gap
-    picture = Image.new("RGB", (width, height), "white")
-    for place, pick in enumerate(picks):
+    picks = np.linspace(0, len(anchors) - 1, min(rows * columns, len(anchors))).round().astype(int)
+    entries = []
+    for pick in picks:
         anchor = int(anchors[pick])
-        left = gap + (place % columns) * (cell * (1 + shown) + gap)
-        top = gap + (place // columns) * (cell + gap // 2)
-        picture.paste(_framed(images[anchor], "white"), (left, top))
-        for number, neighbour in enumerate(neighbours[pick, :shown].tolist()):
+        entry = [_framed(images[anchor], "white")]
+        for neighbour in neighbours[pick, :shown].tolist():
             frame = UNKNOWN if labels is None else EQUAL if labels[anchor] == labels[neighbour] else OTHER
-            picture.paste(_framed(images[neighbour], frame), (left + (1 + number) * cell, top))
-    return picture
+            entry.append(_framed(images[neighbour], frame))
+        entries.append(grid(entry, len(entry), gap=(2, 2)))
+    return grid(entries, min(columns, len(entries)), gap=(12, 6), margin=12)
+
+
+def grid(
+    pictures: Sequence[Image.Image], columns: int, *, gap: tuple[int, int] = (0, 0), margin: int = 0
+) -> Image.Image:
+    """Pictures of one size on white, read row by row.
+
+    Args:
+        pictures: at least one.
+        columns: pictures in a row.
+        gap: pixels to the right of each picture, and below it.
+        margin: pixels to the left of all, and above.
+    """
+    width, height = pictures[0].width + gap[0], pictures[0].height + gap[1]
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (margin + columns * width, margin + rows * height), "white")
+    for place, picture in enumerate(pictures):
+        sheet.paste(picture, (margin + place % columns * width, margin + place // columns * height))
+    return sheet
 
 
 def _framed(image: np.ndarray, frame: str) -> Image.Image:

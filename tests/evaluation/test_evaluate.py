@@ -19,6 +19,7 @@ from lib.errors import UsageError
 from lib.evaluation import evaluate, graph_clustering
 from lib.evaluation.classifier import Evaluator
 from lib.evaluation.evaluate import BANK, RECOMPUTED, EvaluationInputs, Row
+from lib.evaluation.nearest_neighbours import neighbours_of_arrays
 
 CPU = torch.device("cpu")
 CLASSES, TEST = 4, 60
@@ -109,9 +110,9 @@ def test_all_protocols_share_one_pass_over_each_split() -> None:
         assert row.figures["top1"] <= row.figures["best_top1"] <= 1 and row.protocol.startswith("linear probe")
     assert rows[5].figures["top1"] > 0.6
     assert set(rows[6].figures) == {"nmi", "ari", "accuracy"} and "4 clusters" in rows[6].protocol
-    expected_groups = graph_clustering.cluster(
-        rows_of_training.astype(np.float32), inputs.train_labels, neighbours=6, resolution=1.0, seed=3
-    )
+    training = rows_of_training.astype(np.float32)
+    nearest, _ = neighbours_of_arrays(training, 6)
+    expected_groups = graph_clustering.cluster(training, nearest, inputs.train_labels, resolution=1.0, seed=3)
     assert rows[7].figures == expected_groups.figures and "K=6" in rows[7].protocol
 
 

@@ -7,12 +7,12 @@ import sys
 import networkx as nx
 import numpy as np
 import pytest
-import torch
-from sklearn.neighbors import kneighbors_graph
 
 from lib.errors import UsageError
 from lib.evaluation import graph_clustering
-from lib.evaluation.graph_clustering import cluster, communities, nearest_neighbours
+from lib.evaluation.clustering import Clustering
+from lib.evaluation.graph_clustering import communities
+from lib.evaluation.nearest_neighbours import neighbours_of_arrays
 
 
 def planted(sizes: list[int], noise: float = 0.3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -23,6 +23,13 @@ def planted(sizes: list[int], noise: float = 0.3, seed: int = 0) -> tuple[np.nda
     return rows / np.linalg.norm(rows, axis=1, keepdims=True), labels
 
 
+def cluster(
+    rows: np.ndarray, labels: np.ndarray | None, *, neighbours: int, resolution: float, seed: int
+) -> Clustering:
+    nearest, _ = neighbours_of_arrays(rows, neighbours)
+    return graph_clustering.cluster(rows, nearest, labels, resolution=resolution, seed=seed)
+
+
 def as_networkx(neighbours: np.ndarray) -> nx.Graph:
     graph = nx.Graph()
     graph.add_nodes_from(range(len(neighbours)))
@@ -30,18 +37,10 @@ def as_networkx(neighbours: np.ndarray) -> nx.Graph:
     return graph
 
 
-def test_neighbours_equal_those_of_scikit_learn() -> None:
-    rows, _ = planted([40, 60, 30])
-    expected = kneighbors_graph(rows, 7, metric="cosine").toarray() > 0
-    got = np.zeros_like(expected)
-    np.put_along_axis(got, nearest_neighbours(torch.from_numpy(rows), 7).numpy(), True, axis=1)
-    assert np.array_equal(got, expected)
-
-
 @pytest.mark.parametrize("resolution", [0.3, 1.0, 3.0])
 def test_modularity_equals_that_of_networkx(resolution: float) -> None:
     rows, _ = planted([50, 40, 60], noise=0.5)
-    neighbours = nearest_neighbours(torch.from_numpy(rows), 6).numpy()
+    neighbours = neighbours_of_arrays(rows, 6)[0]
     groups, modularity = communities(neighbours, resolution=resolution, seed=0)
     members = [set(np.flatnonzero(groups == group).tolist()) for group in range(groups.max() + 1)]
     assert modularity == pytest.approx(nx.community.modularity(as_networkx(neighbours), members))
@@ -50,7 +49,7 @@ def test_modularity_equals_that_of_networkx(resolution: float) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_modularity_is_at_least_that_of_louvain_in_networkx(seed: int) -> None:
     rows, _ = planted([50, 40, 60], noise=0.5, seed=seed)
-    neighbours = nearest_neighbours(torch.from_numpy(rows), 6).numpy()
+    neighbours = neighbours_of_arrays(rows, 6)[0]
     graph = as_networkx(neighbours)
     for resolution in (0.5, 1.0, 2.0):
         groups, _ = communities(neighbours, resolution=resolution, seed=seed)
@@ -73,7 +72,7 @@ def test_planted_groups_are_found_and_numbered_by_size() -> None:
 
 def test_same_seed_gives_the_same_groups() -> None:
     rows, _ = planted([150, 150], noise=1.0)  # with almost no structure, another seed gives other groups
-    neighbours = nearest_neighbours(torch.from_numpy(rows), 4).numpy()
+    neighbours = neighbours_of_arrays(rows, 4)[0]
     runs = [communities(neighbours, resolution=1.0, seed=seed)[0].tolist() for seed in (5, 5, 6, 2**63 - 1)]
     assert runs[0] == runs[1] and runs[0] != runs[2] and runs[0] != runs[3]
 
@@ -94,20 +93,6 @@ def test_more_resolution_gives_more_groups() -> None:
 def test_equal_sizes_are_numbered_by_their_first_sample() -> None:
     pairs = np.array([[3], [2], [1], [0], [5], [4]])  # 0 with 3, 1 with 2, 4 with 5
     assert communities(pairs, resolution=1.0, seed=0)[0].tolist() == [0, 1, 1, 0, 2, 2]
-
-
-def test_similarities_are_edge_weights() -> None:
-    ring = np.array([[(i - 1) % 8, (i + 1) % 8] for i in range(8)])
-    weights = np.ones((8, 2))
-    weights[[0, 4], 0] = weights[[7, 3], 1] = -0.2  # cut between 7 and 0, and between 3 and 4
-    groups, modularity = communities(ring, weights, resolution=0.5, seed=0)
-    assert groups.tolist() == [0] * 4 + [1] * 4 and modularity == pytest.approx(0.5)
-    strong = np.where(weights > 0, 1.0, 0.5)
-    graph = nx.Graph()
-    graph.add_weighted_edges_from((i, int(ring[i, j]), strong[i, j]) for i in range(8) for j in range(2))
-    groups, modularity = communities(ring, strong, resolution=0.5, seed=0)
-    members = [set(np.flatnonzero(groups == group).tolist()) for group in range(groups.max() + 1)]
-    assert modularity == pytest.approx(nx.community.modularity(graph, members))
 
 
 @pytest.mark.parametrize(("samples", "groups"), [(1, [0]), (2, [0, 0]), (5, [0] * 5)])
@@ -149,5 +134,5 @@ def test_clustering_of_a_large_sparse_graph_terminates() -> None:
     groups = draw.integers(0, 10, 20_000)
     rows = draw.normal(size=(10, 16))[groups] + 1.5 * draw.normal(size=(20_000, 16))
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-    found, modularity = communities(nearest_neighbours(torch.from_numpy(rows), 2).numpy(), resolution=1.0, seed=0)
+    found, modularity = communities(neighbours_of_arrays(rows, 2)[0], resolution=1.0, seed=0)
     assert 0.77 < modularity < 0.85 and found.max() < 200

@@ -1,4 +1,4 @@
-"""Retrieval of similar training images: compared with plain loops, and drawn."""
+"""Retrieval of similar training images: as a table and drawn."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-import oracles
 from datasets import ImageSet
 from lib.errors import UsageError
 from lib.reporting import retrieval
@@ -22,12 +19,7 @@ from lib.reporting.retrieval import (
     TILE,
     describe,
     draw,
-    query,
 )
-from patches import blocks_of
-
-many = settings(max_examples=40, deadline=None)
-seeds = st.integers(0, 2**32 - 1)
 
 
 def images_of(
@@ -48,29 +40,6 @@ def test_existing_image_file_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"out.png: already exists"):
         retrieval.save_picture(tmp_path / "out.png", Image.new("RGB", (2, 2)))
     assert [p.read_text() for p in tmp_path.iterdir()] == ["mine"]
-
-
-# Looking up.
-
-
-@many
-@given(st.integers(1, 9), st.integers(1, 12), st.integers(1, 15), seeds, st.integers(1, 60))
-def test_most_similar_images_equal_the_oracle(queries: int, samples: int, k: int, seed: int, block: int) -> None:
-    asked, memory = oracles.rows("random", queries, 4, seed), oracles.rows("random", samples, 4, seed + 1)
-    with blocks_of(block):
-        indices, similarities = query(torch.from_numpy(asked), torch.from_numpy(memory), k)
-    assert indices.shape == similarities.shape == (queries, min(k, samples))
-    for row in range(queries):
-        values = [oracles.dot(asked[row], other) for other in memory]
-        best = sorted(range(samples), key=lambda j: -values[j])[:k]
-        assert indices[row].tolist() == best
-        assert similarities[row].tolist() == pytest.approx([values[j] for j in best])
-
-
-def test_similarities_need_no_gradient() -> None:
-    embeddings = torch.eye(3, requires_grad=True)
-    _, similarities = query(embeddings, torch.eye(3), 2)
-    assert not similarities.requires_grad
 
 
 def test_table_shows_rank_file_class_and_similarity() -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from lib.config.options import Options
 from lib.errors import UsageError
 from lib.evaluation import findings
 from lib.method.neighbourhoods import Neighbourhoods
-from lib.reporting import table
+from lib.reporting import export, table
+from lib.reporting.export import Split
 from lib.reporting.report_data import SEED
-from lib.reporting.table import NEVER, Split, became_anchor
+from lib.reporting.table import NEVER, became_anchor
 
 CLASSES = ("cat", "dog", "=1+1")
 FORMULAS = ["=1+1.png", "+a.png", "-a.png", "@a.png", "\ta.png", "\ra.png", "-inf", "+nan"]
@@ -35,12 +37,11 @@ PLAIN = ["a=b.png", "-5", "1e5", "ü日本", 'a,"b"', "line\nbreak", "NA"]
 
 
 def split_of(name: str, count: int, *, seed: int, labelled: bool = True, named: bool = True, size: int = 8) -> Split:
-    labels = np.arange(count) % len(CLASSES) if labelled else np.full(count, NEVER)
     images = [synthetic.picture(number % 64, (size, size)) for number in range(count)]
     names = [f"{name}/{number}.png" for number in range(count)] if named else None
-    known = (labels, CLASSES) if labelled else (None, ())
+    known = (np.arange(count) % len(CLASSES), CLASSES) if labelled else (None, ())
     embeddings = oracles.rows("random", count, 6, seed).astype(np.float32)
-    return Split(name, ImageSet(images, *known, names), embeddings, labels)
+    return Split(name, ImageSet(images, *known, names), embeddings)
 
 
 OPTIONS = Options(graph_neighbours=4, npc_temperature=0.2)
@@ -56,7 +57,7 @@ def columns(parts: list[Split] | None = None) -> dict[str, Any]:
 
 
 def columns_of(parts: list[Split]) -> dict[str, Any]:
-    return table.columns(parts, CLASSES, np.resize(ROUNDS, len(parts[0].images)), OPTIONS)
+    return table.columns(parts, None, np.resize(ROUNDS, len(parts[0].images)), OPTIONS)
 
 
 @cache
@@ -108,7 +109,7 @@ def test_groups_copies_and_outliers_equal_the_findings() -> None:
     parts = splits()
     parts[0].embeddings[[5, 9]] = parts[0].embeddings[2]
     found, train = columns(parts), parts[0]
-    expected = findings.find(train.embeddings, train.labels, neighbours=4, resolution=1.0, seed=SEED)
+    expected = findings.find(train.embeddings, train.images.labels, neighbours=4, resolution=1.0, seed=SEED)
     assert found["group"][:40] == expected.groups.tolist()
     assert found["outlier_score"][:40] == expected.outlier_scores.tolist()
     assert found["label_disagreement"][:40] == pytest.approx(expected.label_disagreement)
@@ -127,9 +128,9 @@ def test_unknown_labels_and_names_are_null() -> None:
     found = columns([split_of("train", 12, seed=0, labelled=False, named=False), split_of("test", 5, seed=1)])
     assert found["class"] == [None] * 12 + ["cat", "dog", "=1+1", "cat", "dog"]
     assert found["file"][:12] == [None] * 12 and found["label_disagreement"] == [None] * 17
-    partly = split_of("train", 12, seed=0)
-    partly.labels[3:] = NEVER
-    assert columns([partly])["class"] == ["cat", "dog", "=1+1"] + [None] * 9
+    partly, labelled = split_of("train", 12, seed=0, labelled=False), split_of("train", 12, seed=0).images
+    found = table.columns([partly], labelled.take(np.array([0, 5])), np.zeros(12), OPTIONS)
+    assert found["class"] == ["cat", *[None] * 4, "=1+1", *[None] * 6]
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -203,13 +204,13 @@ def test_table_with_thumbnails_is_read_as_a_data_set(tmp_path: Path) -> None:
     train = datasets.load("parquet", tmp_path, label_column="class").train
     assert np.array_equal(np.stack(train.images), np.stack(parts[0].images.images))
     assert list(train.names or []) == parts[0].images.names and train.labels is not None
-    assert [train.classes[label] for label in train.labels] == [CLASSES[label] for label in parts[0].labels]
+    assert [train.classes[label] for label in train.labels] == [CLASSES[label] for label in parts[0].images.labels]
 
 
 def test_file_names_that_are_not_utf8_are_escaped(tmp_path: Path) -> None:
     part = split_of("train", 3, seed=0)
     names = ["b/\udcff raw.png", "é 狗.png", "c"]
-    odd = Split("train", ImageSet(part.images.images, part.labels, CLASSES, names), part.embeddings, part.labels)
+    odd = replace(part, images=replace(part.images, names=names))
     assert parquet(tmp_path / "out.parquet", None, [odd])["file"].tolist() == ["b/\\udcff raw.png", "é 狗.png", "c"]
 
 
@@ -237,7 +238,7 @@ def test_csv_has_the_same_values_without_vectors(tmp_path: Path) -> None:
 def test_csv_text_is_never_a_spreadsheet_formula(tmp_path: Path) -> None:
     names = [*FORMULAS, *PLAIN]
     part = split_of("train", len(names), seed=0)
-    odd = Split("train", ImageSet(part.images.images, part.labels, CLASSES, names), part.embeddings, part.labels)
+    odd = replace(part, images=replace(part.images, names=names))
     table.save(tmp_path / "out.csv", columns([odd]), None)
     rows = rows_of(tmp_path / "out.csv")
     assert [row["file"] for row in rows] == [*("'" + name for name in FORMULAS), *PLAIN]
@@ -262,27 +263,27 @@ def test_unusable_paths_are_refused(tmp_path: Path, name: str, words: str) -> No
     (tmp_path / "taken.csv").write_text("mine")
     (tmp_path / "link.csv").symlink_to("nowhere")
     with pytest.raises(UsageError, match=words):
-        table.check(Options(export_table=tmp_path / name))
+        export.check(Options(export_table=tmp_path / name))
     assert (tmp_path / "taken.csv").read_text() == "mine"
 
 
 def test_usable_paths_are_accepted_and_nothing_is_written(tmp_path: Path) -> None:
-    table.check(Options())
-    table.check(Options(export_table=tmp_path / "OUT.CSV"))
+    export.check(Options())
+    export.check(Options(export_table=tmp_path / "OUT.CSV"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_thumbnails_need_a_parquet_file(tmp_path: Path) -> None:
     for options in (Options(export_thumbnails=True), Options(export_thumbnails=True, export_table=tmp_path / "a.csv")):
         with pytest.raises(UsageError, match=r"^--export-thumbnails: needs --export-table with a \.parquet file"):
-            table.check(options)
+            export.check(options)
 
 
 def test_missing_pyarrow_is_named_with_the_pip_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # importing it fails
     with pytest.raises(UsageError, match=r"pyarrow, .*; run pip install -r requirements-parquet.txt, or name a .csv"):
-        table.check(Options(export_table=tmp_path / "out.parquet"))
-    table.check(Options(export_table=tmp_path / "out.csv"))
+        export.check(Options(export_table=tmp_path / "out.parquet"))
+    export.check(Options(export_table=tmp_path / "out.csv"))
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.parquet"])

@@ -26,11 +26,12 @@ from lib.distributed.sharded import ShardedRows
 from lib.distributed.signals import GPU_STEPS
 from lib.evaluation import classifier, clustering, evaluate, features, graph_clustering, knn, linear_probe
 from lib.evaluation.evaluate import EvaluationInputs
+from lib.evaluation.nearest_neighbours import nearest_neighbours
 from lib.method import diagnostics, discovery
 from lib.method.memory_bank import MemoryBank
 from lib.method.neighbourhoods import Neighbourhoods, consistency
 from lib.method.terms import PAPER_TERMS, build
-from lib.reporting import outputs, page, retrieval, session_data
+from lib.reporting import outputs, page, report_data
 from lib.reporting.report_data import ReportData
 from lib.session import metrics
 from lib.training import checkpoint
@@ -302,9 +303,9 @@ def test_linear_probe_waits_only_for_accuracies(monkeypatch: pytest.MonkeyPatch)
     }
 
 
-def test_query_results_are_copied_to_the_host_once() -> None:
-    found = trace(lambda: retrieval.query(empty(3, LOW_DIM), empty(SAMPLES, LOW_DIM), 10))
-    assert found.waits == {"cuda to cpu at reporting/retrieval.py query": 2}  # indices and similarities
+def test_the_search_for_neighbours_does_not_wait() -> None:
+    assert not trace(lambda: nearest_neighbours(empty(SAMPLES, LOW_DIM), 10, empty(3, LOW_DIM))).waits
+    assert not trace(lambda: nearest_neighbours(empty(SAMPLES, LOW_DIM), 10)).waits
 
 
 TRAIN, TESTS, CLASSES = 400, 120, 10
@@ -359,8 +360,8 @@ def test_evaluation_waits_for_features_and_accuracies_only(
         return clustering.Clustering("k-means", np.zeros(len(embeddings)), {})
 
     monkeypatch.setattr(clustering, "cluster", cluster)
-    monkeypatch.setattr(graph_clustering, "cluster_graph", cluster)
-    ranks = ranks if ranks.size == 1 else Ranks(0, ranks.size)  # rank 0 computes the clusterings
+    monkeypatch.setattr(graph_clustering, "cluster", cluster)
+    ranks = ranks if ranks.size == 1 else Ranks(0, ranks.size)  # rank 0, which clusters
     monkeypatch.setattr(dist, "recv", lambda *arguments: None)
     protocols = ("knn", "nn", "linear", "cluster") if labels else ("cluster", "knn")
     options = Options(protocol=protocols, linear_layers=("conv5", "fc"), seed=0, size=32, resize=32)
@@ -401,7 +402,7 @@ def test_report_receives_arrays_in_host_memory(
     written: list[ReportData] = []
     monkeypatch.setattr(page, "write", lambda data, folder: written.append(data))
     monkeypatch.setattr(metrics, "read", lambda folder: [{"round": 0, "epoch": 0}])
-    monkeypatch.setattr(session_data, "find_collapse", lambda *arguments, **named: "")
+    monkeypatch.setattr(report_data, "find_collapse", lambda *arguments, **named: "")
     options = Options(seed=0, size=32, resize=32)
 
     def given() -> tuple[RunContext, dict[str, Any]]:
@@ -415,8 +416,9 @@ def test_report_receives_arrays_in_host_memory(
     assert found.waits == {
         "cpu to cuda at training/setup.py placed": 2,  # training and test images
         "cpu to cuda at evaluation/classifier.py __init__": 2,  # their labels
-        "cuda to cpu at reporting/outputs.py write_report": 3,  # embeddings of both, statistics of the training images
-        **({"cuda to cpu at method/neighbourhoods.py <genexpr>": 5} if is_final else {}),  # the neighbourhoods
+        "cuda to cpu at reporting/report_data.py collect": 2,  # embeddings and statistics of the training images
+        "cuda to cpu at reporting/report_data.py _tested": 1,  # embeddings of the test images
+        **({"cuda to cpu at method/neighbourhoods.py <genexpr>": 5} if is_final else {}),  # what a discovery found
     }
     (data,) = written
     assert data.tested and isinstance(data.features, np.ndarray) and isinstance(data.rounds[0].neighbours, np.ndarray)

@@ -68,7 +68,7 @@ class _DistributedBatchNorm(_BatchNorm):
         shape = [1, -1, *[1] * (x.dim() - 2)]
         if self.sync:
             dims = [dim for dim in range(x.dim()) if dim != 1]
-            count = self.ranks.all_reduce_sum(x.new_tensor(x.numel() / x.shape[1]))
+            count = self.ranks.all_reduce_sum(x.new_full((), x.numel() / x.shape[1]))  # new_tensor waits for a GPU
             mean = self.ranks.all_reduce_sum_with_gradient(x.sum(dims)) / count  # (C,)
             x = x - mean.view(shape)
             variance = self.ranks.all_reduce_sum_with_gradient(x.square().sum(dims)) / count

@@ -20,7 +20,7 @@ from lib.config.options import Options
 from lib.data import loader as loader_module
 from lib.data.augmentation import Augmentation, for_testing
 from lib.data.loader import Loader
-from lib.distributed import data_parallel
+from lib.distributed import data_parallel, sync_batchnorm
 from lib.distributed.processes import Ranks
 from lib.distributed.sharded import ShardedRows
 from lib.distributed.signals import GPU_STEPS
@@ -161,6 +161,16 @@ def test_options_beyond_the_paper_never_wait_in_a_step(
     name: str, ranks: Ranks, backward: list[torch.nn.Module]
 ) -> None:
     found = a_step(ranks, backward, Options(**BEYOND[name]), partial(state_of, ranks))
+    assert not found.waits and found.result == (CUDA, torch.float32) and found.kernels > 500
+
+
+def test_synchronised_batch_normalisation_never_waits_in_a_step(ranks: Ranks, backward: list[torch.nn.Module]) -> None:
+    def state() -> TrainingState:
+        state = state_of(ranks)
+        sync_batchnorm.convert(state.network, ranks, sync=True)
+        return state
+
+    found = a_step(ranks, backward, Options(sync_bn=True), state)
     assert not found.waits and found.result == (CUDA, torch.float32) and found.kernels > 500
 
 

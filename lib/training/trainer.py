@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -35,6 +36,9 @@ from lib.session.console import logger, progress
 from lib.training import optim
 from lib.training.checkpoint import TrainingState
 from lib.training.recorder import Recorder
+
+SPECIALISED = 16
+"""PyTorch compiles a network again for fewer images than these: for 0 and 1 on any device, for all of them on CPUs."""
 
 
 @dataclass
@@ -255,7 +259,7 @@ class Trainer:
         skips = self.options.on_nonfinite == "skip"
         buffers = [buffer.clone() for buffer in state.network.buffers()] if skips else []
         precision = PRECISIONS[self.options.amp] if self.options.amp else None
-        with self.gradients.batch(is_last=number == state.step + group - 1) as network:
+        with self.stance(len(index)), self.gradients.batch(is_last=number == state.step + group - 1) as network:
             loss, embeddings = batch_loss(
                 state, self.terms, self.ranks, images, index, precision, network, views=self.options.views
             )
@@ -269,6 +273,17 @@ class Trainer:
         state.seen += len(index)
         state.passes += len(index) * self.options.views
         return loss.detach()
+
+    def stance(self, batch: int) -> AbstractContextManager[object]:
+        """A context in which no rank runs compiled code, for a last batch (B) that leaves few images to one of them.
+
+        Code is compiled anew for such sizes, and ranks with different code may order the collectives of ``--sync-bn``
+        differently.
+        """
+        if not self.options.compile or self.ranks.size == 1 or batch == self.options.images_per_batch:
+            return nullcontext()
+        is_small = min(self.ranks.local_batch_sizes(batch)) < SPECIALISED
+        return torch.compiler.set_stance("force_eager") if is_small else nullcontext()
 
     def optimizer_step(self) -> None:
         """One optimiser step with the gradients of ``backward``, summed over the ranks."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
+from numpy.testing import assert_allclose
 
 from runs import (
     ROOT,
@@ -259,3 +261,42 @@ def test_resume_on_only_one_rank_is_refused_at_the_start(rank: str, two: Path, p
     assert process.returncode != 0
     assert re.search("error: --re(sume|start): rank 1 has .*, but rank 0 has ", shown)
     assert not (tmp_path / "sessions").exists()
+
+
+COMPILATIONS_ARE_COUNTED = """
+from functools import partial
+import torch
+from lib.distributed import launch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+counter = CompileCounterWithBackend("inductor")
+torch.compile = partial(torch.compile, backend=counter, fullgraph=True)
+status = main.main()
+print("compiled", counter.frame_count, "graph breaks", sum(counters["graph_break"].values()), flush=True)
+launch.end(status)
+"""
+NONE_LEFT = ["--batch-size", "478", "--sync-bn"]
+"""Of the digits three are left for the last batch, which all go to rank 0."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="PyTorch compiles for CPUs by g++")
+@pytest.mark.parametrize("more", [["--batch-size", "512"], NONE_LEFT], ids=["statistics of each rank", "of all"])
+def test_compiled_ranks_train_as_plain_ones(more: list[str], tmp_path: Path) -> None:
+    """At a low learning rate, as steps amplify the rounding."""
+    program = main_with(tmp_path, COMPILATIONS_ARE_COUNTED)
+    words = "--cfgs configs/base.yaml configs/digits.yaml --network resnet10-w16 --max-round 2 --max-epoch 1 --seed 0"
+    words += f" --base-lr 1e-4 --sess-dir {tmp_path}"
+    for name, flag in (("plain", []), ("compiled", ["--compile"])):
+        process = start(program, *words.split(), "--session", name, *more, *flag, program=torchrun(2))
+        shown = output_of(process)
+        assert process.returncode == 0, shown
+    # the network in training and in evaluation, the augmentation, the loss without and with neighbours; a rank without
+    # images of a batch compiles the augmentation once more
+    counts = sorted(map(int, re.findall(r"compiled (\d+) graph breaks 0\n", shown)))
+    assert counts == ([5, 6] if more is NONE_LEFT else [5, 5]), shown
+    plain, compiled = (metrics(tmp_path / name) for name in ("plain", "compiled"))
+    assert [row["loss"] for row in compiled] == pytest.approx([row["loss"] for row in plain], rel=1e-4)
+    banks = [content(tmp_path / name)["npc"]["memory"] for name in ("plain", "compiled")]
+    assert_allclose(banks[1], banks[0], rtol=0, atol=1e-3)

@@ -107,13 +107,15 @@ def train(context: RunContext) -> int:
         with trainer.signals:
             build.log_start(context, session)
             trainer.fit()
-        final = state.checkpoint(context.options.network, session.name)  # raised on all ranks together
-        if (own := context.on_rank0()) and not outputs.finish(own, recorder, final, state.history):
-            return 3
+            final = state.checkpoint(context.options.network, session.name)  # of all ranks together
+            if (own := context.on_rank0()) and not outputs.finish(own, recorder, final, state.history):
+                return 3
     except Stopped as stop:
         resume = f"resume with: python main.py --resume {shlex.quote(str(session.folder))}"
         again = resume if session.folder else "nothing is stored (--debug)"
         step = f"round {state.round}, epoch {state.epoch + 1}, step {state.step}"
+        if state.round == context.options.max_round:
+            step, again = "the last epoch", outputs.what_is_left(context.options, recorder)
         logger().info("stopped by %s after %s; %s", stop.signal.name, step, again, extra=SUMMARY)
         return STATUS[stop.signal]
     except Exception as error:

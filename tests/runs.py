@@ -118,6 +118,10 @@ def kill_itself():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def signal_itself(name):
+    signal.raise_signal(getattr(signal, name))
+
+
 def await_signals(number):
     # prints a line for each signal it waits for; a signal that comes before the read is not missed
     reader, writer = os.pipe()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ SIMILAR = 10
 """Number of training images that a query shows."""
 PROJECTED = 1000
 """Maximum number of samples in TensorBoard's projector."""
+EXPORTS = ("export-features", "export-model", "export-table")
+"""Options that name a file to write."""
 
 
 def show(context: RunContext) -> None:
@@ -50,10 +53,13 @@ def finish(context: RunContext, recorder: Recorder, final: Checkpoint, history: 
 
     Raises:
         UsageError: an export or the report cannot be written, although the checkpoint was saved.
+        Stopped: by a signal; ``what_is_left`` tells what was not written.
     """
     session = recorder.session
     failures: list[UsageError] = []
-    show_embeddings(context, final["npc"]["memory"], session)
+    recorder.signals.ranks = context.ranks  # the other ranks are done: from here on it stops at once
+    with recorder.signals.defer():
+        show_embeddings(context, final["npc"]["memory"], session)
     logger().info("\n%s", recorder.summary(history), extra=SUMMARY)
     logger().info("session: %s", session.folder or "none", extra=SUMMARY)
     with _collect(failures):
@@ -68,6 +74,33 @@ def finish(context: RunContext, recorder: Recorder, final: Checkpoint, history: 
         return False
     _raise_last(failures)
     return True
+
+
+def what_is_left(options: Options, recorder: Recorder) -> str:
+    """What a run that was stopped in ``finish`` has written and has not, and the command that writes the rest.
+
+    The report comes last, so it is never complete then.
+    """
+    paths = {f"--{name}": getattr(options, name.replace("-", "_")) for name in EXPORTS}
+    exports = {flag: path for flag, path in paths.items() if path}
+    written = ["the last checkpoint"] if recorder.session.folder and not recorder.unsaved else []
+    written += [str(path) for path in exports.values() if path.exists()]
+    left = [f"{flag} {shlex.quote(str(path))}" for flag, path in exports.items() if not path.exists()]
+    if options.export_thumbnails and options.export_table and not options.export_table.exists():
+        left.append("--export-thumbnails")
+    if options.report and recorder.session.folder:
+        left.append("--report")
+    told = f"written: {', '.join(written) or 'nothing'}"
+    if recorder.unsaved:
+        told += f"; {recorder.unsaved}"
+    if left:
+        told += f"; not written: {', '.join(left)}"
+    if not recorder.session.folder:
+        return f"{told}; no session is stored (--debug)"
+    if left or recorder.unsaved:
+        rest = " ".join(["python main.py --resume", shlex.quote(str(recorder.session.folder)), *left])
+        told += f"; write the rest with: {rest}"
+    return told
 
 
 @contextmanager

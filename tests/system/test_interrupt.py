@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,6 +170,43 @@ def test_signal_saves_a_checkpoint_and_shows_how_to_resume(
     assert f"--resume {session}" in shown and "Traceback" not in shown
     assert workers and not psutil.wait_procs(workers, timeout=LIMIT)[1]
     finished("--resume", str(session), "--brief")
+    assert_alike(session, whole)
+
+
+EXPORTS = {"f.npz": "--export-features", "m.safetensors": "--export-model", "t.csv": "--export-table"}
+AFTER_TRAINING = {
+    "before all": ("SIGINT", 130, "lib.reporting.outputs", "show_embeddings", [*EXPORTS]),
+    "with a file half written": ("SIGTERM", 143, "numpy", "savez", [*EXPORTS]),
+    "while the model is written": ("SIGINT", 130, "lib.reporting.export", "_header", ["m.safetensors", "t.csv"]),
+    "while the table is made": ("SIGTERM", 143, "lib.reporting.table", "columns", ["t.csv"]),
+    "in the report": ("SIGTERM", 143, "lib.reporting.page", "write", []),
+}
+"""Which signal comes after the last epoch, the exit status, module and function that it comes in, and the exports that
+are not written then."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", AFTER_TRAINING)
+def test_stop_after_training_says_how_to_write_the_rest(place: str, whole: Path, tmp_path: Path) -> None:
+    which, status, module, name, left = AFTER_TRAINING[place]
+    session = tmp_path / "whole"
+    shutil.copytree(whole, session)
+    words = [word for file, flag in EXPORTS.items() for word in (flag, str(tmp_path / file))]
+    resume = ["--resume", str(session), "--brief", "--report"]
+    process = start(module, name, "1", *resume, *words, program=altered(f"signal_itself({which!r})"))
+    shown = output_of(process)
+    assert process.returncode == status, shown
+    assert "Traceback" not in shown
+    (line,) = [line for line in shown.splitlines() if line.startswith(f"stopped by {which} after the last epoch; ")]
+    command = line.rpartition("write the rest with: python ")[2]
+    rest = [f"{EXPORTS[file]} {tmp_path / file}" for file in left] + ["--report"]
+    assert command == " ".join(["main.py --resume", str(session), *rest])
+    assert f"not written: {', '.join(rest)};" in line
+    assert all((tmp_path / file).exists() == (file not in left) for file in EXPORTS)
+    assert (tmp_path / "m.yaml").exists() == (tmp_path / "m.safetensors").exists()
+    assert not list(tmp_path.rglob("*.part")) and not (session / "report.html").exists()
+    finished(*command.split()[1:], "--brief")
+    assert all((tmp_path / file).exists() for file in (*EXPORTS, "m.yaml", "whole/report.html"))
     assert_alike(session, whole)
 
 

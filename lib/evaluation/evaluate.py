@@ -124,7 +124,8 @@ def evaluate(inputs: EvaluationInputs, options: Options) -> list[Row]:
     probed = options.linear_layers if "linear" in options.protocol else ()
     # test images first: there are fewer of them, so a full disk is noticed sooner
     test = _features(inputs, inputs.test, probed, "test features") if labelled and inputs.test else {}
-    train = _features(inputs, inputs.train, probed, "training features")
+    held = sum(test[layer].nbytes for layer in probed if test[layer].dtype == torch.float32)  # the others are in files
+    train = _features(inputs, inputs.train, probed, "training features", held)
     rows: list[Row] = []
     for evaluator in inputs.evaluators:
         rows += _knn_rows(inputs, evaluator, train["embedding"], test["embedding"])
@@ -169,12 +170,16 @@ def _label_free_rows(
     return rows + [Row(found.name, where, found.figures) for found in clusterings]
 
 
-def _features(inputs: EvaluationInputs, batches: Loader, layers: Sequence[str], what: str) -> dict[str, torch.Tensor]:
+def _features(
+    inputs: EvaluationInputs, batches: Loader, layers: Sequence[str], what: str, held: int = 0
+) -> dict[str, torch.Tensor]:
     """Features of this rank's images: the stages by name, ``embedding`` (the stage ``fc``), and ``chosen``, those of
-    ``--embed``, which need a separate forward pass for another stage."""
+    ``--embed``, which need a separate forward pass for another stage. ``held``: as in ``extract_stages``."""
     found: dict[str, torch.Tensor] = {}
     if layers:
-        found = linear_probe.extract_stages(inputs.network, batches, list(dict.fromkeys([*layers, "fc"])), what)
+        found = linear_probe.extract_stages(
+            inputs.network, batches, list(dict.fromkeys([*layers, "fc"])), what, held=held
+        )
         found["embedding"] = found["fc"].to(inputs.device).float()
     else:
         found["embedding"] = features.extract(inputs.network, batches, what)

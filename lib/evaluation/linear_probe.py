@@ -21,7 +21,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +43,8 @@ STEPS = 2_000, 100_000
 BLOCK = 4096
 """Rows per block of the statistics and of the evaluation."""
 IN_MEMORY = 8 * 2**30
-"""Maximum bytes of a layer's features in memory; larger ones go to a temporary file, in half precision."""
+"""Maximum bytes of features in the memory of a process, of all layers together; the widest of what is more go to
+temporary files, in half precision."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _check_names(layers: Sequence[str], stages: Iterable[str]) -> None:
 
 @torch.no_grad()
 def extract_stages(
-    network: torch.nn.Module, batches: Batches, layers: Sequence[str], what: str
+    network: torch.nn.Module, batches: Batches, layers: Sequence[str], what: str, *, held: int = 0
 ) -> dict[str, torch.Tensor]:
     """Extracts the pooled features of several stages in one pass over this rank's shard of a split.
 
@@ -97,6 +98,7 @@ def extract_stages(
         batches: the split, in any order.
         layers: names of stages.
         what: label of the progress bar.
+        held: bytes of features of other splits that are in memory at the same time.
 
     Returns:
         For each layer (n, F) in sample order, in host memory as float32 or in a temporary file as float16.
@@ -113,43 +115,69 @@ def extract_stages(
         for images, index in progress(batches.epoch(), what, "batch", total=len(batches)):
             stages = stages_of(images)
             _check_names(layers, stages)
-            for layer in layers:
-                features = pool(stages[layer]).float().cpu()
-                if layer not in found:
-                    found[layer] = _storage(shard.stop - shard.start, features.shape[1], layer)
-                found[layer][index.cpu() - shard.start] = features.to(found[layer].dtype)
+            pooled = {layer: pool(stages[layer]) for layer in layers}
+            if not found:
+                widths = {layer: features.shape[1] for layer, features in pooled.items()}
+                found = _allocate(shard.stop - shard.start, widths, held)
+            for layer, features in pooled.items():
+                found[layer][index.cpu() - shard.start] = features.float().cpu().to(found[layer].dtype)
     finally:
         network.train(was_training)
     return found
 
 
-def _storage(samples: int, width: int, layer: str) -> torch.Tensor:
-    """Allocates the features (samples, width) of a layer: in memory, or in a memory-mapped temporary file.
+def _allocate(samples: int, widths: Mapping[str, int], held: int) -> dict[str, torch.Tensor]:
+    """Allocates the features (samples, width) of each layer, the narrowest in memory.
+
+    Args:
+        samples: n.
+        widths: F of each layer.
+        held: bytes that are in memory already.
+
+    Raises:
+        UsageError: the disk has no space for the files of the others.
+    """
+    in_memory: dict[str, torch.Tensor] = {}
+    for layer in sorted(widths, key=widths.__getitem__):
+        held += 4 * samples * widths[layer]
+        if held <= IN_MEMORY:
+            in_memory[layer] = torch.empty(samples, widths[layer])
+    in_files = [layer for layer in widths if layer not in in_memory]
+    size, folder = sum(2 * samples * widths[layer] for layer in in_files), tempfile.gettempdir()
+    if in_files and size > shutil.disk_usage(folder).free:
+        raise _no_space(in_files, size)
+    return {
+        layer: in_memory[layer] if layer in in_memory else _in_file(samples, widths[layer], layer) for layer in widths
+    }
+
+
+def _in_file(samples: int, width: int, layer: str) -> torch.Tensor:
+    """A memory-mapped temporary file for the features (samples, width) of a layer.
 
     The disk space of the file is reserved: writing to a mapped file on a full disk would kill the process (SIGBUS).
 
     Raises:
         UsageError: the disk has no space for the file.
     """
-    if 4 * samples * width <= IN_MEMORY:
-        return torch.empty(samples, width)
-    size, folder = 2 * samples * width, tempfile.gettempdir()
-    free = shutil.disk_usage(folder).free
-    no_space = UsageError(
-        f"--linear-layers {layer}: its features need a temporary file of {size / 1e6:,.0f} MB, but {folder} has only "
-        f"{free / 1e6:,.0f} MB free; set TMPDIR to a folder with more space or name fewer layers"
-    )
-    if size > free:
-        raise no_space
+    size = 2 * samples * width
     with tempfile.TemporaryFile() as file:  # exists as long as it is mapped
         if hasattr(os, "posix_fallocate"):
             try:
                 os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    raise no_space from None  # a quota, or another process that fills the disk
+                    raise _no_space([layer], size) from None  # a quota, or another process that fills the disk
         logger().info("%s: %.0f MB of features are stored in a temporary file as float16", layer, size / 1e6)
         return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=(samples, width)))
+
+
+def _no_space(layers: Sequence[str], size: int) -> UsageError:
+    folder = tempfile.gettempdir()
+    return UsageError(
+        f"--linear-layers {' '.join(layers)}: temporary files for the features need {size / 1e6:,.0f} MB, but {folder} "
+        f"has only {shutil.disk_usage(folder).free / 1e6:,.0f} MB free; set TMPDIR to a folder with more space or name "
+        "fewer layers"
+    )
 
 
 def probe(

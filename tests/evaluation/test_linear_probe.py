@@ -166,6 +166,26 @@ def test_stages_are_extracted_in_one_pass_in_order(in_memory: bool, monkeypatch:
     assert found["fc"].dtype == torch.float32 and torch.equal(found["fc"], pixels.flatten(1)[:, :2])
 
 
+@pytest.mark.parametrize("held", [0, 25 * 2 * 4])
+def test_memory_for_features_is_that_of_all_layers_together(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each alone would fit; the narrow ones stay in memory, with those of the other split (``held``)."""
+    monkeypatch.setattr(linear_probe, "IN_MEMORY", 25 * (48 + 2) * 4)
+    found = extract_stages(Counting(), loader_of(IMAGES), ["conv1", "fc"], "x", held=held)
+    assert {layer: features.dtype for layer, features in found.items()} == {
+        "conv1": torch.float16 if held else torch.float32,
+        "fc": torch.float32,
+    }
+    assert list(found) == ["conv1", "fc"]
+
+
+def test_disk_space_is_checked_for_all_layers_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 25 * (48 + 2) * 2
+    monkeypatch.setattr(linear_probe, "IN_MEMORY", 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9 - size + 1, size - 1))
+    with pytest.raises(UsageError, match=r"^--linear-layers conv1 fc: temporary files for the features need 0 MB, "):
+        extract_stages(Counting(), loader_of(IMAGES), ["conv1", "fc"], "x")
+
+
 class Usage(NamedTuple):
     """What ``shutil.disk_usage`` returns."""
 
@@ -182,7 +202,7 @@ def test_features_beyond_the_free_disk_are_refused(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9 - size, size))
     assert extract_stages(Counting(), loader_of(IMAGES), ["conv1"], "x")["conv1"].shape == (25, 48)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9 - size + 1, size - 1))
-    with pytest.raises(UsageError, match=r"^--linear-layers conv1: .* temporary file of 0 MB, .* TMPDIR"):
+    with pytest.raises(UsageError, match=r"^--linear-layers conv1: temporary files .* need 0 MB, .* TMPDIR"):
         extract_stages(Counting(), loader_of(IMAGES), ["conv1"], "x")
 
 
@@ -191,11 +211,10 @@ import resource, sys
 from lib.errors import UsageError
 from lib.evaluation import linear_probe
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000,) * 2)
-linear_probe.IN_MEMORY = 0
-features = linear_probe._storage(100, 50, "conv1")
+features = linear_probe._in_file(100, 50, "conv1")
 features[:] = 1
 try:
-    linear_probe._storage(100, 51, "conv1")
+    linear_probe._in_file(100, 51, "conv1")
 except UsageError as error:
     print("refused:", error)
 """

@@ -215,6 +215,28 @@ def test_signal_stops_all_ranks_at_one_step_and_they_resume(
     assert_alike(session, two)
 
 
+STOPPED_IN_EXPORT = """
+from lib.distributed import launch
+from lib.reporting import export
+
+export._header = lambda path: signal.raise_signal(signal.SIGTERM)
+launch.end(main.main())
+"""
+
+
+def test_signal_after_training_stops_rank_0_which_says_what_is_left(two: Path, tmp_path: Path) -> None:
+    model, session = tmp_path / "model.safetensors", tmp_path / "two"
+    shutil.copytree(two, session)
+    program = main_with(tmp_path, STOPPED_IN_EXPORT)
+    words = ["--resume", str(session), "--brief", "--export-model", str(model)]
+    process = start(program, *words, program=("-c", LAUNCH))
+    shown = output_of(process)
+    assert process.returncode == 143 and "Traceback" not in shown, shown
+    rest = f"python main.py --resume {session} --export-model {model}\n"
+    assert shown.count("stopped by SIGTERM after the last epoch; ") == 1 and rest in shown
+    assert not list(tmp_path.glob("model*"))
+
+
 def test_bad_input_is_reported_once_with_exit_status_2(photos: Path, tmp_path: Path) -> None:
     words = words_of(photos, tmp_path, "bad")
     for wrong, message in {

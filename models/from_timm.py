@@ -5,11 +5,19 @@ Letters: B batch size, H x W pixels, F pooled features.
 
 from __future__ import annotations
 
+import ssl
+import urllib.error
+import urllib.request
+from functools import partial
+
 import torch
 from torch import nn
 
 from models import NetworkError
 from models.library import LibraryNetwork, Size, construct, refuse_unknown
+
+ANSWER = 10
+"""Seconds in which the server of the weights has to answer."""
 
 
 class TimmNetwork(LibraryNetwork):
@@ -39,12 +47,37 @@ def create(name: str, *, low_dim: int, size: Size | None, pretrained: bool) -> T
             "pip install -r requirements-timm.txt"
         ) from None
     refuse_unknown("timm", name, {*timm.list_models(), *timm.list_models(pretrained=True)}, timm.__version__)
-    model, has_fixed_size = construct("timm", name, size, pretrained, lambda: _create(name, size, pretrained))
+    model, has_fixed_size = construct(
+        "timm", name, size, pretrained, partial(_create_pretrained if pretrained else _create, name, size)
+    )
     features = getattr(model, "head_hidden_size", None) or model.num_features
     return TimmNetwork(model, int(features), low_dim=low_dim, has_fixed_size=has_fixed_size)  # type: ignore[arg-type]
 
 
-def _create(name: str, size: Size | None, pretrained: bool) -> tuple[nn.Module, bool]:
+def _create_pretrained(name: str, size: Size | None) -> tuple[nn.Module, bool]:
+    """As ``_create``, with weights from a server or, if it does not answer, from the cache of ``huggingface_hub``.
+
+    That package would try again for half a minute or more, with a message each time.
+
+    Raises:
+        ConnectionError: the server does not answer, and the cache does not hold the weights.
+    """
+    from huggingface_hub import constants
+
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=ANSWER).close()
+    except OSError as error:
+        why = getattr(error, "reason", error)
+        if not isinstance(error, urllib.error.HTTPError) and not isinstance(why, ssl.SSLError):  # these are answers
+            constants.HF_HUB_OFFLINE = True
+            try:
+                return _create(name, size, pretrained=True)
+            except OSError:
+                raise ConnectionError(f"{constants.ENDPOINT} cannot be reached: {why}") from None
+    return _create(name, size, pretrained=True)
+
+
+def _create(name: str, size: Size | None, pretrained: bool = False) -> tuple[nn.Module, bool]:
     """The network without its classifier, and whether it was built for images of ``size``."""
     import timm
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -23,6 +25,7 @@ from lib.distributed import sync_batchnorm
 from lib.reporting import export
 from lib.training import pretrained
 from models.library import LibraryNetwork
+from runs import ROOT
 
 NAMES = ["timm/test_resnet", "torchvision/mobilenet_v3_small"]
 LOW_DIM = 8
@@ -223,6 +226,22 @@ def test_missing_timm_is_named_with_the_pip_command(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(models.NetworkError, match=r"^--network timm/test_resnet: needs .* -r requirements-timm\.txt$"):
         models.build("timm/test_resnet", low_dim=LOW_DIM)
+
+
+@pytest.mark.slow
+def test_unreachable_server_of_timm_is_one_sentence(photos: Path, tmp_path: Path) -> None:
+    """Without the messages of ``huggingface_hub``, which tries again for half a minute and more."""
+    needs("timm")
+    nobody = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub"), "no_proxy": "*"}
+    words = [*WORDS, "--data-root", str(photos), "--sess-dir", str(tmp_path / "s")]
+    command = [sys.executable, "main.py", *words, "--network", "timm/resnet18", "--pretrained", "timm"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **nobody}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: --pretrained timm: the weights of resnet18 cannot be loaded (http://127.0.0.1:9 cannot be reached: "
+        "[Errno 111] Connection refused); where there is no network, give --pretrained a file with them\n"
+    )
+    assert not (tmp_path / "s").exists()
 
 
 def test_pretrained_weights_are_loaded_by_package_name(

@@ -147,6 +147,23 @@ def test_step_never_waits_for_the_gpu(
     assert found.kernels > 500  # the step was traced
 
 
+def test_gradient_scaler_never_waits_with_a_fused_optimiser(
+    ranks: Ranks, backward: list[torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    steps: list[torch.Tensor] = []  # the optimiser's kernel, which is not there for fake tensors, gets the flag
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda *_, found_inf, **__: steps.append(found_inf))
+
+    def state() -> TrainingState:
+        state = state_of(ranks, momentum=0.9, fused=True)
+        state.scaler = torch.amp.GradScaler("cuda", enabled=True)
+        return state
+
+    found = a_step(ranks, backward, Options(amp="fp16"), state)
+    assert not found.waits and found.kernels > 500
+    assert [flag.device for flag in steps] == [CUDA] * 2
+
+
 BEYOND = {
     "views": {"views": 2},
     "view loss": {"views": 2, "view_loss": 0.5},

@@ -430,12 +430,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], wher
         kinds & mine.keys() != kinds & theirs.keys() for mine, theirs in zip(own, state["param_groups"], strict=True)
     ):
         raise UsageError(f"{where}: was trained with another optimiser; set --optimizer to it")
-    optimizer.load_state_dict(state)
+    groups = [{**theirs, **mine} for mine, theirs in zip(own, state["param_groups"], strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})  # a fused optimiser wants its step counts on the GPU
     for parameter, gathered in optimizer.state.items():
         if any(value.dim() and value.shape != parameter.shape for value in gathered.values() if torch.is_tensor(value)):
             raise ValueError("the optimiser's state has other shapes than the parameters")
-    for group, mine in zip(optimizer.param_groups, own, strict=True):
-        group.update(mine)
 
 
 def load_bank(bank: MemoryBank, state: dict[str, torch.Tensor], where: Path) -> None:

@@ -164,6 +164,24 @@ def test_gradient_scaler_never_waits_with_a_fused_optimiser(
     assert [flag.device for flag in steps] == [CUDA] * 2
 
 
+def test_adam_of_a_cpu_resumes_fused_on_a_gpu() -> None:
+    """Its fused kernel takes the number of steps from the GPU."""
+
+    def adam(device: torch.device, **options: Any) -> torch.optim.Adam:
+        weight = torch.nn.Parameter(torch.ones(3, device=device))
+        weight.grad = torch.ones_like(weight)
+        return torch.optim.Adam([weight], **options)
+
+    def work() -> list[torch.Tensor]:
+        before, now = adam(torch.device("cpu")), adam(CUDA, fused=True)
+        before.step()
+        checkpoint.load_optimizer(now, before.state_dict(), Path("a.ckpt"))
+        assert now.param_groups[0]["fused"]
+        return list(next(iter(now.state.values())).values())
+
+    assert [value.device for value in trace(work).result] == [CUDA] * 3
+
+
 BEYOND = {
     "views": {"views": 2},
     "view loss": {"views": 2, "view_loss": 0.5},

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import datasets
+from lib.config.options import Options
 from lib.errors import UsageError
 from lib.evaluation import evaluate, features
 from lib.evaluation.evaluate import EvaluationInputs

@@ -71,18 +71,18 @@ def test_each_config_trains_one_step_with_its_command(
     train = main.train
     monkeypatch.setattr(main, "train", lambda context: seen.append(context) or train(context))
     samples = {"imagenet": 12, "folder": 12, "cub200": 8, "dogs": 8, "digits": 1437}.get(name, 20)
-    words = (
-        f"--data-root {tmp_path} --batch-size {samples} --max-round 1 --max-epoch 1 --workers-num 0 --debug --seed 1"
-    )
+    views = read_options(["--cfgs", *files]).views
+    words = f"--data-root {tmp_path} --batch-size {samples * views} --workers-num 0 --debug --seed 1"
+    words += " --max-round 1 --max-epoch 1"
     assert main.main(["--cfgs", *files, *words.split()]) == 0
     (context,), (record,), loss = seen, records, losses[-1]  # the rehearsal may also call the loss
     assert context.options.dataset == name and len(context.splits.train) == samples
     assert context.splits.test is not None and context.splits.test.labels is not None
     pixels = context.options.size if isinstance(context.options.size, int) else context.options.size[0]
     (images, _), *_ = context.loader(context.splits.train, train=True).epoch()
-    assert images.shape == (samples, 3, pixels, pixels)
+    assert images.shape == (samples * views, 3, pixels, pixels)
     expected = {"imagenet": 224, "cub200": 224, "dogs": 224, "stl10": 96, "digits": 8, "folder": 32}.get(name, 32)
-    assert pixels == {"cifar10-cpu": 16}.get(config.stem, expected)
+    assert pixels == (16 if config.stem.startswith("cifar10-cpu") else expected)
     assert record["loss"] == pytest.approx(loss.item()) and math.isfinite(loss.item())
     assert 0 <= record["top1"] <= 1
 
@@ -101,4 +101,11 @@ def test_base_config_has_the_options_of_the_paper() -> None:
 def test_every_data_set_of_the_paper_has_a_config() -> None:
     small = {f"{name}{network}" for name in ("cifar10", "cifar100", "svhn") for network in ("", "-alexnet")}
     large = {"imagenet-alexnet", "imagenet-resnet18", "cub200", "dogs"}
-    assert {path.stem for path in EXPERIMENTS} == small | large | {"digits", "folder", "cifar10-cpu", "stl10"}
+    assert {path.stem for path in EXPERIMENTS} == small | large | {
+        "digits",
+        "folder",
+        "cifar10-cpu",
+        "cifar10-cpu-plus",
+        "cifar10-plus",
+        "stl10",
+    }

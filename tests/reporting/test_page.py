@@ -341,7 +341,7 @@ def test_galleries_show_certain_random_and_worst_anchors(written: tuple[Path, Pl
             assert first.same is None and first.name == plots.writable(CLASSES[label], label)
             assert [tile.same for tile in others] == [given.labels[t.image[0, 0, 0]] == label for t in others]
     wrong = sum(given.labels[a] != given.labels[b] for a, several in near.items() for b in several)
-    assert f"{wrong} of 90 neighbours are of another class" in Page(written[0] / "report.html").parts["Worst mistakes"]
+    assert f"{wrong} of 90 neighbours have another class" in Page(written[0] / "report.html").parts["Worst mistakes"]
 
 
 def test_confusion_matrix_and_confused_pairs_equal_the_oracle(written: tuple[Path, PlotCalls]) -> None:

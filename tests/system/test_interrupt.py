@@ -125,7 +125,7 @@ PLACES = {
     "with a checkpoint half written": ("lib.training.pretrained", "append_checksum", 1),
     "with a checkpoint written and not renamed": ("os", "replace", 1),
     "between the names of the last checkpoint": ("os", "link", 1),
-    "in the evaluation": ("lib.evaluation.knn", "similarities", 1),
+    "in the evaluation": ("lib.evaluation.nearest_neighbours", "similarities", 1),
     "in the health figures": ("lib.method.diagnostics", "_hubs", 1),
     "with the metrics written and no checkpoint": ("lib.training.recorder", "Recorder.save", 1),
     "with the best checkpoint written and not the latest": ("lib.training.pretrained", "append_checksum", 4),

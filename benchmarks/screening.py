@@ -165,9 +165,8 @@ def choose_images(data_root: Path, folder: Path, train: int = TRAIN, held_out: i
     part.rename(folder)
 
 
-def read_lines(results: Path) -> list[dict[str, Any]]:
-    """The lines of RESULTS/screening.jsonl; none without the file. An incomplete last line is ignored."""
-    path = results / RESULTS
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file; none without the file. An incomplete last line is ignored."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
 
@@ -198,7 +197,6 @@ class Screening(Study):
             "loss": last["loss"],
             "consistency": last["consistency"],
             "images_per_s": round(statistics.median(row["images_per_s"] for row in rows), 1),
-            "train_s": round(sum(row["train_s"] for row in rows), 1),
             "flags": " ".join(run.flags),
             "started": starts[0]["time"],
             "commits": list(dict.fromkeys(start["commit"] for start in starts)),
@@ -211,7 +209,7 @@ class Screening(Study):
 
     def add(self, line: dict[str, Any]) -> None:
         """Adds a line to the results, or its new values to the line of the same run."""
-        lines, key = read_lines(self.results), ("arm", "seed", "started")
+        lines, key = read_lines(self.results / RESULTS), ("arm", "seed", "started")
         for old in lines:
             if all(old[name] == line[name] for name in key):
                 old |= line
@@ -230,7 +228,8 @@ class Screening(Study):
                 found = figures_of(["--resume", str(session)], session / "evaluation.json")
                 self.add({**self.line_of(run), **found})
         for folder in sorted(self.sess_dir.glob("simclr-s*")):
-            if (last := metrics.read(folder)[-1])["passes"] < PASSES:
+            rows = read_lines(folder / metrics.METRICS)
+            if not rows or (last := rows[-1])["passes"] < PASSES:
                 continue
             words = ["--cfgs", *CFGS, "--data-root", str(self.data_root), "--resume", str(folder / "latest.ckpt")]
             line = {
@@ -238,8 +237,7 @@ class Screening(Study):
                 "seed": int(folder.name.rpartition("-s")[2]),
                 "passes": last["passes"],
                 "knn_conv5": last["knn_backbone"],
-                "images_per_s": round(last["image_passes_per_s"], 1),
-                "train_s": last["train_s"],
+                "images_per_s": round(statistics.median(row["image_passes_per_s"] for row in rows), 1),
                 "started": "",
             }
             self.add({**line, **figures_of([*words, "--embed", "conv5"], folder / "latest.evaluation.json")})
@@ -283,7 +281,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--table", action="store_true", help="show the mean of each arm, and stop")
     given = parser.parse_args(argv)
     if given.table:
-        print(summary(read_lines(given.results)))
+        print(summary(read_lines(given.results / RESULTS)))
         return 0
     images = given.sess_dir / "images"
     screening = Screening(images, given.sess_dir, plan(given.seeds, given.arms), given.results)

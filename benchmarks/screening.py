@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import mean_and_deviation, table
+from benchmarks.measure import mean_and_deviation, read_lines, table
 from benchmarks.study import CFGS, ROOT, Run, Study, carry_out, epochs_of, parser_of, schedule
 from lib.errors import UsageError
 from lib.session import metrics, provenance
@@ -163,12 +163,6 @@ def choose_images(data_root: Path, folder: Path, train: int = TRAIN, held_out: i
             for number in numbers:
                 (part / split / name / paths[number].name).symlink_to(paths[number].resolve())
     part.rename(folder)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file; none without the file. An incomplete last line is ignored."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]
 
 
 class Screening(Study):

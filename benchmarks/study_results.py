@@ -169,7 +169,7 @@ def collect(data_root: Path, sess_dir: Path, runs: Sequence[Run], results: Path)
             if not out.exists():
                 _write(out, {**evaluate_run(sess_dir / run.name, data_root), "kept": rows[-1]["kept"]})
     for folder in sorted(sess_dir.glob(f"{PEER}-s*")):
-        rows = read_lines(folder / metrics.METRICS)
+        rows = measure.read_lines(folder / metrics.METRICS)
         if rows and rows[-1]["passes"] > total_epochs() - 1:
             shutil.copyfile(folder / metrics.METRICS, results / f"{folder.name}.jsonl")
             if not (out := results / f"{folder.name}.json").exists():
@@ -180,11 +180,6 @@ def _write(path: Path, figures: Figures) -> None:
     with atomic_write(path) as file:
         file.write((json.dumps(figures) + "\n").encode("utf-8"))
     print(f"evaluated: {path.stem}", file=sys.stderr, flush=True)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 class Results:
@@ -202,7 +197,7 @@ class Results:
             for path in sorted(folder.glob(f"{arm}-s*.json*")):
                 seed = path.stem.rpartition("-s")[2]
                 if path.suffix == ".jsonl":
-                    self.epochs.setdefault(arm, {})[seed] = read_lines(path)
+                    self.epochs.setdefault(arm, {})[seed] = measure.read_lines(path)
                 else:
                     self.figures.setdefault(arm, {})[seed] = json.loads(path.read_text(encoding="utf-8"))
 

@@ -365,9 +365,7 @@ def shift_hue(images: torch.Tensor, shifts: torch.Tensor, sectors: torch.Tensor)
     chroma = value - images.amin(dim=1)
     not_red, not_green = (value - red).sign_(), (value - green).sign_()  # 0 or 1: as torch.where, but faster
     hue = torch.lerp((blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4), not_green)
-    hue = torch.lerp(green - blue, hue, not_red).div_(
-        chroma.clamp(min=1e-12)
-    )  # the hue is arbitrary if the chroma is 0
+    hue = torch.lerp(green - blue, hue, not_red).div_(chroma.clamp(min=1e-12))  # arbitrary if the chroma is 0
     hue.div_(6).add_(shifts)
     sector = hue[:, None] + sectors[:, None]  # (B, 3, P), k / 6, all positive
     sector.frac_().sub_(1 / 3).abs_().mul_(-6).add_(2).clamp_(0, 1)

@@ -81,9 +81,8 @@ def allow_nondeterminism(allowed: bool) -> None:
     if torch.are_deterministic_algorithms_enabled() == allowed:  # the call imports torch.compile, which takes seconds
         torch.use_deterministic_algorithms(not allowed, warn_only=True)
     torch.backends.cudnn.deterministic = not allowed
-    torch.backends.cudnn.benchmark = (
-        allowed  # as in the reference: cuDNN selects the fastest convolution for each shape
-    )
+    # as in the reference: cuDNN selects the fastest convolution for each shape
+    torch.backends.cudnn.benchmark = allowed
 
 
 def memory_format(options: Options, device: torch.device) -> torch.memory_format:

@@ -45,9 +45,8 @@ def end(status: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     if status == 128 + signal.SIGTERM:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # Python restores the default handler, which kills the process, when it exits
+        # Python restores the default handler, which kills the process, when it exits
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if status:
         gc.collect()  # frees loaders held by traceback frames, which ends their workers
     sys.exit(status)

@@ -216,7 +216,7 @@ def explorer(report: ReportData, projected: Projection) -> dict[str, Any]:
     near, alike = neighbours_of_arrays(report.features[chosen], NEAR)
     columns = math.isqrt(len(chosen) - 1) + 1
     tiles = [image_grid.tile(report.images[sample], TILE) for sample in chosen.tolist()]
-    x, y = np.round((points - points.min(axis=0)) / np.ptp(points, axis=0), 4).T  # crops to a square
+    x, y = np.round((points - points.min(axis=0)) / np.ptp(points, axis=0), 4).T  # scaled to the unit square
     labels = None if report.labels is None else report.labels[chosen].tolist()
     return {
         "sprite": _jpeg(image_grid.grid(tiles, columns)),

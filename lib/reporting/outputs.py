@@ -54,7 +54,7 @@ def finish(context: RunContext, recorder: Recorder, final: Checkpoint, history: 
 
     Raises:
         UsageError: an export or the report cannot be written, although the checkpoint was saved.
-        Stopped: by a signal; ``what_is_left`` tells what was not written.
+        Stopped: by a signal; ``what_is_left`` says what was not written.
     """
     session = recorder.session
     failures: list[UsageError] = []
@@ -91,17 +91,17 @@ def what_is_left(options: Options, recorder: Recorder) -> str:
         left.append("--export-thumbnails")
     if options.report and recorder.session.folder:
         left.append("--report")
-    told = f"written: {', '.join(written) or 'nothing'}"
+    text = f"written: {', '.join(written) or 'nothing'}"
     if recorder.unsaved:
-        told += f"; {recorder.unsaved}"
+        text += f"; {recorder.unsaved}"
     if left:
-        told += f"; not written: {', '.join(left)}"
+        text += f"; not written: {', '.join(left)}"
     if not recorder.session.folder:
-        return f"{told}; no session is stored (--debug)"
+        return f"{text}; no session is stored (--debug)"
     if left or recorder.unsaved:
         rest = " ".join(["python main.py --resume", shlex.quote(str(recorder.session.folder)), *left])
-        told += f"; write the rest with: {rest}"
-    return told
+        text += f"; write the rest with: {rest}"
+    return text
 
 
 @contextmanager

@@ -49,9 +49,8 @@ def rehearse(
     images = batch_size // views
     if not _fits(step, images):
         fitting = None
-        if (
-            device.type == "cuda" and ranks.size == 1
-        ):  # on CPUs the system may kill the process instead of refusing the memory
+        # on CPUs the system may kill the process instead of refusing the memory
+        if device.type == "cuda" and ranks.size == 1:
             fitting = _largest_fitting(step, images // 2)
         advice = (
             f"--batch-size {fitting * views} fits"

@@ -232,10 +232,12 @@ def test_missing_timm_is_named_with_the_pip_command(monkeypatch: pytest.MonkeyPa
 def test_unreachable_server_of_timm_is_one_sentence(photos: Path, tmp_path: Path) -> None:
     """Without the messages of ``huggingface_hub``, which tries again for half a minute and more."""
     needs("timm")
-    nobody = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub"), "no_proxy": "*"}
+    unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub"), "no_proxy": "*"}
     words = [*WORDS, "--data-root", str(photos), "--sess-dir", str(tmp_path / "s")]
     command = [sys.executable, "main.py", *words, "--network", "timm/resnet18", "--pretrained", "timm"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **nobody}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **unreachable}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     sentence = (
         "error: --pretrained timm: the weights of resnet18 cannot be loaded (http://127.0.0.1:9 cannot be reached: "

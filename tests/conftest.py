@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,12 +28,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def separate_log() -> Iterator[None]:
     """Resets the program's log, so that one test does not affect the next.
 
-    A fixture of a module may have started the log, which ends propagation. Newer versions of pytest then add their
-    handlers to this logger, too, and a test that turns propagation on would see each message twice.
+    A fixture of a module or of the whole session may have started the log, which sets its level to INFO and ends
+    propagation. Each test begins with the level of a log that was not started. Newer versions of pytest also add their
+    handlers to a log without propagation, and a test that turns propagation on would see each message twice.
     """
     log = logger()
     before = [handler for handler in log.handlers if type(handler).__module__ != "_pytest.logging"], log.level
     log.handlers.clear()
+    log.setLevel(logging.NOTSET)
     log.propagate = True
     yield
     log.handlers[:], log.propagate = before[0], True

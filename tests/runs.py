@@ -9,11 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from PIL import Image
 
@@ -29,7 +31,9 @@ RUN = """
 TIMES = {"images_per_s", "train_s", "evaluate_s"}
 LIMIT = 600
 """Seconds after which a hanging process is killed. Nothing else here depends on the speed of the machine."""
-_started: list[tuple[subprocess.Popen[str], threading.Timer]] = []
+STARTED = "STARTED_BY_TEST"
+"""Environment variable of all processes of a run: what ``start`` starts, and what that starts."""
+_started: list[tuple[subprocess.Popen[str], str, threading.Timer]] = []
 
 
 def start(
@@ -51,7 +55,12 @@ def start(
     process = subprocess.Popen(
         [sys.executable, *program, *words],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore:This DataLoader will create"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore:This DataLoader will create",
+            STARTED: (run := uuid.uuid4().hex),
+        },
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -59,27 +68,39 @@ def start(
         start_new_session=True,
         preexec_fn=limit,
     )
-    watchdog = threading.Timer(LIMIT, kill_group, [process])
+    watchdog = threading.Timer(LIMIT, kill_run, [run])
     watchdog.daemon = True
     watchdog.start()
-    _started.append((process, watchdog))
+    _started.append((process, run, watchdog))
     return process
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
-    """Kills a process and its children."""
+    """Kills a process and its children, as far as they are in its group."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def kill_run(run: str) -> None:
+    """Kills all processes of a run. Those that ``torchrun`` starts have other groups, and survive if it is killed."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it has ended, or belongs to another user
+            if process.environ().get(STARTED) == run:
+                process.kill()
 
 
 def end_started() -> None:
     """Kills all running processes of ``start`` and closes their pipes."""
     while _started:
-        process, watchdog = _started.pop()
+        process, run, watchdog = _started.pop()
         watchdog.cancel()
-        kill_group(process)
-        with suppress(ValueError):  # its pipes are closed already
-            process.communicate()
+        process.kill()
+        kill_run(run)
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe:
+                with suppress(BrokenPipeError):  # what was written to it is lost
+                    pipe.close()
 
 
 def output_of(process: subprocess.Popen[str]) -> str:

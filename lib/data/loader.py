@@ -10,6 +10,7 @@ output size.
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -49,6 +50,9 @@ SizeOfEpoch = Callable[[int, int], tuple[int, int]]
 """Round and epoch -> (h, w) of the augmented images."""
 GRACE = 10
 """Seconds that a worker continues after SIGTERM."""
+PAUSE = 0.05
+"""Seconds that one of several ranks waits before it starts workers. Threads of gloo enter Python shortly after a
+collective, to free its tensors, and a process that is forked then waits for ever (Python before 3.11.10)."""
 
 
 class _BatchPlans(Sampler[BatchPlan]):
@@ -163,6 +167,7 @@ class Loader:
         self.ranks = ranks or Ranks()
         self.device = device
         self.augmentation = augmentation
+        self._pauses = self.ranks.size > 1 and workers > 0
         self._plans = _BatchPlans(
             len(images), batch_size, seed, self.ranks, views, size_of or partial(_same_size, augmentation.size)
         )
@@ -209,6 +214,9 @@ class Loader:
                 yield self.augmentation.to_size(plan.size)(self._images[own], plan.random_numbers), index
             return
         self._plans.next = round, epoch, first
+        if self._pauses:  # the workers are started by the first epoch
+            time.sleep(PAUSE)
+            self._pauses = False
         for cropped, plan in self._images:
             images = cropped.to(self.device, non_blocking=True)
             yield self.augmentation.augment_on_device(images, plan.random_numbers), self._to_device(plan.index)

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import synthetic
+from lib.data import loader
 from lib.data.augmentation import Augmentation
 from lib.data.loader import Loader
+from lib.distributed.processes import Ranks
 
 CPU = torch.device("cpu")
 many = settings(max_examples=50, deadline=None)
@@ -198,6 +200,17 @@ def test_every_number_of_workers_gives_the_same_batches() -> None:
         assert same(one, alone)
         assert same(two, alone)
         assert same(list(loaders[2].epoch(*where)), alone)
+
+
+@pytest.mark.parametrize(("ranks", "pauses"), [(Ranks(0, 2), [loader.PAUSE]), (Ranks(), [])])
+def test_one_of_several_ranks_pauses_once_before_it_starts_workers(
+    ranks: Ranks, pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches, seen = loader_of(13, workers=1, ranks=ranks), list[float]()
+    monkeypatch.setattr(loader.time, "sleep", seen.append)
+    for epoch in range(2):
+        list(batches.epoch(0, epoch))
+    assert seen == pauses
 
 
 def test_workers_keep_the_order_without_a_seed() -> None:

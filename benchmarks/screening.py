@@ -30,14 +30,13 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.measure import mean_and_deviation, read_lines, table
-from benchmarks.study import CFGS, ROOT, Run, Study, carry_out, epochs_of, parser_of, schedule
+from benchmarks.study import CFGS, ROOT, Arm, Run, Study, carry_out, epochs_of, new_network, parser_of, schedule
 from lib.errors import UsageError
 from lib.session import metrics, provenance
 from lib.session.atomic_files import atomic_write
@@ -58,25 +57,6 @@ FIGURES = {
     "images_per_s": "images/s",
 }
 """Figure of a line -> column title."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One setting.
-
-    Attributes:
-        flags: its options.
-        views: image passes of an epoch.
-        rounds: rounds of an arm with a new network, among which its epochs are divided.
-        branches: whether it continues ``round0`` with the curriculum.
-        has_schedule: whether the flags set the learning rate schedule.
-    """
-
-    flags: tuple[str, ...] = ()
-    views: int = 1
-    rounds: int = 1
-    branches: bool = False
-    has_schedule: bool = False
 
 
 COSINE = ("--lr-policy", "cosine")
@@ -115,13 +95,10 @@ def plan(seeds: Sequence[int], arms: Sequence[str]) -> list[Run]:
 
     def run(name: str, seed: int) -> Run:
         arm = ARMS[name]
-        if arm.branches:
-            flags = ("--max-round", str(ROUNDS), *schedule(EPOCHS), *arm.flags)
-            return Run(f"{name}-s{seed}", flags, f"round0-s{seed}", (ROUNDS - 1, EPOCHS - 1))
-        epochs = PASSES // (arm.views * arm.rounds)
-        learning_rate = ["--max-epoch", str(epochs)] if arm.has_schedule else schedule(epochs)
-        flags = ("--seed", str(seed), *COMMON, "--max-round", str(arm.rounds), *learning_rate, *arm.flags)
-        return Run(f"{name}-s{seed}", flags, None, (arm.rounds - 1, epochs - 1))
+        if not arm.branches:
+            return new_network(name, arm, seed, PASSES, COMMON)
+        flags = ("--max-round", str(ROUNDS), *schedule(EPOCHS), *arm.flags)
+        return Run(f"{name}-s{seed}", flags, f"round0-s{seed}", (ROUNDS - 1, EPOCHS - 1))
 
     def round_0(seed: int) -> Run:
         flags = ("--seed", str(seed), *COMMON, "--max-round", "1", *schedule(FIRST_EPOCHS))

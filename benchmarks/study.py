@@ -19,6 +19,10 @@ Arms, each branched from the last checkpoint of its seed's round 0 (instance los
     right-pairs   the paper's curriculum, but anchors whose neighbour has another label stay instance samples
     one-round     instance loss only, in one round with as many epochs as the others have in total (new network)
     view-loss     the same with two views of each image and the loss between them, in half as many epochs
+    plus          configs/cifar10-cpu-plus.yaml: the paper's curriculum in five rounds, the loss between two views, and
+                  a cosine schedule over all rounds (new network)
+
+An epoch with two views is two image passes. ``view-loss`` and ``plus`` have 60 of them, and the others 59.
 """
 
 from __future__ import annotations
@@ -57,11 +61,35 @@ ARMS = {
     "and-k5": ["--ANs-select-rate", "0.25", "--ANs-size", "5"],
     "right-pairs": ["--ANs-select-rate", "0.25"],
 }
-NEW_NETWORK: dict[str, list[str]] = {
-    "one-round": [],
-    "view-loss": ["--views", "2", "--view-loss", "1", "--embed", "conv5"],
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting.
+
+    Attributes:
+        flags: its options.
+        views: image passes of an epoch.
+        rounds: rounds of an arm with a new network, among which its epochs are divided.
+        branches: whether it continues round 0 with the curriculum.
+        has_schedule: whether the flags set the learning rate schedule.
+    """
+
+    flags: tuple[str, ...] = ()
+    views: int = 1
+    rounds: int = 1
+    branches: bool = False
+    has_schedule: bool = False
+
+
+VIEW_LOSS = ("--views", "2", "--view-loss", "1", "--embed", "conv5")
+COSINE = ("--lr-policy", "cosine", "--lr-span", "run")
+NEW_NETWORK = {
+    "one-round": Arm(),
+    "view-loss": Arm(VIEW_LOSS, views=2),
+    "plus": Arm((*VIEW_LOSS, *COSINE), views=2, rounds=ROUNDS, has_schedule=True),
 }
-"""Arms of one round that start with a new network, with as many image passes as the others have in total."""
+"""Arms that start with a new network, with as many image passes as the others have in total."""
 NAMES = (*ARMS, *NEW_NETWORK)
 PROGRAMS = {"right-pairs": ("-m", "benchmarks.right_pairs")}
 """Arms that are not trained by ``main.py``."""
@@ -74,7 +102,7 @@ def total_epochs() -> int:
 
 def views_of(arm: str) -> int:
     """Views of each image, which are image passes of an epoch."""
-    return 2 if "--views" in NEW_NETWORK.get(arm, []) else 1
+    return NEW_NETWORK[arm].views if arm in NEW_NETWORK else 1
 
 
 @dataclass(frozen=True)
@@ -103,8 +131,16 @@ def schedule(epochs: int) -> list[str]:
     return ["--max-epoch", str(epochs), "--lr-decay-offset", str(first - step), "--lr-decay-step", str(step)]
 
 
+def new_network(name: str, arm: Arm, seed: int, passes: int, common: Sequence[str] = ()) -> Run:
+    """The run of an arm with a new network and the number of epochs nearest to ``passes`` image passes."""
+    epochs = round(passes / (arm.views * arm.rounds))
+    rate = ["--max-epoch", str(epochs)] if arm.has_schedule else schedule(epochs)
+    flags = ("--seed", str(seed), *common, "--max-round", str(arm.rounds), *rate, *arm.flags)
+    return Run(f"{name}-s{seed}", flags, None, (arm.rounds - 1, epochs - 1))
+
+
 def plan(seeds: Sequence[int], arms: Sequence[str] = NAMES) -> list[Run]:
-    """The runs of these seeds and arms, and round 0 of each seed, in the order in which they are started."""
+    """The runs of these seeds and arms, and round 0 of each seed if one continues it, in the order of their starts."""
 
     def round_0(seed: int) -> Run:
         flags = ("--seed", str(seed), "--max-round", "1", *schedule(FIRST_EPOCHS))
@@ -115,16 +151,12 @@ def plan(seeds: Sequence[int], arms: Sequence[str] = NAMES) -> list[Run]:
         last, program = (ROUNDS - 1, EPOCHS - 1), PROGRAMS.get(name, ("main.py",))
         return Run(f"{name}-s{seed}", flags, f"round0-s{seed}", last, program)
 
-    def new_network(name: str, seed: int) -> Run:
-        epochs = total_epochs() // views_of(name)
-        flags = ("--seed", str(seed), "--max-round", "1", *schedule(epochs), *NEW_NETWORK[name])
-        return Run(f"{name}-s{seed}", flags, None, (0, epochs - 1))
-
     runs = [run for seed in seeds for run in (round_0(seed), arm("restarts", seed), arm("and", seed))]
     for seed in seeds:
-        runs += [new_network(name, seed) for name in NEW_NETWORK]
+        runs += [new_network(name, each, seed, total_epochs()) for name, each in NEW_NETWORK.items()]
         runs += [arm(name, seed) for name in ("all-at-once", "and-k5", "right-pairs")]
-    return [run for run in runs if run.name.rpartition("-s")[0] in ("round0", *arms)]
+    wanted = (*arms, "round0") if any(arm in ARMS for arm in arms) else arms
+    return [run for run in runs if run.name.rpartition("-s")[0] in wanted]
 
 
 def epochs_of(session: Path) -> list[dict[str, Any]]:

@@ -101,7 +101,9 @@ def test_stopped_study_is_resumed_to_its_end(config: Path, photos: Path, tmp_pat
     assert [(row["round"], row["epoch"]) for row in rows] == [(0, epoch) for epoch in range(7)]
     assert [row["learning_rate"] for row in rows] == pytest.approx([0.01] * 4 + [0.001] * 2 + [0.0001])
 
-    assert [row["passes"] for row in metrics.read(tmp_path / "view-loss-s5")] == [2, 4, 6]
+    assert [row["passes"] for row in metrics.read(tmp_path / "view-loss-s5")] == [2, 4, 6, 8]
+    rounds = [(row["round"], row["passes"]) for row in metrics.read(tmp_path / "plus-s5")]
+    assert rounds == [(0, 2), (1, 4), (2, 6), (3, 8), (4, 10)]
 
     # the round 0 that was stopped equals one that was not, and the arms start from its last epoch
     first = torch.load(tmp_path / "restarts-s5" / "checkpoint" / "latest.ckpt", weights_only=True)["history"][0]

@@ -45,8 +45,9 @@ from lib.config.options import height_and_width
 from lib.config.parser import read_options
 from lib.config.resolve import resolve
 from lib.errors import UsageError
-from lib.evaluation import linear_probe
+from lib.evaluation import graph_clustering, linear_probe
 from lib.evaluation.knn import top_k_accuracy, weighted_knn
+from lib.evaluation.nearest_neighbours import nearest_neighbours
 from lib.method.discovery import entropy_and_topk
 from lib.session import metrics
 from lib.session.atomic_files import atomic_write
@@ -62,6 +63,7 @@ TITLES = {
     "nn": "NN, recomputed",
     "knn_conv5": "kNN, conv5",
     "linear_conv5": "linear, conv5",
+    "graph_nmi": "graph, conv5, NMI",
     "kept": "neighbours kept",
 }
 """Figure of a run -> column title; all are shares."""
@@ -74,7 +76,8 @@ def evaluate(context: setup.RunContext, network: torch.nn.Module, bank: torch.Te
     """The figures of a network and, if it has one, of its memory bank (N, D).
 
     ``knn_conv5`` uses the globally pooled features before the last layer, as is usual for methods with a projection
-    head. ``correct`` has a bit for each test image: whether the recomputed kNN classifies it correctly.
+    head, and ``graph_nmi`` is that of the graph clustering of the training images by them. ``correct`` has a bit for
+    each test image: whether the recomputed kNN classifies it correctly.
     """
     splits, options, classes = context.splits, context.options, len(context.splits.train.classes)
     assert splits.test is not None and splits.train.labels is not None and splits.test.labels is not None
@@ -102,6 +105,11 @@ def evaluate(context: setup.RunContext, network: torch.nn.Module, bank: torch.Te
         what="linear probe",
     )
     found["linear_conv5"] = probed.top1
+    nearest = nearest_neighbours(pooled[0], options.graph_neighbours).samples.numpy()
+    groups = graph_clustering.cluster(
+        pooled[0].numpy(), nearest, splits.train.labels, resolution=options.graph_resolution, seed=0
+    )
+    found["graph_nmi"] = groups.figures["nmi"]
     if bank is None:
         return found
     test = stages[1]["fc"]

@@ -83,6 +83,10 @@ def test_evaluation_of_a_run_equals_that_of_the_program(photos: Path, tmp_path: 
     assert [row["top1"] for row in results] == pytest.approx(
         [found[name] for name in ("knn", "knn_bank", "nn", "nn_bank", "linear_conv5")]
     )
+    finished("--resume", str(tmp_path / "run"), "--test-only", "--protocol", "graph", "--embed", "conv5", "--gpus", "")
+    (path,) = (tmp_path / "run").glob("**/evaluation*.json")
+    (graph,) = json.loads(path.read_text())["results"]
+    assert found["graph_nmi"] == pytest.approx(graph["nmi"], abs=1e-6)
     (tmp_path / "round0-s0.json").write_text(json.dumps(found))
     (tmp_path / "round0-s0.jsonl").write_text((tmp_path / "run" / "metrics.jsonl").read_text())
     results_of_one = Results(tmp_path)

@@ -179,7 +179,7 @@ def test_learning_rate_drops_at_3_and_4_fifths_of_a_round() -> None:
 def test_most_important_runs_are_first() -> None:
     plan = study.plan(study.SEEDS)
     names = [run.name for run in plan]
-    assert names[:3] == ["round0-s0", "restarts-s0", "and-s0"] and len(set(names)) == len(names) == 24
+    assert names[:3] == ["round0-s0", "restarts-s0", "and-s0"] and len(set(names)) == len(names) == 27
     assert all(
         names.index(run.branches_from) < names.index(run.name) for run in study.plan(study.SEEDS) if run.branches_from
     )
@@ -187,3 +187,4 @@ def test_most_important_runs_are_first() -> None:
 
 def test_selected_arms_need_only_round_0() -> None:
     assert [run.name for run in study.plan([1], ["and", "right-pairs"])] == ["round0-s1", "and-s1", "right-pairs-s1"]
+    assert [run.name for run in study.plan([1], ["plus"])] == ["plus-s1"]

@@ -118,7 +118,7 @@ def test_stopped_study_is_resumed_to_its_end(config: Path, photos: Path, tmp_pat
     process = start(*given, program=("-c", SMALL))
     assert output_of(process) == "" and process.returncode == 0  # every run is finished
     process = start(*given, "--list", program=("-c", SMALL))
-    assert output_of(process).count("done") == 8
+    assert output_of(process).count("done") == 9
 
 
 @pytest.mark.slow

@@ -36,7 +36,22 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import mean_and_deviation, read_lines, table
-from benchmarks.study import CFGS, ROOT, Arm, Run, Study, carry_out, epochs_of, new_network, parser_of, schedule
+from benchmarks.study import (
+    CFGS,
+    CONV5,
+    COSINE,
+    COSINE_OF_RUN,
+    ROOT,
+    VIEW_LOSS,
+    Arm,
+    Run,
+    Study,
+    carry_out,
+    epochs_of,
+    new_network,
+    parser_of,
+    schedule,
+)
 from lib.errors import UsageError
 from lib.session import metrics, provenance
 from lib.session.atomic_files import atomic_write
@@ -47,7 +62,7 @@ FIRST_EPOCHS, EPOCHS, ROUNDS = 18, 3, 5
 """Epochs of round 0, epochs of each later round, and rounds, of the arms that discover neighbourhoods."""
 TRAIN, HELD_OUT = 20_000, 5_000
 """Number of images to train on, and of training images to evaluate on."""
-COMMON = ("--embed", "conv5", "--keep", "last", "--log-tfb", "false")
+COMMON = (*CONV5, "--keep", "last", "--log-tfb", "false")
 RESULTS = "screening.jsonl"
 FIGURES = {
     "knn_bank": "kNN, bank, %",
@@ -57,11 +72,7 @@ FIGURES = {
     "images_per_s": "images/s",
 }
 """Figure of a line -> column title."""
-
-
-COSINE = ("--lr-policy", "cosine")
 FLIP = ("--random-horizontal-flip",)
-VIEW_LOSS = ("--views", "2", "--view-loss", "1")
 MLP = ("--head", "mlp")
 ARMS: dict[str, Arm] = {
     "one-round": Arm(),
@@ -80,13 +91,13 @@ ARMS: dict[str, Arm] = {
     "and-weighted": Arm(("--ANs-size", "5", "--loss", "similarity-weighted"), branches=True),
     "and-every-epoch": Arm(("--ANs-every", "1"), branches=True),
     "and-entropy": Arm(("--entropy-loss", "0.2"), branches=True),
-    "and-cosine": Arm((*COSINE, "--lr-span", "run"), rounds=ROUNDS, has_schedule=True),
+    "and-cosine": Arm(COSINE_OF_RUN, rounds=ROUNDS, has_schedule=True),
     "view-loss-flip": Arm((*VIEW_LOSS, *FLIP), views=2),
     "view-loss-mlp": Arm((*VIEW_LOSS, *MLP), views=2),
     "view-loss-cosine": Arm((*VIEW_LOSS, *COSINE), views=2, has_schedule=True),
     "together": Arm((*VIEW_LOSS, *FLIP, *MLP, *COSINE), views=2, has_schedule=True),
     "view-loss-3": Arm(("--views", "2", "--view-loss", "3"), views=2),
-    "view-loss-cosine-and": Arm((*VIEW_LOSS, *COSINE, "--lr-span", "run"), views=2, rounds=ROUNDS, has_schedule=True),
+    "view-loss-cosine-and": Arm((*VIEW_LOSS, *COSINE_OF_RUN), views=2, rounds=ROUNDS, has_schedule=True),
 }
 
 

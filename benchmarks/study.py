@@ -19,8 +19,8 @@ Arms, each branched from the last checkpoint of its seed's round 0 (instance los
     right-pairs   the paper's curriculum, but anchors whose neighbour has another label stay instance samples
     one-round     instance loss only, in one round with as many epochs as the others have in total (new network)
     view-loss     the same with two views of each image and the loss between them, in half as many epochs
-    plus          configs/cifar10-cpu-plus.yaml: the paper's curriculum in five rounds, the loss between two views, and
-                  a cosine schedule over all rounds (new network)
+    plus          configs/cifar10-cpu-plus.yaml with kNN of conv5, too: the paper's curriculum in five rounds, the loss
+                  between two views, and a cosine schedule over all rounds (new network)
 
 An epoch with two views is two image passes. ``view-loss`` and ``plus`` have 60 of them, and the others 59.
 """
@@ -82,12 +82,14 @@ class Arm:
     has_schedule: bool = False
 
 
-VIEW_LOSS = ("--views", "2", "--view-loss", "1", "--embed", "conv5")
-COSINE = ("--lr-policy", "cosine", "--lr-span", "run")
+VIEW_LOSS = ("--views", "2", "--view-loss", "1")
+CONV5 = ("--embed", "conv5")
+COSINE = ("--lr-policy", "cosine")
+COSINE_OF_RUN = (*COSINE, "--lr-span", "run")
 NEW_NETWORK = {
     "one-round": Arm(),
-    "view-loss": Arm(VIEW_LOSS, views=2),
-    "plus": Arm((*VIEW_LOSS, *COSINE), views=2, rounds=ROUNDS, has_schedule=True),
+    "view-loss": Arm((*VIEW_LOSS, *CONV5), views=2),
+    "plus": Arm((*VIEW_LOSS, *CONV5, *COSINE_OF_RUN), views=2, rounds=ROUNDS, has_schedule=True),
 }
 """Arms that start with a new network, with as many image passes as the others have in total."""
 NAMES = (*ARMS, *NEW_NETWORK)

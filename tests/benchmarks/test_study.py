@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from benchmarks import right_pairs, study
+from lib.config.parser import read_options
 from lib.errors import UsageError
 from lib.method.neighbourhoods import Neighbourhoods
 from lib.session import metrics
@@ -188,3 +189,11 @@ def test_most_important_runs_are_first() -> None:
 def test_selected_arms_need_only_round_0() -> None:
     assert [run.name for run in study.plan([1], ["and", "right-pairs"])] == ["round0-s1", "and-s1", "right-pairs-s1"]
     assert [run.name for run in study.plan([1], ["plus"])] == ["plus-s1"]
+
+
+def test_plus_has_the_options_of_its_config() -> None:
+    (run,) = study.plan([0], ["plus"])
+    arm, config = (
+        vars(read_options(["--cfgs", *study.CFGS, *more])) for more in (run.flags, ["configs/cifar10-cpu-plus.yaml"])
+    )
+    assert {name for name in arm if arm[name] != config[name]} == {"seed", "max_epoch", "embed", "cfgs"}

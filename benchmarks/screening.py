@@ -74,6 +74,12 @@ FIGURES = {
 """Figure of a line -> column title."""
 FLIP = ("--random-horizontal-flip",)
 MLP = ("--head", "mlp")
+HUE = ("--colorjitter", "0.4", "0.4", "0.4", "0.1")
+"""SimCLR's shift of the hue; the reference's is 0.4."""
+RATE = ("--base-lr", "0.06")
+"""Twice the reference's."""
+TEMPERATURE = ("--view-temperature", "0.2")
+"""Twice the default."""
 ARMS: dict[str, Arm] = {
     "one-round": Arm(),
     "restarts": Arm(("--ANs-select-rate", "0"), branches=True),
@@ -97,6 +103,9 @@ ARMS: dict[str, Arm] = {
     "view-loss-cosine": Arm((*VIEW_LOSS, *COSINE), views=2, has_schedule=True),
     "together": Arm((*VIEW_LOSS, *FLIP, *MLP, *COSINE), views=2, has_schedule=True),
     "view-loss-3": Arm(("--views", "2", "--view-loss", "3"), views=2),
+    "view-loss-cosine-hue": Arm((*VIEW_LOSS, *COSINE, *HUE), views=2, has_schedule=True),
+    "view-loss-cosine-rate": Arm((*VIEW_LOSS, *COSINE, *RATE), views=2, has_schedule=True),
+    "view-loss-cosine-temperature": Arm((*VIEW_LOSS, *COSINE, *TEMPERATURE), views=2, has_schedule=True),
     "view-loss-cosine-and": Arm((*VIEW_LOSS, *COSINE_OF_RUN), views=2, rounds=ROUNDS, has_schedule=True),
 }
 

@@ -76,8 +76,11 @@ FLIP = ("--random-horizontal-flip",)
 MLP = ("--head", "mlp")
 HUE = ("--colorjitter", "0.4", "0.4", "0.4", "0.1")
 """SimCLR's shift of the hue; the reference's is 0.4."""
-RATE = ("--base-lr", "0.06")
-"""Twice the reference's."""
+NO_HUE = ("--colorjitter", "0.4", "0.4", "0.4", "0")
+CROP = ("--scale", "0.4", "1")
+"""Crops of at least 40 % of the image; the reference's have at least 20 %."""
+RATE, LOW_RATE = ("--base-lr", "0.06"), ("--base-lr", "0.015")
+"""Twice and half the reference's learning rate."""
 TEMPERATURE = ("--view-temperature", "0.2")
 """Twice the default."""
 ARMS: dict[str, Arm] = {
@@ -106,6 +109,14 @@ ARMS: dict[str, Arm] = {
     "view-loss-cosine-hue": Arm((*VIEW_LOSS, *COSINE, *HUE), views=2, has_schedule=True),
     "view-loss-cosine-rate": Arm((*VIEW_LOSS, *COSINE, *RATE), views=2, has_schedule=True),
     "view-loss-cosine-temperature": Arm((*VIEW_LOSS, *COSINE, *TEMPERATURE), views=2, has_schedule=True),
+    "hue": Arm(HUE),
+    "view-loss-cosine-hue-low-rate": Arm((*VIEW_LOSS, *COSINE, *HUE, *LOW_RATE), views=2, has_schedule=True),
+    "view-loss-cosine-no-hue": Arm((*VIEW_LOSS, *COSINE, *NO_HUE), views=2, has_schedule=True),
+    "view-loss-cosine-hue-crop": Arm((*VIEW_LOSS, *COSINE, *HUE, *CROP), views=2, has_schedule=True),
+    "view-loss-cosine-hue-and": Arm((*VIEW_LOSS, *COSINE_OF_RUN, *HUE), views=2, rounds=ROUNDS, has_schedule=True),
+    "view-loss-cosine-hue-few": Arm(
+        (*VIEW_LOSS, *COSINE_OF_RUN, *HUE, "--ANs-select-rate", "0.1"), views=2, rounds=ROUNDS, has_schedule=True
+    ),
     "view-loss-cosine-and": Arm((*VIEW_LOSS, *COSINE_OF_RUN), views=2, rounds=ROUNDS, has_schedule=True),
 }
 

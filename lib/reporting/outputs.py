@@ -57,24 +57,25 @@ def finish(context: RunContext, recorder: Recorder, final: Checkpoint, history: 
         Stopped: by a signal; ``what_is_left`` says what was not written.
     """
     session = recorder.session
-    failures: list[UsageError] = []
     recorder.signals.ranks = context.ranks  # the other ranks are done: from here on it stops at once
     with recorder.signals.defer():
         show_embeddings(context, final["npc"]["memory"], session)
     logger().info("\n%s", recorder.summary(history), extra=SUMMARY)
     logger().info("session: %s", session.folder or "none", extra=SUMMARY)
-    with _collect(failures):
-        export_results(context, final, session.folder)
-    with _collect(failures):
-        if context.options.report and session.folder:
-            write_report(context, session.folder, final)
+    try:
+        with _deferred_errors() as failures:
+            with _collect(failures):
+                export_results(context, final, session.folder)
+            with _collect(failures):
+                if context.options.report and session.folder:
+                    write_report(context, session.folder, final)
+    except UsageError as error:
+        if not recorder.unsaved:
+            raise
+        logger().error("%s", error)
     if recorder.unsaved:
-        for error in failures:
-            logger().error("%s", error)
         print(f"error: {recorder.unsaved}; free disk space, then resume with --resume", file=sys.stderr)
-        return False
-    _raise_last(failures)
-    return True
+    return not recorder.unsaved
 
 
 def what_is_left(options: Options, recorder: Recorder) -> str:
@@ -102,6 +103,24 @@ def what_is_left(options: Options, recorder: Recorder) -> str:
         rest = " ".join(["python main.py --resume", shlex.quote(str(recorder.session.folder)), *left])
         text += f"; write the rest with: {rest}"
     return text
+
+
+@contextmanager
+def _deferred_errors() -> Iterator[list[UsageError]]:
+    """A list for the errors of the block: at its end the last one is raised and the others are logged.
+
+    If a signal stops the block, all of them are logged.
+    """
+    failures: list[UsageError] = []
+    last = None
+    try:
+        yield failures
+        last = failures.pop() if failures else None
+    finally:
+        for error in failures:
+            logger().error("%s", error)
+    if last:
+        raise last
 
 
 @contextmanager
@@ -203,25 +222,24 @@ def export_results(context: RunContext, loaded: Checkpoint, folder: Path | None)
         UsageError: a file cannot be written, or a checkpoint of the session cannot be read.
     """
     options = context.options
-    failures: list[UsageError] = []
     splits = _splits(context) if options.export_features or options.export_table else []
-    with _collect(failures):
-        if options.export_features:
-            export.save_features(options.export_features, splits)
-    with _collect(failures):
-        if options.export_model:
-            means, stds = context.means_and_stds
-            export.save_model(options.export_model, context.network, options, means=means, stds=stds)
-    with _collect(failures):
-        if options.export_table:
-            from lib.reporting import table  # imports scikit-learn, which takes seconds
+    with _deferred_errors() as failures:
+        with _collect(failures):
+            if options.export_features:
+                export.save_features(options.export_features, splits)
+        with _collect(failures):
+            if options.export_model:
+                means, stds = context.means_and_stds
+                export.save_model(options.export_model, context.network, options, means=means, stds=stds)
+        with _collect(failures):
+            if options.export_table:
+                from lib.reporting import table  # imports scikit-learn, which takes seconds
 
-            samples = len(context.splits.train)
-            rounds = table.became_anchor(checkpoint.discoveries(folder, loaded, samples), samples)
-            columns = table.columns(splits, context.splits.labelled, rounds, options)
-            images = [split.images.images for split in splits] if options.export_thumbnails else None
-            table.save(options.export_table, columns, images)
-    _raise_last(failures)
+                samples = len(context.splits.train)
+                rounds = table.became_anchor(checkpoint.discoveries(folder, loaded, samples), samples)
+                columns = table.columns(splits, context.splits.labelled, rounds, options)
+                images = [split.images.images for split in splits] if options.export_thumbnails else None
+                table.save(options.export_table, columns, images)
 
 
 def _splits(context: RunContext) -> list[export.Split]:
@@ -232,11 +250,3 @@ def _splits(context: RunContext) -> list[export.Split]:
             rows = features.extract(context.embedder, context.loader(images, train=False), f"{name} embeddings")
             found.append(export.Split(name, images, rows.float().cpu().numpy()))
     return found
-
-
-def _raise_last(failures: list[UsageError]) -> None:
-    """Raises the last of the errors, if there are any, and logs the others."""
-    for error in failures[:-1]:
-        logger().error("%s", error)
-    if failures:
-        raise failures[-1]

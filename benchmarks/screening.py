@@ -76,7 +76,7 @@ FLIP = ("--random-horizontal-flip",)
 MLP = ("--head", "mlp")
 HUE = ("--colorjitter", "0.4", "0.4", "0.4", "0.1")
 """SimCLR's shift of the hue; the reference's is 0.4."""
-FOUR_VIEWS = ("--views", "4", "--view-loss", "1")
+THREE_VIEWS = ("--views", "3", "--batch-size", "129", "--view-loss", "1")
 NO_HUE = ("--colorjitter", "0.4", "0.4", "0.4", "0")
 CROP = ("--scale", "0.4", "1")
 """Crops of at least 40 % of the image; the reference's have at least 20 %."""
@@ -113,7 +113,7 @@ ARMS: dict[str, Arm] = {
     "hue": Arm(HUE),
     "view-loss-cosine-hue-low-rate": Arm((*VIEW_LOSS, *COSINE, *HUE, *LOW_RATE), views=2, has_schedule=True),
     "view-loss-cosine-no-hue": Arm((*VIEW_LOSS, *COSINE, *NO_HUE), views=2, has_schedule=True),
-    "view-loss-cosine-hue-views": Arm((*FOUR_VIEWS, *COSINE, *HUE), views=4, has_schedule=True),
+    "view-loss-cosine-hue-views": Arm((*THREE_VIEWS, *COSINE, *HUE), views=3, has_schedule=True),
     "view-loss-cosine-hue-crop": Arm((*VIEW_LOSS, *COSINE, *HUE, *CROP), views=2, has_schedule=True),
     "view-loss-cosine-hue-and": Arm((*VIEW_LOSS, *COSINE_OF_RUN, *HUE), views=2, rounds=ROUNDS, has_schedule=True),
     "view-loss-cosine-hue-few": Arm(

@@ -76,6 +76,10 @@ FLIP = ("--random-horizontal-flip",)
 MLP = ("--head", "mlp")
 HUE = ("--colorjitter", "0.4", "0.4", "0.4", "0.1")
 """SimCLR's shift of the hue; the reference's is 0.4."""
+BANK_TEMPERATURE = ("--npc-temperature", "0.14", "--knn-sigma", "0.07")
+"""Twice the reference's in the loss; kNN as before."""
+DECAY = ("--weight-decay", "0.0001")
+"""A fifth of the reference's."""
 THREE_VIEWS = ("--views", "3", "--batch-size", "129", "--view-loss", "1")
 NO_HUE = ("--colorjitter", "0.4", "0.4", "0.4", "0")
 CROP = ("--scale", "0.4", "1")
@@ -110,6 +114,10 @@ ARMS: dict[str, Arm] = {
     "view-loss-cosine-hue": Arm((*VIEW_LOSS, *COSINE, *HUE), views=2, has_schedule=True),
     "view-loss-cosine-rate": Arm((*VIEW_LOSS, *COSINE, *RATE), views=2, has_schedule=True),
     "view-loss-cosine-temperature": Arm((*VIEW_LOSS, *COSINE, *TEMPERATURE), views=2, has_schedule=True),
+    "view-loss-cosine-temperatures": Arm(
+        (*VIEW_LOSS, *COSINE, *TEMPERATURE, *BANK_TEMPERATURE), views=2, has_schedule=True
+    ),
+    "view-loss-cosine-decay": Arm((*VIEW_LOSS, *COSINE, *DECAY), views=2, has_schedule=True),
     "hue": Arm(HUE),
     "view-loss-cosine-hue-low-rate": Arm((*VIEW_LOSS, *COSINE, *HUE, *LOW_RATE), views=2, has_schedule=True),
     "view-loss-cosine-no-hue": Arm((*VIEW_LOSS, *COSINE, *NO_HUE), views=2, has_schedule=True),

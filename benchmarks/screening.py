@@ -86,8 +86,8 @@ CROP = ("--scale", "0.4", "1")
 """Crops of at least 40 % of the image; the reference's have at least 20 %."""
 RATE, LOW_RATE = ("--base-lr", "0.06"), ("--base-lr", "0.015")
 """Twice and half the reference's learning rate."""
-TEMPERATURE = ("--view-temperature", "0.2")
-"""Twice the default."""
+TEMPERATURE, LOW_TEMPERATURE = ("--view-temperature", "0.2"), ("--view-temperature", "0.05")
+"""Twice and half the default."""
 ARMS: dict[str, Arm] = {
     "one-round": Arm(),
     "restarts": Arm(("--ANs-select-rate", "0"), branches=True),
@@ -117,6 +117,8 @@ ARMS: dict[str, Arm] = {
     "view-loss-cosine-temperatures": Arm(
         (*VIEW_LOSS, *COSINE, *TEMPERATURE, *BANK_TEMPERATURE), views=2, has_schedule=True
     ),
+    "view-loss-cosine-bank-temperature": Arm((*VIEW_LOSS, *COSINE, *BANK_TEMPERATURE), views=2, has_schedule=True),
+    "view-loss-cosine-low-temperature": Arm((*VIEW_LOSS, *COSINE, *LOW_TEMPERATURE), views=2, has_schedule=True),
     "view-loss-cosine-decay": Arm((*VIEW_LOSS, *COSINE, *DECAY), views=2, has_schedule=True),
     "hue": Arm(HUE),
     "view-loss-cosine-hue-low-rate": Arm((*VIEW_LOSS, *COSINE, *HUE, *LOW_RATE), views=2, has_schedule=True),

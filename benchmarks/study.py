@@ -12,17 +12,17 @@ processes are killed, each loses one epoch. Start it with ``nice -n 19`` to give
 
 Arms, each branched from the last checkpoint of its seed's round 0 (instance loss), optimiser and bank included:
 
-    restarts      select rate 0: later rounds restart the learning rate, and nothing else changes
-    and           the paper: select rate 0.25, one neighbour
-    all-at-once   select rate 1: every sample is an anchor from round 1 on
-    and-k5        the paper's curriculum with five neighbours
-    right-pairs   the paper's curriculum, but anchors whose neighbour has another label stay instance samples
-    one-round     instance loss only, in one round with as many epochs as the others have in total (new network)
-    view-loss     the same with two views of each image and the loss between them, in half as many epochs
-    plus          configs/cifar10-cpu-plus.yaml with kNN of conv5, too: the paper's curriculum in five rounds, the loss
-                  between two views, and a cosine schedule over all rounds (new network)
+    restarts        select rate 0: later rounds restart the learning rate, and nothing else changes
+    and             the paper: select rate 0.25, one neighbour
+    all-at-once     select rate 1: every sample is an anchor from round 1 on
+    and-k5          the paper's curriculum with five neighbours
+    right-pairs     the paper's curriculum, but anchors whose neighbour has another label stay instance samples
+    one-round       instance loss only, in one round with as many epochs as the others have in total (new network)
+    plus            configs/cifar10-cpu-plus.yaml with kNN of conv5, too: the paper's curriculum in five rounds, the
+                    loss between two views, and a cosine schedule over all rounds (new network)
+    plus-one-round  the same in one round, so that no neighbourhoods are discovered
 
-An epoch with two views is two image passes. ``view-loss`` and ``plus`` have 60 of them, and the others 59.
+An epoch with two views is two image passes. ``plus`` and ``plus-one-round`` have 60 of them, and the others 59.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ COSINE = ("--lr-policy", "cosine")
 COSINE_OF_RUN = (*COSINE, "--lr-span", "run")
 NEW_NETWORK = {
     "one-round": Arm(),
-    "view-loss": Arm((*VIEW_LOSS, *CONV5), views=2),
     "plus": Arm((*VIEW_LOSS, *CONV5, *COSINE_OF_RUN), views=2, rounds=ROUNDS, has_schedule=True),
+    "plus-one-round": Arm((*VIEW_LOSS, *CONV5, *COSINE_OF_RUN), views=2, has_schedule=True),
 }
 """Arms that start with a new network, with as many image passes as the others have in total."""
 NAMES = (*ARMS, *NEW_NETWORK)

@@ -102,7 +102,7 @@ def test_stopped_study_is_resumed_to_its_end(config: Path, photos: Path, tmp_pat
     assert [(row["round"], row["epoch"]) for row in rows] == [(0, epoch) for epoch in range(7)]
     assert [row["learning_rate"] for row in rows] == pytest.approx([0.01] * 4 + [0.001] * 2 + [0.0001])
 
-    assert [row["passes"] for row in metrics.read(tmp_path / "view-loss-s5")] == [2, 4, 6, 8]
+    assert [row["passes"] for row in metrics.read(tmp_path / "plus-one-round-s5")] == [2, 4, 6, 8]
     rounds = [(row["round"], row["passes"]) for row in metrics.read(tmp_path / "plus-s5")]
     assert rounds == [(0, 2), (1, 4), (2, 6), (3, 8), (4, 10)]
 

@@ -30,8 +30,9 @@ from torch.utils.data import DataLoader, Dataset
 import datasets
 import models
 from benchmarks.study import CFGS, total_epochs
-from lib.config.options import height_and_width
+from lib.config.options import Options, height_and_width
 from lib.config.parser import read_options
+from lib.data.augmentation import Colour
 from lib.errors import UsageError
 from lib.evaluation.knn import top_k_accuracy, weighted_knn
 from lib.seeding import Stream, seed_for
@@ -57,6 +58,44 @@ class Views(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         """Two tensors (3, h, w)."""
         first, second = self.transform(Image.fromarray(np.asarray(self.images[sample])))
         return first, second
+
+
+class SimCLR:
+    """Network, projection head, loss and optimiser.
+
+    Args:
+        options: for the network.
+        device: of the network and the batches.
+    """
+
+    def __init__(self, options: Options, device: torch.device) -> None:
+        from lightly.loss import NTXentLoss
+        from lightly.models.modules import SimCLRProjectionHead
+
+        size = height_and_width(options.size)
+        self.network = models.build(options.network, low_dim=options.low_dim, size=size).to(device)
+        self.head = SimCLRProjectionHead(HIDDEN, HIDDEN, OUTPUT).to(device)
+        self.criterion = NTXentLoss()
+        parameters = [*self.network.parameters(), *self.head.parameters()]
+        self.optimizer = torch.optim.SGD(parameters, lr=RATE * BATCH / 128, momentum=MOMENTUM, weight_decay=DECAY)
+
+    def step(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """Trains with two views (B, 3, h, w) of the same images; returns the loss."""
+        projections = self.head(pooled(self.network, torch.cat([first, second])))
+        loss: torch.Tensor = self.criterion(*projections.chunk(2))
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def transform(options: Options, means: Colour, stds: Colour) -> Any:
+    """lightly's transform of an image into two views, for images of CIFAR-10."""
+    from lightly.transforms.simclr_transform import SimCLRTransform
+
+    normalize = {"mean": list(means), "std": list(stds)}
+    size, _ = height_and_width(options.size)
+    return SimCLRTransform(input_size=size, cj_strength=0.5, gaussian_blur=0.0, normalize=normalize)
 
 
 def pooled(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -101,9 +140,7 @@ def main(argv: Sequence[str]) -> int:
 
 def train(argv: Sequence[str]) -> int:
     """Trains or resumes."""
-    from lightly.loss import NTXentLoss
-    from lightly.models.modules import SimCLRProjectionHead
-    from lightly.transforms.simclr_transform import SimCLRTransform
+    import lightly  # noqa: F401 - if it is missing, this is said before anything is written
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.simclr", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-root", type=Path, required=True, help="folder of train/<class>/ and test/<class>/")
@@ -117,18 +154,12 @@ def train(argv: Sequence[str]) -> int:
     context = setup.prepare(read_options(words))
     options, (means, stds) = context.options, context.means_and_stds
     images = context.splits.train.images
-    size, _ = height_and_width(options.size)
-    transform = SimCLRTransform(
-        input_size=size, cj_strength=0.5, gaussian_blur=0.0, normalize={"mean": list(means), "std": list(stds)}
-    )
+    views = Views(images, transform(options, means, stds))
     torch.manual_seed(seed_for(given.seed, Stream.WEIGHTS))
-    network = models.build(options.network, low_dim=options.low_dim, size=(size, size))
-    head = SimCLRProjectionHead(HIDDEN, HIDDEN, OUTPUT)
-    parameters = [*network.parameters(), *head.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=RATE * BATCH / 128, momentum=MOMENTUM, weight_decay=DECAY)
+    model = SimCLR(options, context.device)
+    network, head, optimizer = model.network, model.head, model.optimizer
     steps = round(given.passes * len(images) / (2 * BATCH))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    criterion = NTXentLoss()
     parts: dict[str, Any] = {"net": network, "head": head, "optimizer": optimizer, "schedule": schedule}
     path, done, epoch, seconds = given.out / "latest.ckpt", 0, 0, 0.0
     if path.exists():
@@ -142,14 +173,10 @@ def train(argv: Sequence[str]) -> int:
         started, seen, total = time.perf_counter(), 0, 0.0
         torch.manual_seed(seed_for(given.seed, Stream.AUGMENTATION, 0, epoch))  # seeds the order and the transforms
         np.random.seed(seed_for(given.seed, Stream.AUGMENTATION, 0, epoch) % 2**32)
-        for first, second in DataLoader(Views(images, transform), BATCH, shuffle=True, drop_last=True):
+        for first, second in DataLoader(views, BATCH, shuffle=True, drop_last=True):
             if done == steps:
                 break
-            projections = head(pooled(network, torch.cat([first, second])))
-            loss = criterion(*projections.chunk(2))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            loss = model.step(first, second)
             schedule.step()
             done, seen, total = done + 1, seen + len(first), total + loss.item() * len(first)
         spent = time.perf_counter() - started

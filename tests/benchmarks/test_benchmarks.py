@@ -27,6 +27,7 @@ SMALL = {
     "launches": {"SAMPLES": 200, "BATCH": 8},
     "memory": {"SAMPLES": 5000, "TILES": 5, "CASES": [("resnet10", 8, 4)]},
     "parallel": {"SAMPLES": 600, "BATCH": 8, "QUERIES": 9, "PROCESSES": (1, 2)},
+    "passes": {"SAMPLES": 600, "STEPS": 1},
     "saving": {"SAMPLES": 100, "NETWORK": "resnet10-w16"},
     "scale": {"MEASURED": 2000},
     "start": {},

@@ -82,8 +82,8 @@ DECAY = ("--weight-decay", "0.0001")
 """A fifth of the reference's."""
 THREE_VIEWS = ("--views", "3", "--batch-size", "129", "--view-loss", "1")
 NO_HUE = ("--colorjitter", "0.4", "0.4", "0.4", "0")
-CROP = ("--scale", "0.4", "1")
-"""Crops of at least 40 % of the image; the reference's have at least 20 %."""
+CROP, SMALL_CROP = ("--scale", "0.4", "1"), ("--scale", "0.08", "1")
+"""Crops of at least 40 % and 8 % of the image; the reference's have at least 20 %."""
 RATE, LOW_RATE = ("--base-lr", "0.06"), ("--base-lr", "0.015")
 """Twice and half the reference's learning rate."""
 TEMPERATURE, LOW_TEMPERATURE = ("--view-temperature", "0.2"), ("--view-temperature", "0.05")
@@ -125,6 +125,7 @@ ARMS: dict[str, Arm] = {
     "view-loss-cosine-no-hue": Arm((*VIEW_LOSS, *COSINE, *NO_HUE), views=2, has_schedule=True),
     "view-loss-cosine-hue-views": Arm((*THREE_VIEWS, *COSINE, *HUE), views=3, has_schedule=True),
     "view-loss-cosine-hue-crop": Arm((*VIEW_LOSS, *COSINE, *HUE, *CROP), views=2, has_schedule=True),
+    "view-loss-cosine-hue-small-crop": Arm((*VIEW_LOSS, *COSINE, *HUE, *SMALL_CROP), views=2, has_schedule=True),
     "view-loss-cosine-hue-and": Arm((*VIEW_LOSS, *COSINE_OF_RUN, *HUE), views=2, rounds=ROUNDS, has_schedule=True),
     "view-loss-cosine-hue-few": Arm(
         (*VIEW_LOSS, *COSINE_OF_RUN, *HUE, "--ANs-select-rate", "0.1"), views=2, rounds=ROUNDS, has_schedule=True

@@ -16,10 +16,10 @@ of finished runs, and a line for each ``SCREEN/simclr-sN``, which is trained by
 
 ``--table`` shows the mean over the seeds of each arm.
 
-Most arms have one round of 30 passes, with instance loss, and change one thing of ``one-round``; those named after two
-options have both, and ``together`` has several. ``round0`` is the first 18 passes of the arms that follow it and
-discover neighbourhoods in four more rounds of 3 passes. ``and-cosine`` and ``view-loss-cosine-and`` have five rounds of
-6 passes, with one schedule over all of them.
+Most arms have one round of 30 passes, with instance loss, and change one thing of ``one-round``; those named after
+several options have all of them, and ``together`` has four. ``round0`` is the first 18 passes of the arms that follow
+it and discover neighbourhoods in four more rounds of 3 passes. Arms that end in ``-and``, ``and-cosine`` and
+``view-loss-cosine-hue-few`` have five rounds of 6 passes, with one schedule over all of them.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ FLIP = ("--random-horizontal-flip",)
 MLP = ("--head", "mlp")
 HUE = ("--colorjitter", "0.4", "0.4", "0.4", "0.1")
 """SimCLR's shift of the hue; the reference's is 0.4."""
-BANK_TEMPERATURE = ("--npc-temperature", "0.14", "--knn-sigma", "0.07")
-"""Twice the reference's in the loss; kNN as before."""
+BANK_TEMPERATURE = ("--npc-temperature", "0.14", "--knn-sigma", "0.1")
+"""1.4 times the reference's in the loss; kNN as before."""
 DECAY = ("--weight-decay", "0.0001")
 """A fifth of the reference's."""
 THREE_VIEWS = ("--views", "3", "--batch-size", "129", "--view-loss", "1")

@@ -338,7 +338,7 @@ class Results:
             title="Consistency against the selected share (seeds)",
         )
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="lower left")
         return figure
 
 

@@ -18,8 +18,8 @@ of finished runs, and a line for each ``SCREEN/simclr-sN``, which is trained by
 
 Most arms have one round of 30 passes, with instance loss, and change one thing of ``one-round``; those named after
 several options have all of them, and ``together`` has four. ``round0`` is the first 18 passes of the arms that follow
-it and discover neighbourhoods in four more rounds of 3 passes. Arms that end in ``-and``, ``and-cosine`` and
-``view-loss-cosine-hue-few`` have five rounds of 6 passes, with one schedule over all of them.
+it and discover neighbourhoods in four more rounds of 3 passes. ``and-cosine`` and ``view-loss-cosine-and``
+have five rounds of 6 passes, with one schedule over all of them.
 """
 
 from __future__ import annotations
@@ -80,14 +80,19 @@ BANK_TEMPERATURE = ("--npc-temperature", "0.14", "--knn-sigma", "0.1")
 """1.4 times the reference's in the loss; kNN as before."""
 DECAY = ("--weight-decay", "0.0001")
 """A fifth of the reference's."""
-THREE_VIEWS = ("--views", "3", "--batch-size", "129", "--view-loss", "1")
-NO_HUE = ("--colorjitter", "0.4", "0.4", "0.4", "0")
 CROP, SMALL_CROP = ("--scale", "0.4", "1"), ("--scale", "0.08", "1")
 """Crops of at least 40 % and 8 % of the image; the reference's have at least 20 %."""
 RATE, LOW_RATE = ("--base-lr", "0.06"), ("--base-lr", "0.015")
 """Twice and half the reference's learning rate."""
 TEMPERATURE, LOW_TEMPERATURE = ("--view-temperature", "0.2"), ("--view-temperature", "0.05")
 """Twice and half the default."""
+
+
+def _view_loss_cosine(*flags: str) -> Arm:
+    """The loss between two views with a cosine schedule, and more options."""
+    return Arm((*VIEW_LOSS, *COSINE, *flags), views=2, has_schedule=True)
+
+
 ARMS: dict[str, Arm] = {
     "one-round": Arm(),
     "restarts": Arm(("--ANs-select-rate", "0"), branches=True),
@@ -108,28 +113,20 @@ ARMS: dict[str, Arm] = {
     "and-cosine": Arm(COSINE_OF_RUN, rounds=ROUNDS, has_schedule=True),
     "view-loss-flip": Arm((*VIEW_LOSS, *FLIP), views=2),
     "view-loss-mlp": Arm((*VIEW_LOSS, *MLP), views=2),
-    "view-loss-cosine": Arm((*VIEW_LOSS, *COSINE), views=2, has_schedule=True),
+    "view-loss-cosine": _view_loss_cosine(),
     "together": Arm((*VIEW_LOSS, *FLIP, *MLP, *COSINE), views=2, has_schedule=True),
     "view-loss-3": Arm(("--views", "2", "--view-loss", "3"), views=2),
-    "view-loss-cosine-hue": Arm((*VIEW_LOSS, *COSINE, *HUE), views=2, has_schedule=True),
-    "view-loss-cosine-rate": Arm((*VIEW_LOSS, *COSINE, *RATE), views=2, has_schedule=True),
-    "view-loss-cosine-temperature": Arm((*VIEW_LOSS, *COSINE, *TEMPERATURE), views=2, has_schedule=True),
-    "view-loss-cosine-temperatures": Arm(
-        (*VIEW_LOSS, *COSINE, *TEMPERATURE, *BANK_TEMPERATURE), views=2, has_schedule=True
-    ),
-    "view-loss-cosine-bank-temperature": Arm((*VIEW_LOSS, *COSINE, *BANK_TEMPERATURE), views=2, has_schedule=True),
-    "view-loss-cosine-low-temperature": Arm((*VIEW_LOSS, *COSINE, *LOW_TEMPERATURE), views=2, has_schedule=True),
-    "view-loss-cosine-decay": Arm((*VIEW_LOSS, *COSINE, *DECAY), views=2, has_schedule=True),
+    "view-loss-cosine-hue": _view_loss_cosine(*HUE),
+    "view-loss-cosine-rate": _view_loss_cosine(*RATE),
+    "view-loss-cosine-temperature": _view_loss_cosine(*TEMPERATURE),
+    "view-loss-cosine-temperatures": _view_loss_cosine(*TEMPERATURE, *BANK_TEMPERATURE),
+    "view-loss-cosine-bank-temperature": _view_loss_cosine(*BANK_TEMPERATURE),
+    "view-loss-cosine-low-temperature": _view_loss_cosine(*LOW_TEMPERATURE),
+    "view-loss-cosine-decay": _view_loss_cosine(*DECAY),
     "hue": Arm(HUE),
-    "view-loss-cosine-hue-low-rate": Arm((*VIEW_LOSS, *COSINE, *HUE, *LOW_RATE), views=2, has_schedule=True),
-    "view-loss-cosine-no-hue": Arm((*VIEW_LOSS, *COSINE, *NO_HUE), views=2, has_schedule=True),
-    "view-loss-cosine-hue-views": Arm((*THREE_VIEWS, *COSINE, *HUE), views=3, has_schedule=True),
-    "view-loss-cosine-hue-crop": Arm((*VIEW_LOSS, *COSINE, *HUE, *CROP), views=2, has_schedule=True),
-    "view-loss-cosine-hue-small-crop": Arm((*VIEW_LOSS, *COSINE, *HUE, *SMALL_CROP), views=2, has_schedule=True),
-    "view-loss-cosine-hue-and": Arm((*VIEW_LOSS, *COSINE_OF_RUN, *HUE), views=2, rounds=ROUNDS, has_schedule=True),
-    "view-loss-cosine-hue-few": Arm(
-        (*VIEW_LOSS, *COSINE_OF_RUN, *HUE, "--ANs-select-rate", "0.1"), views=2, rounds=ROUNDS, has_schedule=True
-    ),
+    "view-loss-cosine-hue-low-rate": _view_loss_cosine(*HUE, *LOW_RATE),
+    "view-loss-cosine-hue-crop": _view_loss_cosine(*HUE, *CROP),
+    "view-loss-cosine-hue-small-crop": _view_loss_cosine(*HUE, *SMALL_CROP),
     "view-loss-cosine-and": Arm((*VIEW_LOSS, *COSINE_OF_RUN), views=2, rounds=ROUNDS, has_schedule=True),
 }
 
